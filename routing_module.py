@@ -1,0 +1,109 @@
+"""Token routing (TREAD, arXiv 2501.04765): some tokens bypass a span of blocks and are put back behind it.
+
+    keep_ids = draw_keep_ids(B, N, ratio)      before block i: which tokens stay, afresh for each sample and step
+    kept = gather_tokens(x, keep_ids)          blocks i..j see K = N - int(N * ratio) tokens
+    x = scatter_tokens(kept, keep_ids, x)      behind block j: the others return to their places, unchanged
+
+No parameters, any (B, N, D) sequence model. B batch, N tokens, K tokens that stay, D width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from randomness import Generators, uniform
+
+
+@dataclass(frozen=True)
+class Route:
+    """Blocks `start_layer_idx`..`end_layer_idx` (inclusive; negative counts from the end) are bypassed by a share
+    `selection_ratio` in [0, 1) of the tokens."""
+
+    selection_ratio: float
+    start_layer_idx: int
+    end_layer_idx: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Switches a network's routes on for one call.
+
+    selection_ratio: None = each route's own; a number in [0, 1) overrides it.
+    generators: what the selection is drawn from (randomness.py).
+    """
+
+    selection_ratio: float | None = None
+    generators: Generators = None
+
+    def __post_init__(self):
+        if self.selection_ratio is not None:
+            check_ratio(self.selection_ratio)
+
+
+def check_ratio(selection_ratio: float) -> None:
+    if not 0 <= selection_ratio < 1:
+        raise ValueError(f"selection_ratio is the share of tokens routed away, in [0, 1); got {selection_ratio}")
+
+
+def resolve_routes(routes, depth: int) -> tuple[Route, ...]:
+    """Routes (or mappings with a Route's three keys) with indices counted from 0, sorted.
+
+    Raises ValueError where a route leaves the network of `depth` blocks, is empty, or overlaps another.
+    """
+    resolved = []
+    for route in routes:
+        route = route if isinstance(route, Route) else Route(**route)
+        check_ratio(route.selection_ratio)
+        start, end = (i + depth if i < 0 else i for i in (route.start_layer_idx, route.end_layer_idx))
+        if not 0 <= start <= end < depth:
+            raise ValueError(
+                f"route {route.start_layer_idx}..{route.end_layer_idx} does not fit a network of {depth} blocks: "
+                f"it needs 0 <= start <= end <= {depth - 1}, and is {start}..{end}"
+            )
+        resolved.append(replace(route, start_layer_idx=start, end_layer_idx=end))
+    resolved.sort(key=lambda route: route.start_layer_idx)
+    for before, after in zip(resolved, resolved[1:]):
+        if after.start_layer_idx <= before.end_layer_idx:
+            raise ValueError(
+                f"routes overlap: {before.start_layer_idx}..{before.end_layer_idx} and "
+                f"{after.start_layer_idx}..{after.end_layer_idx}"
+            )
+    return tuple(resolved)
+
+
+def num_kept(num_tokens: int, selection_ratio: float) -> int:
+    """K = N - int(N * ratio)."""
+    return num_tokens - int(num_tokens * selection_ratio)
+
+
+def draw_keep_ids(
+    batch_size: int,
+    num_tokens: int,
+    selection_ratio: float,
+    *,
+    generators: Generators = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Which tokens stay: (B, K) int64, ascending, uniform without replacement, each row its own draw.
+
+    Ascending, so that blocks for which order matters (state space, causal) see the tokens in their order.
+    Raises ValueError for a selection_ratio outside [0, 1).
+    """
+    check_ratio(selection_ratio)
+    scores = uniform((batch_size, num_tokens), generators, device=device)  # (B, N)
+    keep_ids = scores.topk(num_kept(num_tokens, selection_ratio), dim=1, sorted=False).indices  # (B, K)
+    return keep_ids.sort(dim=1).values
+
+
+def gather_tokens(x: torch.Tensor, keep_ids: torch.Tensor) -> torch.Tensor:
+    """The tokens that stay: x (B, N, ...), keep_ids (B, K) -> (B, K, ...)."""
+    return x.gather(1, _expand(keep_ids, x))
+
+
+def scatter_tokens(kept: torch.Tensor, keep_ids: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """`full` (B, N, ...) with `kept` (B, K, ...) put back at keep_ids (B, K) -> (B, N, ...); `full` is not changed."""
+    return full.scatter(1, _expand(keep_ids, full), kept.to(full.dtype))
+
+
+def _expand(keep_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return keep_ids.reshape(*keep_ids.shape, *[1] * (x.ndim - 2)).expand(*keep_ids.shape, *x.shape[2:])
