@@ -1,0 +1,208 @@
+"""Run folders: the one writer and the one strict reader.
+
+    <results_dir>/<run_name>/checkpoints/step_0050000/   model.safetensors, ema.safetensors, optimizer.safetensors,
+                                                         config.yaml, trainer_state.json, manifest.json (sha256 of each)
+    <results_dir>/<run_name>/checkpoints/latest          the name of the newest
+
+A checkpoint is written to a temporary folder, synced to disk and renamed: it is there whole, or not at all. Tensors are
+safetensors and settings are text, so nothing that is read can run code.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+MANIFEST = "manifest.json"
+WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+STEP_NAME = re.compile(r"step_(\d{7,})")
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step:07d}"
+
+
+def save(
+    run_folder: Path,
+    step: int,
+    *,
+    model: torch.nn.Module,
+    ema: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,                                    # plain numbers and strings, into trainer_state.json
+    config: str,                                    # the resolved config, as YAML
+) -> Path:
+    """Writes the checkpoint of `step` and points `latest` at it. Modules without wrappers (names carry no prefix)."""
+    target = step_folder(run_folder, step)
+    temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        save_file(_contiguous(model.state_dict()), temporary / WEIGHTS_FILES["raw"])
+        save_file(_contiguous(ema.state_dict()), temporary / WEIGHTS_FILES["ema"])
+        save_file(_contiguous(optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
+        (temporary / "config.yaml").write_text(config)
+        (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        if target.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(target.parent)
+    write_text_atomic(target.parent / "latest", target.name + "\n")
+    return target
+
+
+def prune(run_folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Deletes all but the newest `keep_last` checkpoints and those whose step is a multiple of `keep_every`."""
+    for path in complete_checkpoints(run_folder)[:-keep_last]:
+        if not (keep_every and step_of(path) % keep_every == 0):
+            shutil.rmtree(path)
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """The run's checkpoint folders that have a manifest, oldest first."""
+    folders = (run_folder / "checkpoints").glob("step_*")
+    return sorted((p for p in folders if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()), key=step_of)
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The checkpoint that `latest` names; the newest complete one where the pointer is missing; None where there is none."""
+    pointer = run_folder / "checkpoints" / "latest"
+    if pointer.is_file():
+        named = pointer.with_name(pointer.read_text().strip())
+        if (named / MANIFEST).is_file():
+            return named
+    complete = complete_checkpoints(run_folder)
+    return complete[-1] if complete else None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(STEP_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def find(ckpt: str | Path) -> Path:
+    """The checkpoint folder meant by a run folder or a checkpoint folder. Raises FileNotFoundError or ValueError."""
+    path = Path(ckpt)
+    if not path.exists():
+        raise ValueError(f"ckpt={ckpt}: there is no such file or folder; needed: a run folder or a checkpoint folder")
+    if (path / MANIFEST).is_file():
+        return path
+    newest = latest(path) if path.is_dir() else None
+    if newest is None:
+        raise ValueError(
+            f"ckpt={ckpt} is no checkpoint; needed: a run folder (with checkpoints/step_*/{MANIFEST}) or one of its checkpoints"
+        )
+    return newest
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises ValueError where a file is missing or is not, byte for byte, what the manifest says."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, but the manifest names it: the checkpoint is damaged")
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            raise ValueError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
+
+
+def load_weights(checkpoint: Path, module: torch.nn.Module, weights: str = "ema") -> None:
+    """Loads `model` (raw) or `ema` weights strictly into a module. Raises ValueError where the two do not fit."""
+    if weights not in WEIGHTS_FILES:
+        raise ValueError(f"weights={weights!r}; needed: ema or raw")
+    name = WEIGHTS_FILES[weights]
+    load_strictly(module, read_tensors(checkpoint / name), source=str(checkpoint / name))
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        for key in own.keys() & tensors.keys()
+        if tensors[key].shape != own[key].shape
+    ]
+    if missing or extra or shapes:
+        parts = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {extra[:3]}"] * bool(extra) + sorted(shapes)[:3]
+        raise ValueError(f"{source} is of another model: {'; '.join(parts)}")
+    module.load_state_dict(tensors)
+
+
+def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restores the optimizer's state, saved by parameter name."""
+    tensors = read_tensors(checkpoint / "optimizer.safetensors")
+    names = dict(model.named_parameters())
+    state = {name: {} for name in names}
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        if name not in state:
+            raise ValueError(f"{checkpoint / 'optimizer.safetensors'} has state of {name!r}, which the model lacks")
+        state[name][field] = value
+    order = {id(p): name for name, p in names.items()}
+    saved = optimizer.state_dict()
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved["state"] = {i: state[order[id(p)]] for i, p in zip(ids, parameters) if state[order[id(p)]]}
+    optimizer.load_state_dict(saved)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `<parameter name>/<field>` tensors."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}/{field}": torch.as_tensor(value)
+        for parameter, fields in optimizer.state.items()
+        for field, value in fields.items()
+    }
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file, on the CPU. Raises ValueError where it is damaged or no such file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file or folder to disk, so that what a rename shows is what a power cut leaves."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

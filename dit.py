@@ -1,0 +1,268 @@
+"""DiT (arXiv 2212.09748): a transformer over latent patches with adaLN-Zero conditioning, and TREAD's routes through it.
+
+State-dict keys are the official ones. Shapes: B batch, C channels, N = (input_size / patch_size)^2 tokens, K tokens that
+stay inside a route, D width, H heads.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, resolve_routes, scatter_tokens
+
+# DiT's sizes (arXiv 2212.09748, Table 1), and one for 28x28 digits on a laptop.
+SIZES = {
+    "XS": dict(depth=12, hidden_size=128, num_heads=4),
+    "S": dict(depth=12, hidden_size=384, num_heads=6),
+    "B": dict(depth=12, hidden_size=768, num_heads=12),
+    "L": dict(depth=24, hidden_size=1024, num_heads=16),
+    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
+}
+
+
+def build(
+    size: str,                                      # "DiT-XL/2": S, B, L, XL (or XS), patch 2, 4, 8
+    *,
+    input_size: int,
+    in_channels: int,
+    num_classes: int,
+    learn_sigma: bool = False,                      # True = 2 * in_channels outputs, as official DiT and SiT
+    routes: Sequence[Route | Mapping] = (),
+    depth: int | None = None,                       # None = by `size`
+    hidden_size: int | None = None,                 # None = by `size`
+    num_heads: int | None = None,                   # None = by `size`
+) -> "DiT":
+    """A DiT by its name. Raises ValueError for a name that is not one."""
+    name, _, patch = size.removeprefix("DiT-").partition("/")
+    if name not in SIZES or not patch.isdigit():
+        raise ValueError(f"model size {size!r}; needed: DiT-{{{','.join(SIZES)}}}/{{2,4,8}}, for example DiT-XL/2")
+    shape = SIZES[name]
+    return DiT(
+        input_size=input_size,
+        patch_size=int(patch),
+        in_channels=in_channels,
+        hidden_size=hidden_size or shape["hidden_size"],
+        depth=depth or shape["depth"],
+        num_heads=num_heads or shape["num_heads"],
+        num_classes=num_classes,
+        learn_sigma=learn_sigma,
+        routes=routes,
+    )
+
+
+class DiT(nn.Module):
+    """net(x, t, y, *, routing=None): x (B, C, h, w), t (B,) in the objective's own units, y (B,) int64 -> (B, C_out, h, w).
+
+    y is 0..num_classes-1, or num_classes for "no label". routing=None is dense; `Routing(...)` switches the model's routes
+    on. `training` decides nothing. Raises ValueError for sizes that do not divide and for routes that do not fit.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        routes: Sequence[Route | Mapping] = (),
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be divisible by num_heads ({num_heads}) and by 4")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.num_classes, self.mlp_ratio = num_classes, mlp_ratio
+        self.num_tokens = (input_size // patch_size) ** 2
+        self.routes = resolve_routes(routes, depth)
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size)[None])  # (1, N, D)
+        self.blocks = nn.ModuleList([Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier linears, zero biases, N(0, 0.02) embeddings, zeros where adaLN-Zero and the output start."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for zeroed in [*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1]]:
+            nn.init.zeros_(zeroed.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
+        # Where precision is cheap and shows in the samples (time embedding, output), it is float32 under autocast too.
+        with torch.autocast(x.device.type, enabled=False):
+            c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+
+        routes = iter(self.routes if routing is not None else ())
+        route = next(routes, None)
+        for i, block in enumerate(self.blocks):
+            if route is not None and i == route.start_layer_idx:
+                full, keep_ids = tokens, self.draw_route(route, routing, tokens)
+                if keep_ids is not None:
+                    tokens = gather_tokens(tokens, keep_ids)  # (B, K, D)
+            tokens = block(tokens, c)
+            if route is not None and i == route.end_layer_idx:
+                if keep_ids is not None:
+                    tokens = scatter_tokens(tokens, keep_ids, full)  # (B, N, D)
+                route = next(routes, None)
+
+        with torch.autocast(x.device.type, enabled=False):
+            patches = self.final_layer(tokens.float(), c)  # (B, N, p * p * C_out)
+        return unpatchify(patches, self.patch_size, self.out_channels)
+
+    def draw_route(self, route: Route, routing: Routing, tokens: torch.Tensor) -> torch.Tensor | None:
+        """keep_ids (B, K) for one route, or None where the ratio routes no token away."""
+        ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
+        B, N, _ = tokens.shape
+        if num_kept(N, ratio) == N:
+            return None
+        return draw_keep_ids(B, N, ratio, generators=routing.generators, device=tokens.device)
+
+    def macs(self, routing: Routing | None = None) -> int:
+        """Multiply-adds of one forward pass at batch 1, by formula: matrix products and attention (DiT's "Gflops")."""
+        D, N, depth = self.pos_embed.shape[-1], self.num_tokens, len(self.blocks)
+        tokens = [N] * depth
+        for route in self.routes if routing is not None else ():
+            ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
+            for i in range(route.start_layer_idx, route.end_layer_idx + 1):
+                tokens[i] = num_kept(N, ratio)
+        per_token = int((4 + 2 * self.mlp_ratio) * D * D)
+        blocks = sum(per_token * n + 2 * n * n * D + 6 * D * D for n in tokens)
+        patch = self.patch_size**2
+        embed = N * D * patch * self.in_channels + TimestepEmbedder.num_frequencies * D + D * D
+        return blocks + embed + N * D * patch * self.out_channels + 2 * D * D
+
+
+class Block(nn.Module):
+    """Attention and MLP, each scaled, shifted and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # (B, K, D), (B, D) -> (B, K, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens given; gathered tokens keep it dense, so there is never a mask."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, K, D)
+        B, K, D = x.shape
+        q, k, v = self.qkv(x).view(B, K, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, H, K, D/H)
+        if x.device.type == "cpu":
+            # Flash attention's backward on CPU is slow at DiT's lengths; the plain form is faster and compiles.
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, K, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # (B, N, D), (B, D) -> (B, N, p * p * C_out)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, h, w) -> (B, N, D)
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of t (256 frequencies' worth, cos then sin, periods up to 10000) through an MLP."""
+
+    num_frequencies = 256
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, D)
+        half = self.num_frequencies // 2
+        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """One row a class, and a last one for "no label"."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, D)
+        return self.embedding_table(y)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale) + shift
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
+    """(B, N, p * p * C), pixels of a patch row by row with channels last -> (B, C, h, w)."""
+    B, N, _ = patches.shape
+    side = math.isqrt(N)
+    grid = patches.view(B, side, side, patch_size, patch_size, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, side * patch_size, side * patch_size)
+
+
+def sincos_positions(hidden_size: int, side: int) -> torch.Tensor:
+    """Fixed 2-D positions (side * side, D): the first half of the width encodes the column, the second the row."""
+    omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (column, row)]  # (N, D / 4) each
+    return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()
