@@ -1,0 +1,89 @@
+"""Batches for each process, the same global batches for any number of processes and workers: `make_loader`."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.latents import Latents
+from data.order import Order
+
+
+def make_loader(
+    latents: Latents,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    num_steps: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> "Loader":
+    """Micro-batches (raw (micro, *stored_shape), y (micro,)) of steps start_step..num_steps-1, in order.
+
+    Global batch s is positions s*G..s*G+G-1 of the endless stream of shuffled epochs (order.py); micro-batch m of rank r
+    is rows (m * world_size + r) * micro.. of it. Every rank gets (num_steps - start_step) * G / (micro * world_size).
+    Raises ValueError where the global batch does not divide.
+    """
+    if global_batch_size % (micro_batch_size * world_size):
+        raise ValueError(
+            f"global_batch_size={global_batch_size} is not a multiple of "
+            f"micro_batch_size={micro_batch_size} x {world_size} processes"
+        )
+    accumulation = global_batch_size // (micro_batch_size * world_size)
+    micro_batches = MicroBatches(latents, Order(len(latents), seed), micro_batch_size, rank, world_size, accumulation)
+    return Loader(
+        latents,
+        DataLoader(
+            micro_batches,
+            batch_size=None,  # the data set makes whole batches
+            sampler=range(start_step * accumulation, num_steps * accumulation),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if num_workers else None,
+            generator=torch.Generator(),  # for worker seeds, which nothing uses, so that the global stream stays put
+        ),
+    )
+
+
+class MicroBatches(Dataset):
+    """Micro-batch i of one rank, counted from step 0; damage comes back as a value, to be raised in the main process."""
+
+    def __init__(
+        self, latents: Latents, order: Order, micro_batch_size: int, rank: int, world_size: int, accumulation: int
+    ):
+        self.latents, self.order, self.micro_batch_size = latents, order, micro_batch_size
+        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+
+    def positions(self, i: int) -> np.ndarray:
+        """Places (micro,) in the stream. Micro-batches of all ranks lie one behind another in it."""
+        start = (i * self.world_size + self.rank) * self.micro_batch_size
+        return np.arange(start, start + self.micro_batch_size)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, list[str]] | str:
+        try:
+            return self.latents.read_with_faults(self.order(self.positions(i)))
+        except ValueError as error:
+            return str(error)  # a worker's exception would arrive wrapped in its traceback
+
+
+class Loader:
+    """Iterates over a DataLoader's batches; faults are reported here, in the process that logs."""
+
+    def __init__(self, latents: Latents, batches: DataLoader):
+        self.latents, self.batches = latents, batches
+
+    def __len__(self) -> int:
+        return len(self.batches.sampler)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in self.batches:
+            if isinstance(batch, str):
+                raise ValueError(batch)
+            raw, y, faults = batch
+            self.latents.report(faults)
+            yield raw, y

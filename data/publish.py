@@ -1,0 +1,55 @@
+"""The last act of whoever makes shards: read them back, count, hash, and write meta.json beside them."""
+
+from pathlib import Path
+
+from data.index import build_index, save_index
+from data.kinds import Channels
+from data.latents import Latents
+from data.manifest import split_shards, write_manifest
+from data.scan import file_sha256
+from data.stats import channel_stats
+
+SPLITS = ("train", "val")
+
+
+def publish(
+    folder: Path,
+    *,
+    kind: str,
+    scale: Channels | None = None,
+    bias: Channels | None = None,
+    codec: dict | None = None,
+    flip: str = "none",
+    num_classes: int | None = None,
+) -> dict:
+    """Writes (and returns) meta.json for the shards in a folder, and the index of each split.
+
+    scale, bias: of z -> z * scale + bias (kinds.py); None for sample_scaled. num_classes: None = largest label + 1.
+    Raises ValueError where a shard is damaged or there is none.
+    """
+    manifest = {"shards": [], "shape": None, "dtype": None, "num_classes": num_classes}
+    indices = {}
+    for split in SPLITS:
+        shards = split_shards(folder, split, {})
+        if not shards:
+            continue
+        index = build_index(folder, shards, manifest)
+        if index.faults:
+            raise ValueError(f"damaged data in {folder}: {index.faults[0]}")
+        manifest |= {"shape": list(index.shape), "dtype": index.dtype}
+        counts = [int(n) for n in index.counts]
+        manifest["shards"] += [
+            {"name": name, "n": n, "sha256": file_sha256(folder / name)} for name, n in zip(shards, counts)
+        ]
+        indices[split] = index
+    if not indices:
+        raise ValueError(f"no shards train-*.tar in {folder}")
+    manifest |= {"kind": kind, "scale": scale, "bias": bias, "codec": codec, "flip": flip}
+    manifest["num_classes"] = num_classes or 1 + max(int(index.entries.labels.max()) for index in indices.values())
+    manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
+    first = next(iter(indices.values()))
+    manifest["mean"], manifest["std"] = channel_stats(Latents(folder, manifest, first, kind, "stop"))
+    for split, index in indices.items():
+        save_index(folder, split, index, manifest)
+    write_manifest(folder, manifest)
+    return manifest

@@ -1,0 +1,107 @@
+"""Tar archives read in place: where the bytes of each member lie.
+
+Nothing is ever extracted, so that a member's name cannot reach the file system. Links, devices, names that point outside
+and members of absurd size are reported as faults; tar has checksums for its headers only, so contents are checked elsewhere.
+Format: POSIX.1-1988 ustar with pax (`path`, `size`) and GNU long-name records.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+BLOCK = 512
+MAX_MEMBER = 1 << 28  # bytes; a larger member is no latent and no picture
+REGULAR, DIRECTORY, PAX, PAX_GLOBAL, LONG_NAME = (b"0", b"\0", b"7"), b"5", b"x", b"g", b"L"
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of the first byte of its contents
+    size: int  # bytes
+
+
+def members(file: BinaryIO, faults: list[str]) -> Iterator[Member]:
+    """The regular files of a tar in their order; what is wrong with it is appended to `faults`, one line each.
+
+    Stops at the first damaged header and where the archive is cut off, since nothing behind that can be trusted.
+    """
+    end, at, path, size_record = file.seek(0, os.SEEK_END), 0, None, None
+    while True:
+        header = os.pread(file.fileno(), BLOCK, at)
+        if header == bytes(BLOCK):
+            return
+        if len(header) < BLOCK or not _checksum_holds(header):
+            what = "is cut off: no end-of-archive block" if len(header) < BLOCK else "has a damaged tar header"
+            faults.append(f"{what} at byte {at}")
+            return
+        name, size, kind = path or _name(header), _size(header, size_record), header[156:157]
+        offset, path, size_record = at + BLOCK, None, None
+        if size > MAX_MEMBER:
+            faults.append(f"member {name!r} at byte {at} claims {size} bytes; at most {MAX_MEMBER} are accepted")
+            return
+        if offset + size > end:
+            faults.append(f"is cut off inside member {name!r} at byte {at}: {size} bytes needed, {end - offset} there")
+            return
+        at = offset + -(-size // BLOCK) * BLOCK
+        if kind == PAX:
+            records = _pax_records(os.pread(file.fileno(), size, offset))
+            path, size_record = records.get("path"), records.get("size")
+        elif kind == LONG_NAME:
+            path = os.pread(file.fileno(), size, offset).rstrip(b"\0").decode("utf-8", "replace")
+        elif kind in REGULAR:
+            name = name.removeprefix("./")
+            if name.startswith("/") or ".." in name.split("/"):
+                faults.append(f"member {name!r} at byte {offset - BLOCK} has a name that points outside the archive")
+            else:
+                yield Member(name, offset, size)
+        elif kind not in (DIRECTORY, PAX_GLOBAL):
+            faults.append(f"member {name!r} at byte {offset - BLOCK} is a link or a device, not a regular file")
+
+
+def member_name(fd: int, offset: int) -> str:
+    """The name in the header in front of the contents at `offset`; '?' where there is none any more."""
+    header = os.pread(fd, BLOCK, offset - BLOCK)
+    return _name(header) if len(header) == BLOCK and _checksum_holds(header) else "?"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """WebDataset's rule: ('dir/key', 'latent.npy') of 'dir/key.latent.npy'; the key ends at the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return folder + slash + key, extension.lower()
+
+
+def _checksum_holds(header: bytes) -> bool:
+    """Sum of the header's bytes, its own eight counted as blanks, against the octal number stored there."""
+    stored = header[148:156].split(b"\0")[0].strip()
+    return stored.isdigit() and _octal(stored) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+
+
+def _octal(digits: bytes) -> int:
+    try:
+        return int(digits or b"0", 8)
+    except ValueError:
+        return MAX_MEMBER + 1  # no number: refused as too large
+
+
+def _size(header: bytes, size_record: str | None) -> int:
+    if size_record is not None:
+        return int(size_record) if size_record.isdigit() else MAX_MEMBER + 1
+    return _octal(header[124:136].split(b"\0")[0].strip())  # base-256 sizes, above 8 GiB, are no octal: refused
+
+
+def _name(header: bytes) -> str:
+    name, prefix = (field.split(b"\0")[0].decode("utf-8", "replace") for field in (header[:100], header[345:500]))
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _pax_records(text: bytes) -> dict[str, str]:
+    """{'path': ...} of records '<length> path=...\\n'; a malformed record ends them."""
+    records = {}
+    while text:
+        length = text.split(b" ", 1)[0]
+        if not length.isdigit() or not 0 < int(length) <= len(text):
+            break
+        name, _, value = text[len(length) + 1 : int(length) - 1].decode("utf-8", "replace").partition("=")
+        records[name], text = value, text[int(length) :]
+    return records
