@@ -58,6 +58,11 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
     return index
 
 
+def cached_index(folder: Path, split: str) -> Index | None:
+    """The index that was kept last, which may no longer hold; None where there is none."""
+    return next((i for i, _ in map(_read_cache, _cache_places(folder, split)) if i is not None), None)
+
+
 def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
     """Keeps an index that was built on the way to the manifest."""
     _write_cache(_cache_place(folder, split), index, _stamp(folder, index.shards, manifest))

@@ -40,8 +40,8 @@ def model_shape(kind: str, stored_shape: Sequence[int]) -> tuple[int, int, int]:
 def to_model_input(
     raw: torch.Tensor,
     kind: str,
-    scale: float | torch.Tensor,
-    bias: float | torch.Tensor,
+    scale: float | torch.Tensor | None,
+    bias: float | torch.Tensor | None,
     generators: Generators = None,
 ) -> torch.Tensor:
     """raw (B, C or 2C, h, w), any float dtype -> x (B, C, h, w) float32 on the same device."""
@@ -53,3 +53,23 @@ def to_model_input(
         std = spread if kind == "mean_std" else spread.clamp(*LOGVAR_RANGE).mul(0.5).exp()
         raw = mean + std * normal(mean.shape, generators, device=raw.device)
     return raw * scale + bias
+
+
+def per_channel(value: Channels | None) -> float | torch.Tensor | None:
+    """A scale or bias of meta.json for `to_model_input`: a number as it is, a list as a (C, 1, 1) tensor."""
+    return torch.tensor(value).view(-1, 1, 1) if isinstance(value, list) else value
+
+
+def guess_kind(raw: torch.Tensor) -> tuple[str, str]:
+    """(kind, reason) that a few stored arrays (B, C, h, w) look like; a guess, for where nothing says it."""
+    raw = raw.float()
+    if raw.shape[1] % 2 == 0:
+        spread = raw[:, raw.shape[1] // 2 :]
+        if spread.min() >= 0:
+            return "mean_std", "no number in the second half of the channels is negative, as of standard deviations"
+        if (spread < 0).float().mean() > 0.9 and spread.mean() < -2:
+            return "moments_logvar", f"the second half of the channels is near {spread.mean():.1f}, as of log variances"
+    std = raw.std()
+    if std > 2:
+        return "sample_raw", f"their standard deviation is {std:.3g}: no scale has been applied"
+    return "sample_scaled", f"their standard deviation is {std:.3g}"

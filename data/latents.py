@@ -124,8 +124,8 @@ class Latents:
         """As numbers or as (C, 1, 1) tensors, which are moved to the device once and not at every step."""
         if device not in self._constants:
             self._constants[device] = tuple(
-                torch.tensor(value).view(-1, 1, 1).to(device) if isinstance(value, list) else value
-                for value in (self.meta.get("scale"), self.meta.get("bias"))
+                value.to(device) if isinstance(value, torch.Tensor) else value
+                for value in (kinds.per_channel(self.meta.get(key)) for key in ("scale", "bias"))
             )
         return self._constants[device]
 

@@ -7,7 +7,7 @@
     flip                  "none", or "both": every image has a second entry, its mirror image's latent
     counts                {split: entries}
     mean, std             of each channel of the model's input
-    shards                [{name, n, sha256}]; the split is the name up to its last "-"
+    shards                [{name, split, n, sha256}]
 """
 
 import json
@@ -16,8 +16,10 @@ from pathlib import Path
 from data.files import atomic_file
 from data.kinds import check_kind
 
+SPLITS = ("train", "val")
 FILE_NAME = "meta.json"
 KEYS = "kind scale bias codec shape dtype num_classes flip counts mean std shards".split()
+SHARD_KEYS = "name split n sha256".split()
 
 
 def read_manifest(folder: Path) -> dict:
@@ -30,8 +32,10 @@ def read_manifest(folder: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     missing = [key for key in KEYS if key not in manifest] if isinstance(manifest, dict) else KEYS
+    if not missing:
+        missing = [key for key in SHARD_KEYS for shard in manifest["shards"] if key not in shard]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; python -m data index {folder} writes a new one")
+        raise ValueError(f"{path} does not say {missing[0]}; remove it, and python -m data index {folder} writes a new one")
     for shard in manifest["shards"]:
         if Path(shard["name"]).name != shard["name"]:
             raise ValueError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")
@@ -48,7 +52,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def split_shards(folder: Path, split: str, manifest: dict) -> list[str]:
     """Names of a split's shards: those that the manifest lists, or without one every tar with the split in its name."""
     if manifest:
-        return [shard["name"] for shard in manifest["shards"] if shard["name"].rpartition("-")[0] == split]
+        return [shard["name"] for shard in manifest["shards"] if shard["split"] == split]
     return sorted(path.name for path in folder.glob("*.tar") if split in path.name)
 
 

@@ -1,15 +1,39 @@
-"""The last act of whoever makes shards: read them back, count, hash, and write meta.json beside them."""
+"""What whoever makes shards does first and last: claim the folder; read the shards back and write meta.json beside them."""
 
+import json
 from pathlib import Path
 
+from data.files import atomic_file
 from data.index import build_index, save_index
 from data.kinds import Channels
 from data.latents import Latents
-from data.manifest import split_shards, write_manifest
+from data.manifest import SPLITS, split_shards, write_manifest
 from data.scan import file_sha256
 from data.stats import channel_stats
 
-SPLITS = ("train", "val")
+
+def claim(folder: Path, recipe: dict) -> None:
+    """Makes the folder and notes in it what it is for, so that an interrupted job goes on and no other mixes in.
+
+    Raises ValueError where the folder was claimed for something else or holds shards that nobody claimed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / ".recipe.json"
+    text = json.dumps(recipe, sort_keys=True)
+    if note.exists():
+        before = json.loads(note.read_text())
+        changed = [key for key in recipe if recipe[key] != before.get(key)]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{folder} was begun with {key}={before.get(key)}, not {recipe[key]}; needed: the same settings, or an "
+                f"empty folder"
+            )
+    elif any(folder.glob("*.tar")):
+        raise ValueError(f"{folder} holds other shards; needed: an empty folder")
+    else:
+        with atomic_file(note) as file:
+            file.write(text.encode())
 
 
 def publish(
@@ -37,9 +61,9 @@ def publish(
         if index.faults:
             raise ValueError(f"damaged data in {folder}: {index.faults[0]}")
         manifest |= {"shape": list(index.shape), "dtype": index.dtype}
-        counts = [int(n) for n in index.counts]
         manifest["shards"] += [
-            {"name": name, "n": n, "sha256": file_sha256(folder / name)} for name, n in zip(shards, counts)
+            {"name": name, "split": split, "n": n, "sha256": file_sha256(folder / name)}
+            for name, n in zip(shards, index.counts.tolist())
         ]
         indices[split] = index
     if not indices:

@@ -17,6 +17,8 @@ def shard_name(split: str, number: int) -> str:
 
 def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, int]]) -> None:
     """A tar of (key, array, label) samples; no times, owners or modes of this machine, so that bytes repeat."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
+        leftover.unlink(missing_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, array, label in samples:
             contents = BytesIO()

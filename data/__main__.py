@@ -1,0 +1,74 @@
+"""python -m data: looks at latents, indexes them, converts other projects' into shards.
+
+    python -m data inspect PATH [--json]                    what it is, what is wrong with it, what to do next
+    python -m data index FOLDER [kind=... scale=... ...]    meta.json and index for shards that have none
+    python -m data convert SOURCE FOLDER [format=... ...]   another project's latents as shards; the keys: configs/convert.yaml
+
+Leaves with 0, with 2 where it was asked for something that cannot be done, and `inspect` with 1 where something is wrong.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+import cli
+from data.convert import convert
+from data.inspect import as_text, inspect
+from data.latents import open_latents
+from data.manifest import read_manifest
+from data.publish import publish
+
+
+def main(argv: list[str]) -> int:
+    verb, arguments = cli.verb(argv, __doc__, ("inspect", "index", "convert"))
+    if verb == "inspect":
+        as_json = "--json" in arguments
+        (path,), _ = _split(verb, [a for a in arguments if a != "--json"], 1)
+        report = inspect(path)
+        print(json.dumps(report) if as_json else as_text(report))
+        return 1 if report["wrong"] else 0
+    if verb == "index":
+        (path,), overrides = _split(verb, arguments, 1)
+        _index(Path(path), OmegaConf.to_container(cli.load_config("index", overrides)), bool(overrides))
+        return 0
+    (source, target), overrides = _split(verb, arguments, 2)
+    manifest = convert(source, target, **OmegaConf.to_container(cli.load_config("convert", overrides)))
+    print(f"{target}: {_counts(manifest)}; python -m data inspect {target} says more")
+    return 0
+
+
+def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list[str]]:
+    """(paths, overrides) of what follows a verb."""
+    paths, overrides = arguments[:count], arguments[count:]
+    stray = [a for a in overrides if "=" not in a]
+    if len(paths) < count or stray:
+        found = f"found {stray[0]!r}" if stray else f"found {len(paths)}"
+        raise ValueError(f"python -m data {verb} needs {count} path{'s' * (count > 1)}, then key=value settings; {found}")
+    return paths, overrides
+
+
+def _index(folder: Path, settings: dict, changed: bool) -> None:
+    """Writes meta.json for shards without one; holds the others against theirs."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}")
+    manifest = read_manifest(folder)
+    if manifest and changed:
+        raise ValueError(f"{folder} has a meta.json that says these things; change it there, or remove it and index again")
+    if manifest:
+        for split in manifest["counts"]:
+            open_latents(folder, split=split)
+    else:
+        manifest = publish(folder, **settings)
+    print(f"{folder}: {_counts(manifest)}, sound")
+
+
+def _counts(manifest: dict) -> str:
+    counts = ", ".join(f"{n} {split}" for split, n in manifest["counts"].items())
+    return f"{counts} entries of {manifest['kind']} {tuple(manifest['shape'])}, {manifest['num_classes']} classes"
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""What lies at a path: `python -m data inspect PATH`. Our shards are read from end to end; of other formats a sample."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import kinds
+from data.formats import Source, open_source
+from data.index import build_index, cached_index
+from data.latents import Latents
+from data.manifest import SPLITS, read_manifest, split_shards
+from data.scan import ARRAY
+from data.stats import mean_and_std, spread_evenly
+from data.tar import members, split_name
+from randomness import seeded_generator
+
+MAX_ARRAYS, MAX_LABELS = 1024, 100_000  # how many are looked at, where not all
+
+
+def inspect(path: str | Path) -> dict:
+    """What is known of the latents at a path; ValueError where there are none.
+
+    Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (of the model's input,
+    C numbers each; of the stored numbers while the scale is unknown), flip, num_classes, labels (how many of each class, of
+    a sample where the format is not ours), wrong (a line for every fault), next (what to do with them).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} is not there")
+    return _inspect_shards(path) if path.is_dir() and has_latent_shards(path) else _inspect_source(path)
+
+
+def has_latent_shards(folder: Path) -> bool:
+    """Whether there is a meta.json, or a tar whose first array is one of ours."""
+    if read_manifest(folder):
+        return True
+    for shard in sorted(folder.glob("*.tar")):
+        with open(shard, "rb") as file:
+            for member in members(file, []):
+                if split_name(member.name)[1] in (ARRAY, "latent"):
+                    return split_name(member.name)[1] == ARRAY
+    return False
+
+
+def _inspect_shards(folder: Path) -> dict:
+    manifest = read_manifest(folder)
+    shards = {split: split_shards(folder, split, manifest) for split in SPLITS}
+    indices = {
+        split: build_index(folder, names, manifest, before=cached_index(folder, split))
+        for split, names in shards.items()
+        if names
+    }
+    wrong = [fault for index in indices.values() for fault in index.faults]
+    index = next((index for index in indices.values() if len(index.entries)), None)
+    if index is None:
+        raise ValueError(f"no sample in {folder}: {wrong[0] if wrong else 'no tar has train or val in its name'}")
+    index.faults = []  # they are in the report
+    latents = Latents(folder, manifest, index, manifest.get("kind", "sample_scaled"), "stop")
+    raw = latents.read(spread_evenly(len(latents), MAX_ARRAYS))[0]
+    report = _look(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias"))
+    labels = np.concatenate([index.entries.labels for index in indices.values()])
+    num_classes = manifest.get("num_classes") or int(labels.max()) + 1
+    channels, size, _ = report["shape"]
+    ready = manifest or report["kind"] == "sample_scaled"
+    return {
+        "path": str(folder),
+        "format": "shards" if manifest else "shards without meta.json",
+        "counts": {split: len(index.entries) for split, index in indices.items()},
+        **report,
+        "flip": manifest.get("flip", "none"),
+        "num_classes": num_classes,
+        "labels": np.bincount(labels, minlength=num_classes).tolist(),
+        "wrong": wrong,
+        "next": f"python train.py data=folder data.path={folder} data.channels={channels} data.input_size={size} "
+        f"data.num_classes={num_classes}"
+        if ready
+        else f"python -m data index {folder} kind={report['kind']} scale=...",
+    }
+
+
+def _inspect_source(path: Path) -> dict:
+    source = open_source(path)
+    wrong: list[str] = []
+    arrays: list[np.ndarray] = []
+    for i in spread_evenly(source.count, MAX_ARRAYS).tolist():
+        try:
+            array = source.array(i, False)
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if arrays and array.shape != arrays[0].shape:
+            wrong.append(f"{path}: image {i} is {array.shape}, others are {arrays[0].shape}")
+        else:
+            arrays.append(array)
+    if not arrays:
+        raise ValueError(f"no readable array in {path}: {wrong[0]}")
+    raw = torch.from_numpy(np.stack(arrays))
+    report = _look(raw, source.kind, f"the format {source.format} has it so", source.scale, source.bias)
+    wrong += [] if torch.isfinite(raw).all() else [f"{path}: some numbers are not finite"]
+    labels = [source.label(i) for i in spread_evenly(source.count, MAX_LABELS).tolist()]
+    kind = f" kind={report['kind']}" if source.kind is None else ""
+    scale = " scale=..." if source.scale is None and report["kind"] != "sample_scaled" else ""
+    return {
+        "path": str(path),
+        "format": source.format,
+        "counts": {"train": source.count * (2 if source.flip == "both" else 1)},
+        **report,
+        "flip": source.flip,
+        "num_classes": max(labels) + 1,
+        "labels": np.bincount(labels).tolist() if min(labels) >= 0 else [],
+        "wrong": wrong + ([f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []),
+        "next": f"python -m data convert {path} NEW_FOLDER format={source.format}{kind}{scale}",
+    }
+
+
+def _look(
+    raw: torch.Tensor, kind: str | None, why: str, scale: kinds.Channels | None, bias: kinds.Channels | None
+) -> dict:
+    """Kind, shapes and statistics of stored arrays (B, C or 2C, h, w); kind None is guessed."""
+    looks, reason = kinds.guess_kind(raw)
+    if kind is not None:
+        doubt = f"; but they look like {looks}: {reason}" if kinds.is_moments(looks) != kinds.is_moments(kind) else ""
+        reason = why + doubt
+    kind = kind or looks
+    x = raw.float()
+    if kind == "sample_scaled" or scale is not None:
+        scale, bias = kinds.per_channel(scale), kinds.per_channel(0.0 if bias is None else bias)
+        x = kinds.to_model_input(raw, kind, scale, bias, seeded_generator("inspect"))
+    mean, std = mean_and_std([x])
+    return {
+        "kind": kind,
+        "reason": reason,
+        "stored_shape": list(raw.shape[1:]),
+        "dtype": str(raw.dtype).removeprefix("torch."),
+        "shape": list(kinds.model_shape(kind, raw.shape[1:])),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def as_text(report: dict) -> str:
+    """The report of `inspect` for a person."""
+    numbers = {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
+    labels = [n for n in report["labels"] if n]
+    histogram = " ".join(f"{label}:{n}" for label, n in enumerate(report["labels"]) if n)
+    lines = {
+        "path": report["path"],
+        "format": report["format"],
+        "kind": f"{report['kind']} ({report['reason']})",
+        "entries": ", ".join(f"{split} {n}" for split, n in report["counts"].items()) + f"; flip {report['flip']}",
+        "stored": f"{report['dtype']} {tuple(report['stored_shape'])}; the model sees {tuple(report['shape'])}",
+        "mean": numbers["mean"],
+        "std": numbers["std"],
+        "labels": f"{len(labels)} of {report['num_classes']} classes, {min(labels, default=0)} to {max(labels, default=0)} each"
+        + (f": {histogram}" if len(labels) <= 20 else ""),
+        "wrong": "\n          ".join(report["wrong"]) or "nothing",
+        "next": report["next"],
+    }
+    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
