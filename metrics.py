@@ -1,0 +1,93 @@
+"""Scores as functions of features. Letters: N images, D features, K classes.
+
+    FeatureStats, frechet_distance    Heusel et al. (arXiv 1706.08500): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+"""
+
+import logging
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+
+class FeatureStats:
+    """Running float64 sums of features: count, sum and outer product, so that order and split do not matter.
+
+    `mu` (D,) and `sigma` (D, D), with N - 1, are NumPy float64.
+    """
+
+    def __init__(self, num_features: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self.sum = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+
+    def update(self, features: torch.Tensor) -> None:
+        """Takes in (B, D) features."""
+        features = features.to(self.sum)
+        self.count += len(features)
+        self.sum += features.sum(0)
+        self.outer.addmm_(features.T, features)
+
+    def merge(self, other: "FeatureStats") -> None:
+        """Takes in all that `other` has seen."""
+        self.count += other.count
+        self.sum += other.sum
+        self.outer += other.outer
+
+    @property
+    def mu(self) -> np.ndarray:
+        return (self.sum / self.count).cpu().numpy()
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Raises ValueError for fewer than two images."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} images; statistics need at least 2")
+        mean = self.sum / self.count
+        return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).cpu().numpy()
+
+
+def all_reduce(parts: list[FeatureStats]) -> None:
+    """Each process's statistics become those of all processes, by one message."""
+    if not dist.is_initialized():
+        return
+    counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=parts[0].sum.device)
+    packed = torch.cat([counts, *(tensor.flatten() for part in parts for tensor in (part.sum, part.outer))])
+    dist.all_reduce(packed)
+    sizes = [tensor.numel() for part in parts for tensor in (part.sum, part.outer)]
+    counts, *sums = packed.split([len(parts), *sizes])
+    for part, count, total, outer in zip(parts, counts, sums[::2], sums[1::2]):
+        part.count, part.sum, part.outer = int(count), total, outer.view_as(part.outer)
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """Squared Frechet distance of two Gaussians; mu (D,), sigma (D, D), float64.
+
+    tr (S1 S2)^(1/2) is the sum of the singular values of F1' F2, where S = F F': the error stays that of one rounding, where
+    the roots of eigenvalues of S1 S2 (or SciPy's sqrtm) turn a rounding of 1e-16 into 1e-8. Negative eigenvalues beyond
+    rounding, which no covariance has, are clamped and logged. Raises ValueError for shapes that differ and for numbers that
+    are not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.from_numpy(np.asarray(a, np.float64)) for a in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
+        shapes = [tuple(a.shape) for a in (mu1, sigma1, mu2, sigma2)]
+        raise ValueError(f"mu, sigma, mu, sigma of shapes {shapes}; needed: (D,), (D, D), (D,), (D, D)")
+    if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("mu or sigma has numbers that are not finite")
+    overlap = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap)
+
+
+def _factor(sigma: torch.Tensor) -> torch.Tensor:
+    """(D, D) of rank r -> F (D, r) with sigma = F F': by Cholesky, or by eigenvectors where the rank is below D."""
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed:
+        return factor
+    eigenvalues, vectors = torch.linalg.eigh(sigma)  # ascending
+    rounding = len(sigma) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
+    if eigenvalues[0] < -100 * rounding:
+        log.warning("clamped eigenvalues down to %.3g (largest: %.3g): no covariance", eigenvalues[0], eigenvalues[-1])
+    kept = eigenvalues > rounding
+    return vectors[:, kept] * eigenvalues[kept].sqrt()
