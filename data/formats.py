@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -67,11 +68,7 @@ def _maskdit_lmdb(path: Path) -> Source | None:
     folder = next((p for p in (path, path / "train") if (p / "data.mdb").is_file()), None)
     if folder is None:
         return None
-    try:
-        import lmdb
-    except ImportError:
-        raise ValueError(f"{folder}/data.mdb needs the package lmdb: pip install lmdb") from None
-    environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, max_readers=64)
+    environment = _lmdb_environment(folder)
 
     def get(key: str) -> bytes:
         with environment.begin() as transaction:
@@ -100,6 +97,18 @@ def _maskdit_lmdb(path: Path) -> Source | None:
         codec=_sd_codec("ema"),
         flip="both" if mirrored else "none",
     )
+
+
+@lru_cache(maxsize=1)  # lmdb refuses to open a folder twice in a process
+def _lmdb_environment(folder: Path):
+    try:
+        import lmdb
+    except ImportError:
+        raise ValueError(f"{folder}/data.mdb needs the package lmdb: pip install lmdb") from None
+    try:
+        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{folder}/data.mdb cannot be opened: {error}") from None
 
 
 def _is_mirrored(array: Callable, label: Callable, half: int) -> bool:

@@ -60,4 +60,5 @@ class Order:
         places = np.arange(window * WINDOW, min((window + 1) * WINDOW, self.num_samples))
         runs = np.searchsorted(ends, places, side="right")
         indices = firsts[runs] + places - np.r_[0, ends][runs]
-        return indices[torch.randperm(len(indices), generator=seeded_generator("window", self.seed, epoch, window))]
+        generator = seeded_generator("window", self.seed, epoch, window)
+        return indices[torch.randperm(len(indices), generator=generator).numpy()]

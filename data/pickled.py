@@ -43,7 +43,13 @@ def _frombuffer(numbers, dtype, shape, order) -> _Array:
     return array
 
 
+def _encode(text: str, encoding: str) -> bytes:
+    """In the place of _codecs.encode, in which pickles of protocol 2 wrap their bytes."""
+    return text.encode("latin1")
+
+
 STANDINS = {
+    ("_codecs", "encode"): _encode,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy.core.numeric", "_frombuffer"): _frombuffer,
