@@ -37,6 +37,10 @@ class Extractor:
     sha256: str                                     # of the weights file
     device: torch.device
 
+    @property
+    def num_features(self) -> int:
+        return self.net.num_features
+
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
         assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, images.shape
@@ -58,6 +62,8 @@ class MnistClassifier(nn.Module):
 
     Input is 28 x 28; the grey value is the mean over channels. Raises ValueError for images of another size.
     """
+
+    num_features = 64
 
     def __init__(self):
         super().__init__()

@@ -62,6 +62,20 @@ def all_reduce(parts: list[FeatureStats]) -> None:
         part.count, part.sum, part.outer = int(count), total, outer.view_as(part.outer)
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """(n, D) of each process -> (N, D) of all, in the order of the processes, on the CPU."""
+    if not dist.is_initialized():
+        return rows.cpu()
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:n].cpu() for part, n in zip(gathered, counts)])
+
+
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians; mu (D,), sigma (D, D), float64.
 

@@ -1,0 +1,72 @@
+"""What samples are compared with: statistics of real images in one extractor's features, kept as an .npz of plain arrays.
+
+    mu (D,), sigma (D, D)            float64, with N - 1
+    mu_s (2023,), sigma_s            the same of Inception's spatial features, for sFID
+    features (M, D)                  float32, of M of the images, for precision, recall and KID
+    n, extractor, extractor_sha256   how many images, and through what
+
+A file of OpenAI's ADM evaluation (VIRTUAL_*.npz) has the first four, and 10,000 images in the place of features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+from data.files import atomic_file
+from features import Extractor
+from images import read_arrays
+
+KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256")
+
+
+@dataclass
+class Reference:
+    mu: np.ndarray                                  # (D,)
+    sigma: np.ndarray                               # (D, D)
+    mu_s: np.ndarray | None = None                  # (2023,)
+    sigma_s: np.ndarray | None = None               # (2023, 2023)
+    features: np.ndarray | None = None              # (M, D)
+    n: int | None = None                            # None = the file does not say, as ADM's
+    extractor: str = "inception"
+    extractor_sha256: str | None = None
+    source: str = ""                                # the file, or what stands in for one
+    sha256: str | None = None                       # of the file
+
+
+def write_reference(path: Path, reference: Reference) -> None:
+    """The file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        np.savez(file, **{key: getattr(reference, key) for key in KEYS if getattr(reference, key) is not None})
+
+
+def read_reference(path: str | Path) -> Reference:
+    """Raises ValueError where mu or sigma is missing, of the wrong shape or not finite, and for damaged or pickled files."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no reference {path}; needed: an .npz by `python fid.py ref`, or ADM's VIRTUAL_*.npz")
+    arrays = read_arrays(path, KEYS)
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mu == "mu_s" and mu not in arrays and sigma not in arrays:
+            continue
+        shapes = [arrays[key].shape if key in arrays else "missing" for key in (mu, sigma)]
+        if "missing" in shapes or len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0]:
+            raise ValueError(f"{path}: {mu} {shapes[0]}, {sigma} {shapes[1]}; needed: numbers (D,) and (D, D)")
+        if not (np.isfinite(arrays[mu]).all() and np.isfinite(arrays[sigma]).all()):
+            raise ValueError(f"{path}: {mu} or {sigma} has numbers that are not finite")
+    plain = {key: array.item() if array.ndim == 0 else array for key, array in arrays.items()}
+    return Reference(**plain, source=str(path), sha256=checkpoint.sha256(path))
+
+
+def check_extractor(reference: Reference, extractor: Extractor) -> None:
+    """Raises ValueError for a reference made with other features than `extractor`'s."""
+    made_with, needed = (reference.extractor, reference.extractor_sha256), (extractor.name, extractor.sha256)
+    if made_with[0] != needed[0] or made_with[1] not in (None, needed[1]):
+        raise ValueError(
+            f"{reference.source} was made with {made_with[0]} ({str(made_with[1])[:8]}), "
+            f"the extractor is {needed[0]} ({needed[1][:8]}); needed: one and the same"
+        )
+    if len(reference.mu) != extractor.num_features:
+        raise ValueError(f"{reference.source} has {len(reference.mu)} features; {extractor.name} gives {extractor.num_features}")
