@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -86,6 +87,17 @@ def latest(run_folder: Path) -> Path | None:
             return named
     complete = complete_checkpoints(run_folder)
     return complete[-1] if complete else None
+
+
+def newest_intact(run_folder: Path) -> Path | None:
+    """The newest checkpoint that matches its manifest; a damaged one is passed over with a warning. None = there is none."""
+    for path in reversed(complete_checkpoints(run_folder)):
+        try:
+            verify(path)
+            return path
+        except ValueError as error:
+            print(f"warning: {error}; going back to the one before", file=sys.stderr)
+    return None
 
 
 def step_of(checkpoint: Path) -> int:

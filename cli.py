@@ -17,13 +17,37 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """configs/<name>.yaml with the command line's overrides; an unknown key or group is an error."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+        config = compose(name, overrides=list(overrides))
+        check_types(config, name, overrides)
+    return config
+
+
+def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
+    """Raises ValueError where the command line gives a word, a list or null for what configs/<name>.yaml has as a number.
+
+    Call it where Hydra is initialized.
+    """
+    groups = [o for o in overrides if (CONFIG_DIR / o.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
+    defaults = compose(name, overrides=groups)
+    known = set(flat_keys(defaults))
+    for key in flat_keys(config):
+        if key not in known and not key.startswith("hydra."):
+            raise ValueError(f"unknown key '{key}'{_did_you_mean(key)}")
+    for key in known:
+        default, value = (OmegaConf.select(c, key, throw_on_missing=False) for c in (defaults, config))
+        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int, float)):
+            raise ValueError(f"{key}={value}; needed: a value like {default}")
+        if isinstance(default, (int, float)) and (
+            not isinstance(value, (int, float)) or isinstance(default, int) and value != int(value)
+        ):
+            raise ValueError(f"{key}={value}; needed: {'a whole number' if isinstance(default, int) else 'a number'}")
 
 
 def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, list[str]]:
@@ -39,10 +63,11 @@ def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """ValueError, OSError and config errors inside become `error: <one line>` on stderr and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main raises its errors, instead of printing them and leaving with 1
     try:
         yield
     except USER_ERRORS as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if SHOW_TRACEBACK:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -51,11 +76,12 @@ def user_errors() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """What was found and what is needed, without Hydra's and OmegaConf's paragraphs."""
     text = str(error) or type(error).__name__
-    unknown = re.search(r"Could not (?:override|append to config\.).*?'([^']+)'", text) or re.search(
-        r"full_key: (\S+)", text
-    )
-    if isinstance(error, (HydraException, OmegaConfBaseException)) and unknown and "not in" in text:
-        return f"unknown key '{unknown.group(1)}'{_did_you_mean(unknown.group(1))}"
+    key = re.search(r"Could not (?:override|append to config\.[^']*) '([^']+)'", text)
+    if key:
+        return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
+    group = re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path", text, re.DOTALL)
+    if group:
+        return f"unknown {group.group(1)}={group.group(2)}; needed: one of {', '.join(group.group(3).split())}"
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -68,16 +94,17 @@ def _did_you_mean(key: str) -> str:
     for path in CONFIG_DIR.rglob("*.yaml"):
         group = path.parent.relative_to(CONFIG_DIR).as_posix()
         prefix = "" if group == "." else f"{group.replace('/', '.')}."
-        known |= {prefix + k for k in _flat_keys(OmegaConf.load(path))}
+        loaded = OmegaConf.load(path)
+        known |= {prefix + k for k in flat_keys(loaded)} if isinstance(loaded, DictConfig) else set()
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else "; the keys are in configs/"
 
 
-def _flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in config if isinstance(config, DictConfig) else ():
-        if key in ("defaults", "hydra"):
-            continue
-        yield f"{prefix}{key}"
+def flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a config's values."""
+    for key in config:
         value = config._get_node(key)
-        if isinstance(value, DictConfig):
-            yield from _flat_keys(value, f"{prefix}{key}.")
+        if isinstance(value, DictConfig) and len(value):
+            yield from flat_keys(value, f"{prefix}{key}.")
+        elif key not in ("defaults", "hydra"):
+            yield f"{prefix}{key}"

@@ -36,17 +36,16 @@ def build(
     num_heads: int | None = None,                   # None = by `size`
 ) -> "DiT":
     """A DiT by its name. Raises ValueError for a name that is not one."""
+    own = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads)
     name, _, patch = size.removeprefix("DiT-").partition("/")
     if name not in SIZES or not patch.isdigit():
         raise ValueError(f"model size {size!r}; needed: DiT-{{{','.join(SIZES)}}}/{{2,4,8}}, for example DiT-XL/2")
-    shape = SIZES[name]
+    shape = SIZES[name] | {key: value for key, value in own.items() if value is not None}
     return DiT(
         input_size=input_size,
         patch_size=int(patch),
         in_channels=in_channels,
-        hidden_size=hidden_size or shape["hidden_size"],
-        depth=depth or shape["depth"],
-        num_heads=num_heads or shape["num_heads"],
+        **shape,
         num_classes=num_classes,
         learn_sigma=learn_sigma,
         routes=routes,
@@ -74,6 +73,8 @@ class DiT(nn.Module):
         routes: Sequence[Route | Mapping] = (),
     ):
         super().__init__()
+        if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
+            raise ValueError("input_size, patch_size, in_channels, hidden_size, depth, num_heads and num_classes must be at least 1")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:

@@ -7,7 +7,8 @@
 No parameters, any (B, N, D) sequence model. B batch, N tokens, K tokens that stay, D width.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -51,8 +52,11 @@ def resolve_routes(routes, depth: int) -> tuple[Route, ...]:
     Raises ValueError where a route leaves the network of `depth` blocks, is empty, or overlaps another.
     """
     resolved = []
-    for route in routes:
-        route = route if isinstance(route, Route) else Route(**route)
+    for route in routes if isinstance(routes, Sequence) else [routes]:
+        if isinstance(route, Mapping) and route.keys() == {field.name for field in fields(Route)}:
+            route = Route(**route)
+        if not isinstance(route, Route):
+            raise ValueError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
         check_ratio(route.selection_ratio)
         start, end = (i + depth if i < 0 else i for i in (route.start_layer_idx, route.end_layer_idx))
         if not 0 <= start <= end < depth:

@@ -1,0 +1,212 @@
+"""Everything before the first training step: what cannot run is refused here, before anything is written or slow."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import checkpoint
+import cli
+import data
+from randomness import Rows
+from routing_module import Routing
+from sample import guidance_from
+
+
+AT_LEAST = {
+    "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0, "train.warmup_steps": 0,
+    "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1, "train.save_every": 0,
+    "train.keep_last": 1, "train.keep_every": 1, "preview.every": 0, "preview.num_images": 1, "data.num_workers": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_batch_size = world_size * micro_batch_size * accumulation; micro-batch m of rank r starts at row (m * world + r) * micro."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    def rows(self, generator: torch.Generator, micro: int) -> Rows:
+        return Rows(generator, (micro * self.world_size + self.rank) * self.micro_batch_size, self.global_batch_size)
+
+
+@dataclass
+class State:
+    """What training changes. `net` is `model`, wrapped for several processes."""
+
+    net: nn.Module
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
+    """Plain values only: run_name filled in, precision decided. Raises ValueError for what cannot run."""
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        if dist.num_processes > 1:
+            raise ValueError("-m runs its jobs in one process, one after another; start one launch per job instead")
+        job = hydra_cfg.job.override_dirname.replace("/", "-") or "default"
+        cfg.run_name = f"{cfg.run_name or 'multirun'}/{job}"
+    elif cfg.run_name is None:
+        choices = hydra_cfg.runtime.choices
+        cfg.run_name = f"{choices.data}-{choices.model}-{choices.objective}"
+    OmegaConf.resolve(cfg)
+    cli.check_types(cfg, "config", hydra_cfg.overrides.task)
+    train = cfg.train
+    for key, least in AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (isinstance(value, (int, float)) and value >= least):
+            raise ValueError(f"{key}={value}; needed: at least {least}")
+    if cfg.wandb.mode not in ("disabled", "offline", "online"):
+        raise ValueError(f"wandb.mode={cfg.wandb.mode}; needed: disabled, offline or online")
+    if not 0 <= train.label_dropout < 1 or not 0 <= train.ema_decay < 1 or not train.grad_clip > 0:
+        raise ValueError("needed: train.label_dropout and train.ema_decay in [0, 1), train.grad_clip > 0")
+    if train.compile not in ("blocks", "off", False):  # YAML reads a bare off as false
+        raise ValueError(f"train.compile={train.compile}; needed: blocks or off")
+    train.compile = "blocks" if train.compile == "blocks" else "off"
+    train.precision = decide_precision(train.precision, dist.device)
+    guidance_from(cfg.preview.guidance)
+    return cfg
+
+
+def decide_precision(wanted: str, device: torch.device) -> str:
+    """bf16 or fp32. `auto` follows accelerate's launch flag, else is bf16 on hardware with bf16 matrix units."""
+    if wanted == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched == "no":
+            return "bf16" if has_fast_bf16(device) else "fp32"
+        wanted = launched
+    if wanted not in ("bf16", "fp32"):
+        raise ValueError(f"precision {wanted!r}; needed: auto, bf16 or fp32 (fp16 overflows in long runs and is not offered)")
+    return wanted
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return device.type == "cpu" and cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
+
+
+def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
+    world, total = dist.num_processes, train.global_batch_size
+    share = total // world
+    micro = train.micro_batch_size or share
+    if total < 1 or total % (world * max(micro, 1)):
+        raise ValueError(
+            f"train.global_batch_size={total} is not processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
+        )
+    return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)
+
+
+def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.Latents]:
+    """(train, validation) latents, of the shape and classes that the model is for. Raises ValueError where they are not."""
+    if cfg.data.prepare == "mnist":
+        with dist.local_main_process_first():
+            data.prepare_mnist(cfg.data.path)
+    train = data.open_latents(cfg.data.path, kind=cfg.data.kind, on_error=cfg.data.on_error)
+    wanted = (cfg.data.channels, cfg.data.input_size, cfg.data.input_size)
+    if tuple(train.shape) != wanted:
+        raise ValueError(
+            f"{cfg.data.path} holds latents of shape {tuple(train.shape)}, the model is for {wanted}: "
+            f"set data.channels and data.input_size, or data.path"
+        )
+    if train.num_classes > cfg.data.num_classes:
+        raise ValueError(f"{cfg.data.path} has {train.num_classes} classes, the model has data.num_classes={cfg.data.num_classes}")
+    if len(train) < cfg.train.global_batch_size:
+        raise ValueError(f"{cfg.data.path} has {len(train)} samples, fewer than train.global_batch_size={cfg.train.global_batch_size}")
+    if not data.has_split(cfg.data.path, "val"):
+        return train, train
+    return train, data.open_latents(cfg.data.path, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)
+
+
+def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.AdamW:
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    settings = cfg.optimizer
+    return torch.optim.AdamW(
+        model.parameters(), lr=cfg.train.lr, betas=tuple(settings.betas), eps=settings.eps,
+        weight_decay=settings.weight_decay, fused=fused,
+    )  # fmt: skip
+
+
+def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
+    """The checkpoint to go on from, whole and unchanged; None for a new run. Raises ValueError."""
+    if cfg.resume is None:
+        if (run_folder / "config.yaml").exists() or checkpoint.latest(run_folder) is not None:
+            raise ValueError(f"{run_folder} exists already; set resume=auto to go on from it, or another run_name")
+        return None
+    if cfg.resume != "auto":
+        found = checkpoint.find(cfg.resume)
+        checkpoint.verify(found)
+        return found
+    return checkpoint.newest_intact(run_folder)
+
+
+def resume(path: Path, state: State, cfg: DictConfig) -> int:
+    """Restores weights, EMA and optimizer -> the step they are of. Raises ValueError where the run is another one."""
+    saved = OmegaConf.load(path / "config.yaml")
+    differing = [
+        f"{key} was {OmegaConf.select(saved, key)}, is {OmegaConf.select(cfg, key)}"
+        for key in cli.flat_keys(OmegaConf.merge(saved, cfg))
+        if key.split(".")[0] in ("model", "objective", "seed") and OmegaConf.select(saved, key) != OmegaConf.select(cfg, key)
+    ]
+    if differing:
+        raise ValueError(f"{path} is of another run ({'; '.join(differing)}): set another run_name, or these as they were")
+    checkpoint.load_weights(path, state.model, "raw")
+    checkpoint.load_weights(path, state.ema, "ema")
+    checkpoint.load_optimizer(path, state.model, state.optimizer)
+    return checkpoint.step_of(path)
+
+
+def prepare_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> None:
+    """Makes the folder, writes the resolved config, and drops log lines of steps that will be taken again."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text_atomic(run_folder / "config.yaml", OmegaConf.to_yaml(cfg))
+    metrics = run_folder / "metrics.jsonl"
+    if metrics.exists():
+        complete = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        checkpoint.write_text_atomic(metrics, "".join(line for line in complete if json.loads(line)["step"] <= start_step))
+
+
+def compile_blocks(model: nn.Module, wanted: str, dist: PartialState) -> str:
+    """Compiles each block in place (names stay as they are); falls back to eager, saying so, where nothing compiles."""
+    if wanted == "off":
+        return "off"
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=dist.device))
+    except Exception as error:  # whatever a machine without a compiler raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"off: torch.compile does not work here ({reason[:120]})"
+    torch.compiler.reset()  # a sweep runs several models in one process
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    return "blocks, in the first steps"
+
+
+def describe(cfg, model, latents: data.Latents, plan: BatchPlan, resumed: Path | None, compiled: str) -> str:
+    parameters, dense = sum(p.numel() for p in model.parameters()), model.macs()
+    cost = f"{dense / 1e9:.3f} GMACs dense"
+    if model.routes:
+        routed = model.macs(Routing())
+        spans = ", ".join(f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes)
+        cost += f", {routed / 1e9:.3f} routed (blocks {spans}): a step {dense / routed:.2f}x cheaper"
+    lines = [
+        f"run        {Path(cfg.results_dir) / cfg.run_name}" + (f", from {resumed}" if resumed else ""),
+        f"model      {cfg.model.size}: {parameters / 1e6:.2f} M parameters, {cost}",
+        f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
+        f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} x {plan.accumulation} accumulated",
+        f"precision  {cfg.train.precision}, compile {compiled}",
+    ]
+    return "\n".join(lines)
