@@ -13,7 +13,6 @@ What each project's own scripts write, and what its training makes of it (K = ki
     npy            any folder of .npy, class by top folder or dataset.json                  K to be given
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from autoencoder import VAECodec
 from data.kinds import Channels
 from data.pickled import read_pickled_array
 from data.tar import members, split_name
-from data.tree import Tree, open_tree
+from data.tree import dataset_json, open_tree
 
 SD_SCALE = VAECodec().scale
 INVAE_SCALE = 0.3099
@@ -201,7 +200,7 @@ def _numbered(root: Path, prefix: str, format: str) -> Source:
     """`.npy` files with a dataset.json beside them; without labels in it every class is 0."""
     tree = open_tree(root)
     names = [n for n in tree.names if n.endswith(".npy") and n.rpartition("/")[2].startswith(prefix)]
-    labels = _dataset_json(root, tree) or dict.fromkeys(names, 0)
+    labels = dataset_json(root, tree) or dict.fromkeys(names, 0)
     unlabelled = next((name for name in names if name not in labels), None)
     if unlabelled is not None:
         raise ValueError(f"{root}/dataset.json has no label for {unlabelled}")
@@ -211,17 +210,6 @@ def _numbered(root: Path, prefix: str, format: str) -> Source:
         array=lambda i, mirrored: _npy(root, names[i], tree.read),
         label=lambda i: int(labels[names[i]]),
     )
-
-
-def _dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
-    """{relative path: label}; None where there is no such file or it says null."""
-    if "dataset.json" not in tree.names:
-        return None
-    try:
-        labels = json.loads(tree.read("dataset.json"))["labels"]
-        return {name.replace("\\", "/"): int(label) for name, label in labels} if labels is not None else None
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f'{root}/dataset.json is not {{"labels": [[name, label], ...]}}') from None
 
 
 def _fastdit(path: Path) -> Source | None:
@@ -283,7 +271,7 @@ def _npy_folder(path: Path) -> Source | None:
     tree = open_tree(path)
     names = [name for name in tree.names if name.endswith(".npy")]
     folders = {folder: i for i, folder in enumerate(sorted({_top(name) for name in names}))}
-    labels = _dataset_json(path, tree) or {name: folders[_top(name)] for name in names}
+    labels = dataset_json(path, tree) or {name: folders[_top(name)] for name in names}
     return Source("npy", len(names), lambda i, mirrored: _npy(path, names[i]), lambda i: labels[names[i]])
 
 

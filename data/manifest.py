@@ -2,6 +2,7 @@
 
     kind, scale, bias     kinds.py; scale and bias are numbers or one number a channel (null for sample_scaled: applied)
     codec                 what turns latents into pixels, as encoding recorded it; null where nobody knows
+    codec_sha256          of its weights, null where nobody knows
     shape, dtype          of each stored array
     num_classes           labels are 0..num_classes-1
     flip                  "none", or "both": every image has a second entry, its mirror image's latent
@@ -18,7 +19,7 @@ from data.kinds import check_kind
 
 SPLITS = ("train", "val")
 FILE_NAME = "meta.json"
-KEYS = "kind scale bias codec shape dtype num_classes flip counts mean std shards".split()
+KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
 SHARD_KEYS = "name split n sha256".split()
 
 

@@ -43,6 +43,7 @@ def publish(
     scale: Channels | None = None,
     bias: Channels | None = None,
     codec: dict | None = None,
+    codec_sha256: str | None = None,
     flip: str = "none",
     num_classes: int | None = None,
 ) -> dict:
@@ -68,7 +69,7 @@ def publish(
         indices[split] = index
     if not indices:
         raise ValueError(f"no shards train-*.tar in {folder}")
-    manifest |= {"kind": kind, "scale": scale, "bias": bias, "codec": codec, "flip": flip}
+    manifest |= {"kind": kind, "scale": scale, "bias": bias, "codec": codec, "codec_sha256": codec_sha256, "flip": flip}
     manifest["num_classes"] = num_classes or 1 + max(int(index.entries.labels.max()) for index in indices.values())
     manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
     first = next(iter(indices.values()))

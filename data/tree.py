@@ -1,5 +1,6 @@
 """The files in a folder, a zip or a tar, read one at a time and never extracted."""
 
+import json
 import os
 import zipfile
 from collections.abc import Callable
@@ -24,6 +25,17 @@ def open_tree(path: Path) -> Tree:
     if path.suffix == ".tar":
         return _open_tar(path)
     raise ValueError(f"{path} is {'not there' if not path.exists() else 'neither a folder, a .zip nor a .tar'}")
+
+
+def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
+    """{relative path: label}; None where there is no such file or it says null."""
+    if "dataset.json" not in tree.names:
+        return None
+    try:
+        labels = json.loads(tree.read("dataset.json"))["labels"]
+        return {name.replace("\\", "/"): int(label) for name, label in labels} if labels is not None else None
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f'{root}/dataset.json is not {{"labels": [[name, label], ...]}}') from None
 
 
 def _open_zip(path: Path) -> Tree:

@@ -1,0 +1,134 @@
+"""Pictures into latents, ready to train on, with any diffusers AutoencoderKL.
+
+    python scripts/encode_latents.py images=photos/ out=datasets/photos vae=stabilityai/sd-vae-ft-ema
+    accelerate launch --num_processes 8 scripts/encode_latents.py images=imagenet/train.zip out=... vae=... flip=both
+
+The keys: configs/encode.yaml. Each process takes every n-th shard. A shard that lies in `out` is complete: after an
+interruption the same command goes on, and ends with the bytes of an undisturbed run. Process 0 writes meta.json last.
+"""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+from autoencoder import VAECodec
+from data import kinds
+from data.convert import FLIPS, entries, plan_shards
+from data.images import Images, center_crop, open_images
+from data.publish import claim, publish
+from data.scan import DTYPES
+from data.writer import write_shard
+from randomness import seeded_generator
+
+CHOICES = {"kind": ("sample", "moments"), "flip": FLIPS, "dtype": DTYPES}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments in (["-h"], ["--help"], ["help"]):
+        print(__doc__.strip())
+        return
+    cfg = cli.load_config("encode", arguments)
+    for key, choices in CHOICES.items():
+        if cfg[key] not in choices:
+            raise ValueError(f"{key}={cfg[key]}; needed: {' or '.join(choices)}")
+    # No process group: shards are dealt out by rank and met again as files, so nothing can time out.
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    images = open_images(cfg.images)
+    shards = plan_shards(len(images.names), cfg.shard_size, cfg.val)
+    codec = VAECodec(cfg.vae, cfg.scale).to(device())
+    vae_sha256 = weights_sha256(codec.vae)
+    folder = Path(cfg.out)
+    recipe = {key: cfg[key] for key in ("scale", "size", "kind", "flip", "dtype", "val", "shard_size", "batch_size")}
+    claim(folder, {**recipe, "images": os.path.realpath(cfg.images), "count": len(images.names), "vae": vae_sha256})
+    mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
+    with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
+        for name, chosen in mine.items():
+            write_shard(folder / name, encode(codec, images, chosen, cfg, progress))
+    if rank == 0:
+        while not all((folder / name).exists() for name in shards):  # a process that fails takes this one with it
+            time.sleep(0.2)
+        finish(folder, images, cfg, vae_sha256)
+
+
+def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: DictConfig, progress: tqdm) -> Iterator[tuple]:
+    """(key, array (C or 2C, h, w), label) of what each of the chosen pictures becomes.
+
+    Batches begin with the shard and noise is keyed by the picture, so that a shard's bytes depend on nothing outside it.
+    """
+    batches = np.split(chosen, range(cfg.batch_size, len(chosen), cfg.batch_size))
+    for batch, pixels in zip(batches, crops(images, batches, cfg.size, cfg.num_threads)):
+        arrays: dict[str, np.ndarray] = {}
+        for mirrored, side in ((False, pixels), (True, pixels.flip(-1)))[: 2 if cfg.flip == "both" else 1]:
+            keys = [entries(image, cfg.flip)[mirrored][0] for image in batch.tolist()]
+            arrays |= zip(keys, latents(codec, side, keys, cfg))
+        for image in batch.tolist():
+            for key, _ in entries(image, cfg.flip):
+                yield key, arrays[key], images.labels[image]
+        progress.update(len(batch))
+
+
+def crops(images: Images, batches: list[np.ndarray], size: int, num_threads: int) -> Iterator[torch.Tensor]:
+    """The pictures of each batch, (B, 3, size, size) uint8, decoded two batches ahead."""
+    with ThreadPoolExecutor(num_threads) as threads:
+
+        def begin(batch: np.ndarray) -> list[Future]:
+            return [threads.submit(lambda i: center_crop(images.read(i), size), i) for i in batch.tolist()]
+
+        ahead = [begin(batch) for batch in batches[:2]]
+        for i in range(len(batches)):
+            ahead += [begin(batch) for batch in batches[i + 2 : i + 3]]
+            yield torch.from_numpy(np.stack([crop.result() for crop in ahead.pop(0)]))
+
+
+def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: DictConfig) -> np.ndarray:
+    """pixels (B, 3, size, size) uint8 -> scaled samples (B, C, h, w), or unscaled moments (B, 2C, h, w), as stored."""
+    out = torch.cat(codec.moments(pixels), dim=1)  # (B, 2C, h, w)
+    if cfg.kind == "sample":
+        noise = [seeded_generator("encode", key) for key in keys]
+        out = kinds.to_model_input(out.cpu(), "moments_logvar", codec.scale, 0.0, noise)  # (B, C, h, w)
+    return out.cpu().numpy().astype(cfg.dtype)
+
+
+def finish(folder: Path, images: Images, cfg: DictConfig, vae_sha256: str) -> None:
+    """Process 0, when all shards are there: meta.json, and what to do next."""
+    moments = cfg.kind == "moments"
+    manifest = publish(
+        folder,
+        kind="moments_logvar" if moments else "sample_scaled",
+        scale=cfg.scale if moments else None,
+        bias=0.0 if moments else None,
+        codec={"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale},
+        codec_sha256=vae_sha256,
+        flip=cfg.flip,
+        num_classes=len(images.classes) or None,
+    )
+    print(f"{folder}: {manifest['counts']} of {manifest['num_classes']} classes; python -m data inspect {folder} says more")
+
+
+def device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1:])

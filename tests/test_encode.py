@@ -1,0 +1,204 @@
+"""Photographs into latents by the command, with a small AutoencoderKL, whatever interrupts it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.images import center_crop, open_images
+from data.latents import open_latents
+from scripts.encode_latents import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE, SCALE = 32, 0.5
+NUM_PHOTOS = 24
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Crops of two photographs, china/ and flower/, as JPEG; and, in plain/, pictures of one colour."""
+    from sklearn.datasets import load_sample_images
+
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name, photo in zip(("china", "flower"), load_sample_images().images):
+        (root / name).mkdir()
+        for i in range(NUM_PHOTOS // 2):
+            height, width = rng.integers(SIZE, 200, 2)
+            top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
+            Image.fromarray(photo[top : top + height, left : left + width]).save(root / name / f"{i}.jpg")
+    (root / "plain").mkdir()
+    for grey in (0, 255):
+        Image.new("RGB", (50, 40), (grey, grey, grey)).save(root / "plain" / f"{grey}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[8, 8, 8],
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIZE,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def settings(photos: Path, out: Path, vae: Path, *more: str) -> list[str]:
+    common = [f"images={photos}", f"out={out}", f"vae={vae}", f"scale={SCALE}", f"size={SIZE}", "batch_size=4", "shard_size=6"]
+    return [*common, *more]
+
+
+def command(*arguments, launcher: tuple = ()) -> list[str]:
+    return [sys.executable, *launcher, str(ROOT / "scripts/encode_latents.py"), *settings(*arguments)]
+
+
+@pytest.fixture(scope="module")
+def encoded(photos, vae, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("encoded") / "set"
+    main(settings(photos, out, vae, "kind=moments", "flip=both", "dtype=float32", "val=3"))
+    return out
+
+
+def encoder_moments(vae: Path, pixels: np.ndarray) -> torch.Tensor:
+    """(2C, h, w) of one picture (3, H, W) uint8, straight from diffusers."""
+    from diffusers import AutoencoderKL
+
+    with torch.no_grad():
+        x = torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1
+        posterior = AutoencoderKL.from_pretrained(vae).encode(x).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)[0]
+
+
+def read_all(folder: Path, split: str) -> dict[str, tuple[torch.Tensor, int]]:
+    latents = open_latents(folder, split=split)
+    raw, y = latents.read(range(len(latents)))
+    return dict(zip(latents.keys(range(len(latents))), zip(raw, y.tolist())))
+
+
+def test_every_picture_and_its_mirror_image_is_the_vaes(photos, vae, encoded):
+    images = open_images(photos)
+    assert images.classes == ["china", "flower", "plain"] and len(images.names) == NUM_PHOTOS + 2
+    train, val = read_all(encoded, "train"), read_all(encoded, "val")
+    assert (len(train), len(val)) == (2 * (NUM_PHOTOS - 1), 6) and not train.keys() & val.keys()
+    stored = train | val
+    for i in (0, 1, NUM_PHOTOS - 1):
+        pixels = center_crop(images.read(i), SIZE)
+        for key, picture in ((f"{i:08d}", pixels), (f"{i:08d}-flip", pixels[..., ::-1])):
+            array, label = stored[key]
+            torch.testing.assert_close(array, encoder_moments(vae, picture), rtol=1e-4, atol=1e-4)
+            assert label == images.labels[i]
+
+
+def test_constant_picture_has_the_known_latent(photos, vae, encoded):
+    """White and black: the picture is its own crop and mirror image, so the latent is that of a constant tensor."""
+    stored = read_all(encoded, "train") | read_all(encoded, "val")
+    for number, grey in ((NUM_PHOTOS, 0), (NUM_PHOTOS + 1, 255)):
+        known = encoder_moments(vae, np.full((3, SIZE, SIZE), grey, np.uint8))
+        for key in (f"{number:08d}", f"{number:08d}-flip"):
+            torch.testing.assert_close(stored[key][0], known, rtol=1e-4, atol=1e-4)
+
+
+def test_manifest_says_how_it_was_made(vae, encoded):
+    latents = open_latents(encoded)
+    assert (latents.kind, latents.shape, latents.stored_shape) == ("moments_logvar", (4, 8, 8), (8, 8, 8))
+    assert latents.meta["codec"] == {"_target_": "autoencoder.VAECodec", "path": str(vae), "scale": SCALE}
+    assert latents.meta["flip"] == "both" and len(latents.meta["codec_sha256"]) == 64 and latents.num_classes == 3
+    raw, _ = latents.read([0])
+    x = latents.to_model_input(raw.expand(2000, -1, -1, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x.mean(dim=0), raw[0, :4] * SCALE, rtol=0, atol=0.1)
+
+
+def test_killed_and_started_again_gives_the_same_bytes_on_any_number_of_processes(photos, vae, tmp_path):
+    """Samples, with their noise: one process, against two, of which one run is killed when the first shard lies there."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(settings(photos, whole, vae))
+    two = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671")
+    process = subprocess.Popen(command(photos, cut, vae), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list(cut.glob("*.tar")) and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (cut / "meta.json").unlink(missing_ok=True)  # in case the machine was faster than the signal
+    done = subprocess.run(command(photos, cut, vae, launcher=two), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in whole.glob("*.tar"))
+    assert len(names) == 5 and names == sorted(path.name for path in cut.glob("*.tar"))
+    for name in [*names, "meta.json"]:
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    assert not list(cut.glob(".*.tmp"))
+    latents = open_latents(cut)
+    assert (latents.kind, latents.shape, latents.dtype) == ("sample_scaled", (4, 8, 8), torch.float16)
+    with pytest.raises(ValueError, match="flip=none, not both"):
+        main(settings(photos, cut, vae, "flip=both"))
+
+
+def test_center_crop_keeps_the_middle():
+    picture = np.zeros((40, 100, 3), np.uint8)
+    picture[:, 30:70] = 200  # the middle square
+    assert (center_crop(Image.fromarray(picture), 40) == 200).all()
+    assert center_crop(Image.fromarray(picture), 20).shape == (3, 20, 20)
+    ramp = np.tile(np.arange(128, dtype=np.uint8)[None, :, None], (128, 1, 3))
+    halved = center_crop(Image.fromarray(ramp), 64)  # one box filter: the mean of two neighbours, 0.5 rounded up
+    np.testing.assert_array_equal(halved[0, 0], np.arange(64) * 2 + 1)
+
+
+def test_zip_and_tar_hold_the_same_pictures(photos, tmp_path):
+    folder = open_images(photos)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive, tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in folder.names:
+            archive.write(photos / name, f"train/{name}")  # one folder around all, as archives often have
+            tar.add(photos / name, f"./train/{name}")
+    for archive in ("all.zip", "all.tar"):
+        images = open_images(tmp_path / archive)
+        assert (images.labels, images.classes) == (folder.labels, folder.classes)
+        assert images.read(3).tobytes() == folder.read(3).tobytes()
+
+
+def test_labels_beside_pictures(photos, tmp_path):
+    (tmp_path / "some").mkdir()
+    names = ["b.png", "a.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "some" / name)
+    (tmp_path / "some/dataset.json").write_text(json.dumps({"labels": [["a.png", 7], ["b.png", 5]]}))
+    assert open_images(tmp_path / "some").labels == [7, 5]
+    with tarfile.open(tmp_path / "wds.tar", "w") as tar:
+        for key, label in (("0001", b"4"), ("0000", b"2")):
+            for extension, contents in (("png", (tmp_path / "some/a.png").read_bytes()), ("cls", label)):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(contents)
+                tar.addfile(info, io.BytesIO(contents))
+    assert open_images(tmp_path / "wds.tar").labels == [2, 4]
+
+
+def test_what_encoding_refuses(photos, vae, tmp_path):
+    (tmp_path / "bad/class").mkdir(parents=True)
+    (tmp_path / "bad/class/a.jpg").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ((tmp_path / "none", tmp_path / "o", vae), "is not there"),
+        ((tmp_path / "empty", tmp_path / "o", vae), "no pictures"),
+        ((tmp_path / "bad", tmp_path / "o", vae), "class/a.jpg"),
+        ((photos, tmp_path / "o", vae, "flip=all"), "flip=all; needed: none or both"),
+        ((photos, tmp_path / "o", vae, "val=26"), "0 <= val < images"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            main(settings(*arguments))
+    done = subprocess.run(command(photos, tmp_path / "o2", tmp_path / "no-vae"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no-vae" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.glob("o*/meta.json"))
