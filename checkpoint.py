@@ -8,6 +8,7 @@ A checkpoint is written to a temporary folder, synced to disk and renamed: it is
 safetensors and settings are text, so nothing that is read can run code.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 MANIFEST = "manifest.json"
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 
 
@@ -39,14 +41,23 @@ def save(
     state: dict,                                    # plain numbers and strings, into trainer_state.json
     config: str,                                    # the resolved config, as YAML
 ) -> Path:
-    """Writes the checkpoint of `step` and points `latest` at it. Modules without wrappers (names carry no prefix)."""
+    """Writes the checkpoint of `step` and points `latest` at it. Modules without wrappers (names carry no prefix).
+
+    Raises OSError where the disk is full or cannot be written; what was there before is untouched.
+    """
+    tensors = {
+        WEIGHTS_FILES["raw"]: model.state_dict(),
+        WEIGHTS_FILES["ema"]: ema.state_dict(),
+        "optimizer.safetensors": optimizer_tensors(model, optimizer),
+    }
     target = step_folder(run_folder, step)
-    temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    check_free_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file(_contiguous(model.state_dict()), temporary / WEIGHTS_FILES["raw"])
-        save_file(_contiguous(ema.state_dict()), temporary / WEIGHTS_FILES["ema"])
-        save_file(_contiguous(optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
+        for name, named in tensors.items():
+            _save_tensors(named, temporary / name)
         (temporary / "config.yaml").write_text(config)
         (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}
@@ -54,15 +65,31 @@ def save(
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        if target.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(target)
+        if target.exists():  # this step's own, found damaged at a resume: out of the way, but not gone before the new one is there
+            shutil.rmtree(aside := target.with_name(f"{TEMPORARY}old_{target.name}"), ignore_errors=True)
+            os.rename(target, aside)
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(target.parent)
     write_text_atomic(target.parent / "latest", target.name + "\n")
+    remove_temporaries(run_folder)
     return target
+
+
+def check_free_space(run_folder: Path, needed: int) -> None:
+    """Raises OSError (ENOSPC) where the disk has less than `needed` bytes and a margin of 2 %."""
+    existing = next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.02:
+        raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB", str(run_folder))
+
+
+def remove_temporaries(run_folder: Path) -> None:
+    """What writers that died have left."""
+    for path in (run_folder / "checkpoints").glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def prune(run_folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -192,7 +219,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
+    """Replaces a file as a whole: after a crash it has the old text or the new."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     temporary.write_text(text)
     _sync(temporary)
     os.replace(temporary, path)
@@ -207,8 +235,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how safetensors reports what the operating system refused
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Where training's numbers go: metrics.jsonl always, wandb when asked for, and the terminal."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,23 +13,22 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from guard import FiniteGuard
+from prepare import BatchPlan
+
 
 class Logger:
     """metrics.jsonl, wandb and the terminal; the main process writes, the others only take part in the mean of the loss."""
 
     def __init__(self, cfg: DictConfig, run_folder: Path, start_step: int, dist: PartialState):
         self.dist, self.path = dist, run_folder / "metrics.jsonl"
-        self.losses, self.steps = torch.zeros((), device=dist.device), 0
+        self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
         self.started, self.waited, self.paused = time.perf_counter(), 0.0, 0.0
+        self.skipped, self.unwritten = 0.0, ""
         self.wandb = None
         if dist.is_main_process and cfg.wandb.mode != "disabled":
-            import wandb
-
-            name = cfg.run_name.replace("/", "-")
-            self.wandb = wandb.init(
-                mode=cfg.wandb.mode, project=cfg.wandb.project, name=name, id=name, resume="allow", dir=run_folder,
-                config=OmegaConf.to_container(cfg),
-            )  # fmt: skip
+            with self.survive("wandb"):
+                self.wandb = start_wandb(cfg, run_folder)
         self.bar = tqdm(
             total=cfg.train.max_steps, initial=start_step, unit="step", dynamic_ncols=True,
             disable=not (dist.is_main_process and sys.stderr.isatty()),
@@ -54,31 +54,57 @@ class Logger:
         self.steps += 1
         self.bar.update()
 
-    def train(self, step: int, grad_norm: torch.Tensor, lr: float, global_batch_size: int) -> None:
-        """One line on the steps since the last one; the only place where training waits for the device."""
-        mean = self.losses / self.steps
+    def train(
+        self, step: int, grad_norm: torch.Tensor, lr: float, plan: BatchPlan, guard: FiniteGuard, max_skipped: int
+    ) -> int:
+        """One line on the steps since the last one -> the first step that was not finite, where that ends the run, else 0.
+
+        The only place where training waits for the device.
+        """
         if self.dist.num_processes > 1:
-            torch.distributed.all_reduce(mean)
-            mean /= self.dist.num_processes
-        loss, norm = mean.item(), grad_norm.item()
+            torch.distributed.all_reduce(self.losses)
+            self.losses /= self.dist.num_processes
+        loss, norm, skipped, first_bad = torch.stack([self.losses, grad_norm, guard.count, guard.first]).tolist()
         seconds = time.perf_counter() - self.started - self.paused
+        good_steps = self.steps - (skipped - self.skipped)
         values = {
-            "train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "perf/step_s": seconds / self.steps,
-            "perf/img_per_s": self.steps * global_batch_size / seconds, "perf/data_wait": self.waited / seconds,
+            "train/loss": loss / good_steps if good_steps else None, "train/grad_norm": norm if math.isfinite(norm) else None,
+            "train/lr": lr, "train/skipped": int(skipped), "perf/step_s": seconds / self.steps,
+            "perf/img_per_s": self.steps * plan.global_batch_size / seconds, "perf/data_wait": self.waited / seconds,
         }  # fmt: skip
         self.write(step, values)
-        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.set_postfix(loss=values["train/loss"], refresh=False)
         self.losses.zero_()
-        self.steps, self.started, self.waited, self.paused = 0, time.perf_counter(), 0.0, 0.0
+        self.skipped, self.steps = skipped, 0
+        self.started, self.waited, self.paused = time.perf_counter(), 0.0, 0.0
+        return int(first_bad) if skipped > (0 if guard.mode == "stop" else max_skipped) else 0
+
+    @contextmanager
+    def survive(self, what: str) -> Iterator[None]:
+        """What fails inside costs a warning, not the run."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"{what} failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self.dist.is_main_process:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.unwritten += json.dumps({"step": step, **values}) + "\n"
+        try:
+            with open(self.path, "a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:  # kept, and written with the next line
+            self.warn(f"{self.path}: {error.strerror}; training goes on")
         if self.wandb is not None:
-            self.wandb.log({"train/step": step, **values})
-        self.say(f"step {step}  " + "  ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in values.items()))
+            with self.survive("wandb"):
+                self.wandb.log({"train/step": step, **values})
+        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in values.items() if value is not None]
+        self.say(f"step {step}  " + "  ".join(shown))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -91,4 +117,18 @@ class Logger:
         self.bar.close()
         self.say(text)
         if self.wandb is not None:
-            self.wandb.finish()
+            with self.survive("wandb"):
+                self.wandb.finish()
+
+
+def start_wandb(cfg: DictConfig, run_folder: Path):
+    """A wandb run whose id is the run's name, so that a resumed run goes on in the same curves."""
+    import wandb
+
+    name = cfg.run_name.replace("/", "-")
+    run = wandb.init(
+        mode=cfg.wandb.mode, project=cfg.wandb.project, name=name, id=name, resume="allow", dir=run_folder,
+        config=OmegaConf.to_container(cfg), settings=wandb.Settings(init_timeout=60),
+    )  # fmt: skip
+    run.define_metric("*", step_metric="train/step")
+    return run

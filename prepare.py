@@ -1,9 +1,12 @@
 """Everything before the first training step: what cannot run is refused here, before anything is written or slow."""
 
+import fcntl
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from accelerate import PartialState
@@ -15,6 +18,7 @@ from torch import nn
 import checkpoint
 import cli
 import data
+from guard import FiniteGuard
 from randomness import Rows
 from routing_module import Routing
 from sample import guidance_from
@@ -23,7 +27,7 @@ from sample import guidance_from
 AT_LEAST = {
     "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0, "train.warmup_steps": 0,
     "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1, "train.save_every": 0,
-    "train.keep_last": 1, "train.keep_every": 1, "preview.every": 0, "preview.num_images": 1, "data.num_workers": 0,
+    "train.keep_last": 1, "train.max_hours": 0, "train.timeout_s": 1, "train.max_skipped": 0, "train.check_replicas_every": 0, "train.keep_every": 1, "preview.every": 0, "preview.num_images": 1, "data.num_workers": 0,
 }  # fmt: skip
 
 
@@ -49,21 +53,27 @@ class State:
     model: nn.Module
     ema: nn.Module
     optimizer: torch.optim.Optimizer
+    guard: FiniteGuard
 
 
-def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
-    """Plain values only: run_name filled in, precision decided. Raises ValueError for what cannot run."""
+def name_run(cfg: DictConfig) -> DictConfig:
+    """Hydra's part: run_name and key types. A sweep's jobs go to <run_name or multirun>/<its overrides>."""
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        if dist.num_processes > 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("-m runs its jobs in one process, one after another; start one launch per job instead")
         job = hydra_cfg.job.override_dirname.replace("/", "-") or "default"
         cfg.run_name = f"{cfg.run_name or 'multirun'}/{job}"
     elif cfg.run_name is None:
         choices = hydra_cfg.runtime.choices
         cfg.run_name = f"{choices.data}-{choices.model}-{choices.objective}"
-    OmegaConf.resolve(cfg)
     cli.check_types(cfg, "config", hydra_cfg.overrides.task)
+    return cfg
+
+
+def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
+    """Plain values only, precision decided. Raises ValueError for what cannot run."""
+    OmegaConf.resolve(cfg)
     train = cfg.train
     for key, least in AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
@@ -133,11 +143,10 @@ def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.L
 
 
 def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.AdamW:
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
     settings = cfg.optimizer
     return torch.optim.AdamW(
         model.parameters(), lr=cfg.train.lr, betas=tuple(settings.betas), eps=settings.eps,
-        weight_decay=settings.weight_decay, fused=fused,
+        weight_decay=settings.weight_decay, fused=True,
     )  # fmt: skip
 
 
@@ -154,30 +163,57 @@ def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
     return checkpoint.newest_intact(run_folder)
 
 
-def resume(path: Path, state: State, cfg: DictConfig) -> int:
+# What may differ between a run and its continuation without changing a number of it.
+HARMLESS = (
+    "run_name", "results_dir", "resume", "resume_allow", "preview", "wandb", "sampler", "data.path", "data.prepare", "data.num_workers",
+    "train.micro_batch_size", "train.log_every", "train.val_every", "train.val_samples", "train.save_every", "train.keep_last",
+    "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
+)  # fmt: skip
+
+
+def resume(path: Path, state: State, cfg: DictConfig, latents: data.Latents) -> int:
     """Restores weights, EMA and optimizer -> the step they are of. Raises ValueError where the run is another one."""
     saved = OmegaConf.load(path / "config.yaml")
+    allowed = (*HARMLESS, *cfg.resume_allow) + (() if cfg.train.decay_steps else ("train.max_steps",))
     differing = [
         f"{key} was {OmegaConf.select(saved, key)}, is {OmegaConf.select(cfg, key)}"
-        for key in cli.flat_keys(OmegaConf.merge(saved, cfg))
-        if key.split(".")[0] in ("model", "objective", "seed") and OmegaConf.select(saved, key) != OmegaConf.select(cfg, key)
+        for key in dict.fromkeys([*cli.flat_keys(saved), *cli.flat_keys(cfg)])
+        if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in allowed)
+        and OmegaConf.select(saved, key) != OmegaConf.select(cfg, key)
     ]
+    fingerprint = json.loads((path / "trainer_state.json").read_text())["data"]
+    if fingerprint != latents.fingerprint and "data" not in cfg.resume_allow:
+        differing.append(f"the data's fingerprint was {fingerprint}, is {latents.fingerprint}")
     if differing:
-        raise ValueError(f"{path} is of another run ({'; '.join(differing)}): set another run_name, or these as they were")
+        raise ValueError(f"{path} is of another run: {'; '.join(differing)} (resume_allow=[key,...] goes on all the same)")
     checkpoint.load_weights(path, state.model, "raw")
     checkpoint.load_weights(path, state.ema, "ema")
     checkpoint.load_optimizer(path, state.model, state.optimizer)
     return checkpoint.step_of(path)
 
 
-def prepare_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> None:
-    """Makes the folder, writes the resolved config, and drops log lines of steps that will be taken again."""
+def claim_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> TextIO:
+    """Makes the folder, locks it, writes the resolved config, and drops log lines of steps that will be taken again.
+
+    The lock is the kernel's and ends with the process, however it ends. Raises ValueError where another job has it.
+    """
     run_folder.mkdir(parents=True, exist_ok=True)
+    lock = open(run_folder / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(f"{run_folder} is in use by {lock.read().strip() or 'another job'}; needed: another run_name") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    checkpoint.remove_temporaries(run_folder)
     checkpoint.write_text_atomic(run_folder / "config.yaml", OmegaConf.to_yaml(cfg))
     metrics = run_folder / "metrics.jsonl"
     if metrics.exists():
         complete = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
         checkpoint.write_text_atomic(metrics, "".join(line for line in complete if json.loads(line)["step"] <= start_step))
+    return lock
 
 
 def compile_blocks(model: nn.Module, wanted: str, dist: PartialState) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 import hydra
 import numpy as np
 import torch
-from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torchvision.utils import make_grid
@@ -27,6 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import cli
 from guidance import Guidance, guide
+from processes import start_processes
 from randomness import normal, seeded_generator
 from routing_module import Routing
 
@@ -72,7 +72,7 @@ def load_run(ckpt: str | Path, weights: str = "ema", *, device=None, precision: 
     checkpoint.verify(path)
     config = OmegaConf.load(path / "config.yaml")
     check_targets(config)
-    device = torch.device(device) if device is not None else PartialState().device
+    device = torch.device(device) if device is not None else start_processes().device
     model = instantiate(config.model)
     checkpoint.load_weights(path, model, weights)
     return Run(

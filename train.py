@@ -5,14 +5,20 @@ Every random number comes from a generator keyed by (seed, purpose, step) and dr
 the same on any number of processes, and a checkpoint needs no random state.
 """
 
+import contextlib
 import copy
+import json
+import os
+import sys
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import hydra
+import numpy as np
 import torch
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
@@ -21,14 +27,17 @@ from torch import nn
 import checkpoint
 import cli
 import data
+from guard import FiniteGuard
 from logger import Logger
 from prepare import (
-    BatchPlan, State, batch_plan, compile_blocks, describe, find_resume, make_optimizer, open_data, prepare_run_folder,
-    resolve_config, resume,
+    BatchPlan, State, batch_plan, claim_run_folder, compile_blocks, describe, find_resume, make_optimizer, name_run,
+    open_data, resolve_config, resume,
 )  # fmt: skip
+from processes import start_processes
 from randomness import seeded_generator, uniform
 from routing_module import Routing
 from sample import Run, generate, guidance_from, instantiate, save_grid
+from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper, roll_call
 
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
 
@@ -36,11 +45,14 @@ VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number 
 @hydra.main(config_path="configs", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with cli.user_errors():  # inside Hydra's job, or Hydra adds lines of its own
-        train(cfg)
+        code = train(name_run(cfg))
+    if code:
+        sys.exit(code)
 
 
-def train(cfg: DictConfig) -> None:
-    dist = PartialState(timeout=timedelta(minutes=10))
+def train(cfg: DictConfig) -> int:
+    """Trains as the config says -> exit code: 0 at the last step, stopping.EXIT_* otherwise. Raises ValueError, OSError."""
+    dist = start_processes(cfg.train.timeout_s)
     cfg = resolve_config(cfg, dist)
     run_folder = Path(cfg.results_dir) / cfg.run_name
     plan = batch_plan(cfg.train, dist)
@@ -51,19 +63,41 @@ def train(cfg: DictConfig) -> None:
     model = instantiate(cfg.model).to(dist.device)
     objective = instantiate(cfg.objective)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    state = State(model, model, ema, make_optimizer(model, cfg))
-    start_step = 0
-    if resumed is not None:
-        start_step = resume(resumed, state, cfg)
-    dist.wait_for_everyone()  # every process has looked at the run folder before the first one writes to it
-    if dist.is_main_process:
-        prepare_run_folder(run_folder, cfg, start_step)
-    compiled = compile_blocks(model, cfg.train.compile, dist)
-    if dist.num_processes > 1:
-        state.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    optimizer = make_optimizer(model, cfg)
+    state = State(model, model, ema, optimizer, FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite))
+    start_step = resume(resumed, state, cfg, latents) if resumed is not None else 0
+    lock = claim_run_folder(run_folder, cfg, start_step) if dist.is_main_process else nullcontext()
+    stopper = Stopper(dist, cfg.train.max_hours)
+    with lock, contextlib.closing(stopper):
+        dist.wait_for_everyone()
+        compiled = compile_blocks(model, cfg.train.compile, dist)
+        if dist.num_processes > 1:
+            state.net = wrap(model)
+        log = Logger(cfg, run_folder, start_step, dist)
+        log.say(describe(cfg, model, latents, plan, resumed, compiled))
+        view = Run(ema, objective, instantiate(cfg.data.codec).to(dist.device), cfg, dist.device, cfg.train.precision)
+        try:
+            return run_steps(cfg, dist, run_folder, plan, latents, val_latents, state, view, start_step, stopper, log)
+        except RuntimeError as error:
+            if dist.num_processes == 1:
+                raise
+            missing = roll_call(dist) or "none"
+            print(f"error: process {dist.process_index} lost the others: {cli.one_line(error)}; not answering: {missing}", file=sys.stderr)
+            os._exit(1)  # the process group is broken: an orderly exit would wait for it
 
-    log = Logger(cfg, run_folder, start_step, dist)
-    log.say(describe(cfg, model, latents, plan, resumed, compiled))
+
+def wrap(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel: gradients are the only thing that the processes exchange in a step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases call broadcast_buffers by another name
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def run_steps(
+    cfg: DictConfig, dist: PartialState, run_folder: Path, plan: BatchPlan, latents: data.Latents,
+    val_latents: data.Latents, state: State, view: Run, start_step: int, stopper: Stopper, log: Logger,
+) -> int:  # fmt: skip
+    """The loop -> exit code."""
     batches = iter(
         data.make_loader(
             latents, global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size, rank=plan.rank,
@@ -71,27 +105,37 @@ def train(cfg: DictConfig) -> None:
             num_workers=cfg.data.num_workers, pin_memory=dist.device.type == "cuda",
         )
     )  # fmt: skip
-    view = Run(ema, objective, instantiate(cfg.data.codec).to(dist.device), cfg, dist.device, cfg.train.precision)
-
     for step in range(start_step + 1, cfg.train.max_steps + 1):
-        set_learning_rate(state.optimizer, learning_rate(step, cfg.train))
-        loss, grad_norm = train_step(state, objective, latents, log.timed(batches), step, plan, cfg)
-        update_ema(ema, model, min(cfg.train.ema_decay, (1 + step) / (10 + step)))
+        lr = set_learning_rate(state.optimizer, step, cfg.train)
+        loss, grad_norm = train_step(state, view.objective, latents, log.timed(batches), step, plan, cfg)
+        update_ema(state.ema, state.model, min(cfg.train.ema_decay, (1 + step) / (10 + step)))
         log.add(loss)
-        last = step == cfg.train.max_steps
-        if step % cfg.train.log_every == 0 or last:
-            log.train(step, grad_norm, learning_rate(step, cfg.train), plan.global_batch_size)
+
+        stop = stopper.should_stop(step)
+        last = stop or step == cfg.train.max_steps
+        if every(cfg.train.log_every, step) or every(cfg.train.save_every, step) or last:
+            bad_step = log.train(step, grad_norm, lr, plan, state.guard, cfg.train.max_skipped)
+            if bad_step:
+                dump = dump_bad_step(run_folder, bad_step, latents, plan, cfg) if dist.is_main_process else None
+                log.close(f"error: a gradient of step {bad_step} was not finite; nothing was updated; samples in {dump}")
+                return EXIT_NOT_FINITE
+        if every(cfg.train.check_replicas_every, step) and dist.num_processes > 1:
+            check_replicas(state.model, step, dist)
         if every(cfg.train.save_every, step) or last:
             with log.pause():
                 save(run_folder, step, state, cfg, latents, dist)
+        if stop:
+            log.close(f"stopped by {stopper.reason} behind step {step}, saved: the same command goes on from there")
+            return EXIT_START_AGAIN
         if every(cfg.train.val_every, step) or (last and cfg.train.val_every):
             with log.pause():
                 log.write(step, validation_losses(view, val_latents, cfg, plan))
         if (every(cfg.preview.every, step) or (last and cfg.preview.every)) and dist.is_main_process:
-            with log.pause():
+            with log.pause(), log.survive("preview"):
                 preview(view, run_folder / "samples" / f"step_{step:07d}.png", cfg.preview)
     log.close(f"{run_folder}: trained to step {cfg.train.max_steps}")
     dist.wait_for_everyone()
+    return 0
 
 
 def train_step(
@@ -116,9 +160,10 @@ def train_step(
             loss.backward()
         total += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.train.grad_clip)
+    good = state.guard.check(grad_norm, step)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+    return torch.where(good, total, 0), grad_norm
 
 
 @torch.no_grad()
@@ -127,16 +172,18 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, train: DictConfig) -> float:
+    lr = learning_rate(step, train)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def learning_rate(step: int, train: DictConfig) -> float:
     """Of step 1..max_steps: linear warm-up from 0, constant, linear decay to 0 just past the last step."""
     warmup = min(1.0, step / train.warmup_steps) if train.warmup_steps else 1.0
     decay = min(1.0, (train.max_steps + 1 - step) / train.decay_steps) if train.decay_steps else 1.0
     return train.lr * warmup * decay
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def every(interval: int | None, step: int) -> bool:
@@ -162,6 +209,28 @@ def validation_losses(view: Run, latents: data.Latents, cfg: DictConfig, plan: B
     return {name: total / n for name, total in zip(modes, sums.tolist())}
 
 
+@torch.no_grad()
+def check_replicas(model: nn.Module, step: int, dist: PartialState) -> None:
+    """Raises ValueError where the processes' weights are no longer the same, bit for bit."""
+    own = torch.stack([p.view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])  # (parameters,)
+    first = own.clone()
+    torch.distributed.broadcast(first, 0)
+    differs = (own != first).any().long() << dist.process_index
+    torch.distributed.all_reduce(differs)
+    if differs.item():
+        ranks = [rank for rank in range(dist.num_processes) if differs.item() >> rank & 1]
+        raise ValueError(f"at step {step} the weights of processes {ranks} differ from process 0's: a machine computes wrongly")
+
+
+def dump_bad_step(run_folder: Path, step: int, latents: data.Latents, plan: BatchPlan, cfg: DictConfig) -> Path:
+    """Writes what replays a step: its seed and the keys of its global batch."""
+    positions = np.arange((step - 1) * plan.global_batch_size, step * plan.global_batch_size)
+    keys = latents.keys(data.Order(len(latents), cfg.seed)(positions))
+    path = run_folder / f"nonfinite_step_{step:07d}.json"
+    checkpoint.write_text_atomic(path, json.dumps({"step": step, "seed": cfg.seed, "keys": keys}, indent=2) + "\n")
+    return path
+
+
 def preview(view: Run, path: Path, settings: DictConfig) -> None:
     """The grid of samples: EMA weights, the same seeds and labels each time."""
     seeds = range(settings.num_images)
@@ -171,11 +240,18 @@ def preview(view: Run, path: Path, settings: DictConfig) -> None:
 
 def save(run_folder: Path, step: int, state: State, cfg: DictConfig, latents: data.Latents, dist: PartialState) -> None:
     if dist.is_main_process:
-        trainer_state = {"seed": cfg.seed, "global_batch_size": cfg.train.global_batch_size, "data": latents.fingerprint}
-        checkpoint.save(
-            run_folder, step, model=state.model, ema=state.ema, optimizer=state.optimizer, state=trainer_state,
-            config=OmegaConf.to_yaml(cfg),
-        )  # fmt: skip
+        for pause in (1, 10, None):  # a full disk or a network file system may recover
+            try:
+                checkpoint.save(
+                    run_folder, step, model=state.model, ema=state.ema, optimizer=state.optimizer,
+                    state={"data": latents.fingerprint}, config=OmegaConf.to_yaml(cfg),
+                )  # fmt: skip
+                break
+            except OSError as error:
+                if pause is None:
+                    raise
+                print(f"warning: checkpoint of step {step}: {cli.one_line(error)}; trying again in {pause} s", file=sys.stderr)
+                time.sleep(pause)
         checkpoint.prune(run_folder, cfg.train.keep_last, cfg.train.keep_every)
     dist.wait_for_everyone()
 

@@ -4,10 +4,12 @@ from data.latents import Latents, open_latents
 from data.loader import make_loader
 from data.manifest import has_split
 from data.mnist import prepare_mnist
+from data.order import Order
 from data.stats import channel_stats, scale_warning
 
 __all__ = [
     "Latents",
+    "Order",
     "channel_stats",
     "has_split",
     "make_loader",
