@@ -212,8 +212,14 @@ def claim_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> Text
     metrics = run_folder / "metrics.jsonl"
     if metrics.exists():
         complete = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        checkpoint.write_text_atomic(metrics, "".join(line for line in complete if json.loads(line)["step"] <= start_step))
+        checkpoint.write_text_atomic(metrics, "".join(line for line in complete if was_logged_before(line, start_step)))
     return lock
+
+
+def was_logged_before(line: str, start_step: int) -> bool:
+    """Whether a log line stays at a resume: all up to the checkpoint, but its evaluations, which are made again."""
+    values = json.loads(line)
+    return values["step"] < start_step or (values["step"] == start_step and "train/loss" in values)
 
 
 def compile_blocks(model: nn.Module, wanted: str, dist: PartialState) -> str:

@@ -105,6 +105,18 @@ def run_steps(
             num_workers=cfg.data.num_workers, pin_memory=dist.device.type == "cuda",
         )
     )  # fmt: skip
+    def look(step: int) -> None:
+        """What is due behind a step besides the log and the checkpoint. The save came first."""
+        last = step == cfg.train.max_steps
+        if every(cfg.train.val_every, step) or (last and cfg.train.val_every):
+            with log.pause():
+                log.write(step, validation_losses(view, val_latents, cfg, plan))
+        if (every(cfg.preview.every, step) or (last and cfg.preview.every)) and dist.is_main_process:
+            with log.pause(), log.survive("preview"):
+                preview(view, run_folder / "samples" / f"step_{step:07d}.png", cfg.preview)
+
+    if start_step:
+        look(start_step)  # the run may have been stopped between its save and this
     for step in range(start_step + 1, cfg.train.max_steps + 1):
         lr = set_learning_rate(state.optimizer, step, cfg.train)
         loss, grad_norm = train_step(state, view.objective, latents, log.timed(batches), step, plan, cfg)
@@ -127,12 +139,7 @@ def run_steps(
         if stop:
             log.close(f"stopped by {stopper.reason} behind step {step}, saved: the same command goes on from there")
             return EXIT_START_AGAIN
-        if every(cfg.train.val_every, step) or (last and cfg.train.val_every):
-            with log.pause():
-                log.write(step, validation_losses(view, val_latents, cfg, plan))
-        if (every(cfg.preview.every, step) or (last and cfg.preview.every)) and dist.is_main_process:
-            with log.pause(), log.survive("preview"):
-                preview(view, run_folder / "samples" / f"step_{step:07d}.png", cfg.preview)
+        look(step)
     log.close(f"{run_folder}: trained to step {cfg.train.max_steps}")
     dist.wait_for_everyone()
     return 0

@@ -20,3 +20,37 @@ def digits(tmp_path_factory):
     path = tmp_path_factory.mktemp("datasets") / "mnist"
     data.prepare_mnist(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def few_latents(tmp_path_factory):
+    """50 made latents of 3 classes, (1, 8, 8), in two shards of CompVis's layout: three steps of 16 make an epoch."""
+    import io
+    import tarfile
+
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("few")
+    rng = np.random.default_rng(0)
+    for shard, count in enumerate((30, 20)):
+        with tarfile.open(folder / f"train-{shard:06d}.tar", "w") as tar:
+            for i in range(count):
+                array = io.BytesIO()
+                np.save(array, ((i % 3 - 1) * 0.6 + rng.normal(0, 0.1, (1, 8, 8))).astype(np.float32))
+                for name, content in ((f"{shard}{i:04d}.latent.npy", array.getvalue()), (f"{shard}{i:04d}.cls", str(i % 3).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(few_latents):
+    """Command-line keys of a run that takes a moment: 6 blocks of width 32 on 16 tokens."""
+    return [
+        f"data.path={few_latents}", "data.prepare=null", "data.channels=1", "data.input_size=8", "data.num_classes=3",
+        "model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2",
+        "train.global_batch_size=16", "train.max_steps=7", "train.warmup_steps=2", "train.decay_steps=0", "train.compile=off",
+        "train.precision=fp32", "train.log_every=1", "train.save_every=0", "train.val_every=0", "train.val_samples=20",
+        "preview.every=0", "preview.num_images=6", "sampler.num_steps=3", "train.keep_last=20",
+    ]  # fmt: skip
