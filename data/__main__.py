@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
 
 def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list[str]]:
     """(paths, overrides) of what follows a verb."""
-    paths, overrides = arguments[:count], arguments[count:]
+    paths = [a for a in arguments[:count] if "=" not in a]
+    overrides = arguments[len(paths) :]
     stray = [a for a in overrides if "=" not in a]
     if len(paths) < count or stray:
         found = f"found {stray[0]!r}" if stray else f"found {len(paths)}"

@@ -1,5 +1,6 @@
 """Batches for each process, the same global batches for any number of processes and workers: `make_loader`."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,7 +36,11 @@ def make_loader(
             f"micro_batch_size={micro_batch_size} x {world_size} processes"
         )
     accumulation = global_batch_size // (micro_batch_size * world_size)
-    micro_batches = MicroBatches(latents, Order(len(latents), seed), micro_batch_size, rank, world_size, accumulation)
+    # Of a run of neighbours, each of many machines uses little: they read what they use, and not whole runs ahead.
+    machines = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    micro_batches = MicroBatches(
+        latents, Order(len(latents), seed), micro_batch_size, rank, world_size, read_ahead=machines <= 2
+    )
     return Loader(
         latents,
         DataLoader(
@@ -54,10 +59,11 @@ class MicroBatches(Dataset):
     """Micro-batch i of one rank, counted from step 0; damage comes back as a value, to be raised in the main process."""
 
     def __init__(
-        self, latents: Latents, order: Order, micro_batch_size: int, rank: int, world_size: int, accumulation: int
+        self, latents: Latents, order: Order, micro_batch_size: int, rank: int, world_size: int, read_ahead: bool
     ):
         self.latents, self.order, self.micro_batch_size = latents, order, micro_batch_size
-        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self.rank, self.world_size, self.read_ahead = rank, world_size, read_ahead
+        self._asked_for: tuple = ()  # windows that the system was asked to read ahead
 
     def positions(self, i: int) -> np.ndarray:
         """Places (micro,) in the stream. Micro-batches of all ranks lie one behind another in it."""
@@ -65,8 +71,14 @@ class MicroBatches(Dataset):
         return np.arange(start, start + self.micro_batch_size)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, list[str]] | str:
+        positions = self.positions(i)
+        if self.read_ahead:
+            windows = self.order.windows_from(int(positions[0]))
+            for window in set(windows).difference(self._asked_for):
+                self.latents.will_need(self.order.window(*window))
+            self._asked_for = windows
         try:
-            return self.latents.read_with_faults(self.order(self.positions(i)))
+            return self.latents.read_with_faults(self.order(positions))
         except ValueError as error:
             return str(error)  # a worker's exception would arrive wrapped in its traceback
 

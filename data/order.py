@@ -5,7 +5,7 @@ s * G .. s * G + G - 1 of it. A batch may straddle two epochs, so no remainder i
 
 Inside an epoch: the samples are cut into runs of RUN neighbours on the disk, the runs shuffled, and the samples shuffled
 inside windows of WINDOW. A window is made of runs from all over the set, so batches are well mixed even where the shards
-are sorted by class, while the disk is read in whole runs and the page cache need hold no more than a window.
+are sorted by class, while the disk can be read in whole runs, a window ahead.
 """
 
 from functools import lru_cache
@@ -25,9 +25,9 @@ class Order:
     def __init__(self, num_samples: int, seed: int):
         assert num_samples > 0
         self.num_samples, self.seed = num_samples, seed
-        # Positions come in their order: two of each suffice, for a batch across an epoch's or a window's end.
-        self._runs = lru_cache(maxsize=2)(self._shuffle_runs)
-        self._window = lru_cache(maxsize=2)(self._shuffle_window)
+        # Positions come in their order: this one and the next suffice, and the last for a batch across the border.
+        self._runs = lru_cache(maxsize=3)(self._shuffle_runs)
+        self.window = lru_cache(maxsize=3)(self._shuffle_window)
 
     def __getstate__(self) -> dict:
         return {"num_samples": self.num_samples, "seed": self.seed}
@@ -42,8 +42,14 @@ class Order:
         indices = np.empty_like(positions)
         for epoch, window in sorted(set(zip(epochs.tolist(), windows.tolist()))):
             here = (epochs == epoch) & (windows == window)
-            indices[here] = self._window(epoch, window)[places[here]]
+            indices[here] = self.window(epoch, window)[places[here]]
         return indices
+
+    def windows_from(self, position: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(epoch, window) of a position of the stream, and the next one; `window` gives the samples of each."""
+        epoch, place = divmod(position, self.num_samples)
+        window, last = place // WINDOW, (self.num_samples - 1) // WINDOW
+        return (epoch, window), ((epoch, window + 1) if window < last else (epoch + 1, 0))
 
     def _shuffle_runs(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(first sample of each run, place where each run ends), runs in their shuffled order."""

@@ -84,14 +84,14 @@ class ShardScan:
                     faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
                 else:
                     found[key][extension] = member
+            if not faults and not any(ARRAY in parts for parts in found.values()):
+                instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
+                return Entries.of([]), [f"holds no .{ARRAY}{instead}"]
             for key, parts in found.items():
                 try:
                     rows.append(self._row(file.fileno(), parts))
                 except ValueError as error:
                     faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
-        if not found and not faults:
-            instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
-            faults.append(f"holds no .{ARRAY} with a .{LABEL}{instead}")
         return Entries.of(rows), faults
 
     def _row(self, fd: int, parts: dict[str, Member]) -> tuple[int, int, int, int]:

@@ -1,0 +1,62 @@
+"""Small data sets for tests: every array's first number says which sample it is."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.publish import publish
+from data.writer import shard_name, write_shard
+
+SHAPE, NUM_CLASSES = (4, 4, 4), 10
+SIZES = (5, 7, 100)  # of the shards
+TOTAL = sum(SIZES)
+
+
+def array_of(number: int) -> np.ndarray:
+    """Its first number is `number`, so that a batch says which samples it is made of."""
+    array = np.random.default_rng(number).standard_normal(SHAPE).astype(np.float16)
+    array[0, 0, 0] = number
+    return array
+
+
+def numbers_in(raw: torch.Tensor) -> list[int]:
+    return raw[:, 0, 0, 0].int().tolist()
+
+
+def write_set(folder: Path, sizes=SIZES) -> Path:
+    """Shards of these sizes with a manifest; sample i has key i, label i % 10 and array_of(i)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for shard, size in enumerate(sizes):
+        samples = ((f"{i:04d}", array_of(i), i % NUM_CLASSES) for i in range(start, start + size))
+        write_shard(folder / shard_name("train", shard), samples)
+        start += size
+    publish(folder, kind="sample_scaled", num_classes=NUM_CLASSES)
+    return folder
+
+
+def add(tar: tarfile.TarFile, name: str, contents: bytes, **fields) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(contents)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(contents))
+
+
+def npy(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def write_members(path: Path, members: list[tuple]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, contents, *fields in members:
+            add(tar, name, contents, **(fields[0] if fields else {}))
+
+
+def good(i: int) -> list[tuple]:
+    return [(f"{i:04d}.latent.npy", npy(array_of(i))), (f"{i:04d}.cls", b"%d" % (i % NUM_CLASSES))]
