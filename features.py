@@ -2,6 +2,7 @@
 
     mnist      a small classifier of digits, shipped in assets/, trained by scripts/train_mnist_classifier.py
     inception  the 2015 TensorFlow graph as torch-fidelity ported it: FID, sFID and Inception score of the ADM protocol
+    dinov2     DINOv2 ViT-L/14 of timm
 
 An extractor takes uint8 (B, 3, H, W) and gives `Features`. Letters: B images, D features, K classes.
 """
@@ -12,12 +13,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import checkpoint
+import inception
 from autoencoder import PixelCodec
 from data import open_latents, prepare_mnist
 
 MNIST_WEIGHTS = Path(__file__).resolve().parent / "assets" / "mnist_classifier.safetensors"
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 
 
 class Features(NamedTuple):
@@ -28,7 +32,7 @@ class Features(NamedTuple):
     spatial: torch.Tensor | None = None             # (B, 2023): sFID
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)  # one is only itself: it may key a cache
 class Extractor:
     """Calling it turns uint8 images (B, 3, H, W) on any device into `Features` on its own."""
 
@@ -41,20 +45,100 @@ class Extractor:
     def num_features(self) -> int:
         return self.net.num_features
 
+    @property
+    def num_spatial(self) -> int | None:
+        return self.net.num_spatial
+
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
         assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, images.shape
         return self.net(images.to(self.device))
 
 
-def load_extractor(name: str, *, device: torch.device | str = "cpu") -> Extractor:
-    """An extractor by name. Raises ValueError for an unknown name or for weights that are missing or wrong."""
+def load_extractor(
+    name: str, weights: str | Path | None = None, sha256: str | None = None, *, device: torch.device | str = "cpu"
+) -> Extractor:
+    """An extractor by name: mnist, inception, dinov2.
+
+    weights: a file; None = the shipped one (mnist) or the published one, downloaded once (inception, dinov2).
+    sha256: what that file must have; None = that of the published one, where it is known (mnist, inception).
+    Raises ValueError for an unknown name and for weights that are missing, wrong or of another network.
+    """
     if name == "mnist":
-        net, path = MnistClassifier(), MNIST_WEIGHTS
+        path = Path(weights or MNIST_WEIGHTS)
+        net, found = MnistClassifier(), checkpoint.sha256(path)
         checkpoint.load_strictly(net, checkpoint.read_tensors(path), str(path))
+    elif name == "inception":
+        state, found = inception.read_weights(inception.find_weights(weights), sha256)
+        net = Inception(state)
+    elif name == "dinov2":
+        path = dinov2_weights(weights)
+        net, found = DinoV2(path), checkpoint.sha256(path)
     else:
-        raise ValueError(f"extractor {name!r}; needed: mnist")
-    return Extractor(name, net.eval().requires_grad_(False).to(device), checkpoint.sha256(path), torch.device(device))
+        raise ValueError(f"extractor={name}; needed: mnist, inception or dinov2")
+    if found != (sha256 or found):
+        raise ValueError(f"the weights of {name} have sha256 {found}; needed: {sha256}")
+    return Extractor(name, net.eval().requires_grad_(False).to(device), found, torch.device(device))
+
+
+class Inception(nn.Module):
+    """torch-fidelity's port of the 2015 graph, with TensorFlow's way to resize; any image size.
+
+    spatial: the first 7 channels of mixed_6/conv, 17 x 17, in TensorFlow's order (arXiv 2103.03841).
+    """
+
+    num_features = 2048
+    num_spatial = 17 * 17 * 7
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__()
+        self.net = inception.build(state, ("2048", "logits_unbiased"))
+        self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self.spatial = None
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.spatial = output[:, :7]  # (B, 7, 17, 17)
+
+    def forward(self, images: torch.Tensor) -> Features:
+        pool, logits = self.net(images)
+        return Features(pool, logits, self.spatial.permute(0, 2, 3, 1).flatten(1))
+
+
+class DinoV2(nn.Module):
+    """timm's DINOv2 ViT-L/14 at 224 x 224, the class token (arXiv 2306.04675): images are resized bicubically."""
+
+    num_spatial = None
+
+    def __init__(self, path: Path):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise ValueError("extractor=dinov2 needs the package timm: pip install timm") from None
+        self.net = timm.create_model(DINOV2, num_classes=0, dynamic_img_size=True)
+        self.num_features = self.net.num_features
+        checkpoint.load_strictly(self.net, checkpoint.read_tensors(path), str(path))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> Features:
+        pixels = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255
+        return Features(self.net((pixels - self.mean) / self.std))
+
+
+def dinov2_weights(path: str | Path | None) -> Path:
+    """The file given, or timm's on the Hugging Face hub, downloaded once. Raises ValueError where there is none."""
+    if path is not None:
+        return Path(path)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(f"timm/{DINOV2}", "model.safetensors"))
+    except (ImportError, OSError, ValueError):
+        raise ValueError(
+            f"no DINOv2 weights: timm/{DINOV2} could not be downloaded from the Hugging Face hub; "
+            "give extractor_weights=<its model.safetensors>"
+        ) from None
 
 
 class MnistClassifier(nn.Module):
@@ -64,6 +148,7 @@ class MnistClassifier(nn.Module):
     """
 
     num_features = 64
+    num_spatial = None
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,11 @@
 """Scores as functions of features. Letters: N images, D features, K classes.
 
     FeatureStats, frechet_distance    Heusel et al. (arXiv 1706.08500): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+    inception_score                   Salimans et al. (arXiv 1606.03498)
+    precision_recall                  Kynkaanniemi et al. (arXiv 1904.06991), k = 3
+    kernel_distance                   KID of Binkowski et al. (arXiv 1801.01401)
+
+The last three are torch-fidelity's, called with the ADM protocol's settings.
 """
 
 import logging
@@ -105,3 +110,35 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
         log.warning("clamped eigenvalues down to %.3g (largest: %.3g): no covariance", eigenvalues[0], eigenvalues[-1])
     kept = eigenvalues > rounding
     return vectors[:, kept] * eigenvalues[kept].sqrt()
+
+
+def inception_score(logits: torch.Tensor, split_size: int = 5000) -> tuple[float, float]:
+    """Mean and standard deviation over splits of `split_size` images, one split where there are fewer; logits (N, K)."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    scores = isc_features_to_metric(logits, splits=max(1, len(logits) // split_size), shuffle=False)
+    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
+
+
+def precision_recall(generated: torch.Tensor, real: torch.Tensor, k: int = 3, rows: int = 1000) -> tuple[float, float]:
+    """Share of generated (N, D) inside the k-neighbourhoods of real (M, D), and the other way round.
+
+    Distances are made in blocks of `rows`, N * rows numbers at a time. Both sets need more than k images, else ValueError.
+    """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    if min(len(generated), len(real)) <= k:
+        raise ValueError(f"{len(generated)} against {len(real)} images; precision and recall need more than {k} of each")
+    centre = real.mean(0)  # distances stay, and rounding of |a|^2 + |b|^2 - 2ab shrinks
+    return calculate_precision_recall_part(generated - centre, real - centre, neighborhood=k, batch_size=rows)
+
+
+def kernel_distance(generated: torch.Tensor, real: torch.Tensor, subsets: int = 100) -> tuple[float, float]:
+    """Mean and standard deviation of the squared MMD with the cubic kernel over random subsets of at most 1,000 images."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    size = min(1000, len(generated), len(real))
+    scores = kid_features_to_metric(
+        generated.double(), real.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=0, verbose=False
+    )
+    return scores[KEY_METRIC_KID_MEAN], scores[KEY_METRIC_KID_STD]

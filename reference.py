@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import checkpoint
+import inception
 from data.files import atomic_file
-from features import Extractor
+from features import Extractor, digits
 from images import read_arrays
+from metrics import FeatureStats
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256")
-
+MAX_FEATURES = 10_000                               # of so many images, as ADM's files bring
 
 @dataclass
 class Reference:
@@ -33,6 +36,32 @@ class Reference:
     extractor_sha256: str | None = None
     source: str = ""                                # the file, or what stands in for one
     sha256: str | None = None                       # of the file
+
+
+def reference_from(
+    stats: FeatureStats, spatial: FeatureStats | None, features: torch.Tensor | None, extractor: Extractor, source: str
+) -> Reference:
+    """Of images that have been through `extractor`."""
+    return Reference(
+        stats.mu,
+        stats.sigma,
+        None if spatial is None else spatial.mu,
+        None if spatial is None else spatial.sigma,
+        None if features is None else features.cpu().numpy(),
+        stats.count,
+        extractor.name,
+        extractor.sha256,
+        source,
+    )
+
+
+def digits_reference(extractor: Extractor, path: str | Path = "datasets/mnist") -> Reference:
+    """The 4,500 embedded digits that train; `path`: where they lie, or are put."""
+    images, _ = digits("train", path)
+    features = torch.cat([extractor(batch).pool for batch in images.split(500)])  # (4500, D)
+    stats = FeatureStats(extractor.num_features)
+    stats.update(features)
+    return reference_from(stats, None, features, extractor, "the embedded digits, train split")
 
 
 def write_reference(path: Path, reference: Reference) -> None:
@@ -63,7 +92,7 @@ def read_reference(path: str | Path) -> Reference:
 def check_extractor(reference: Reference, extractor: Extractor) -> None:
     """Raises ValueError for a reference made with other features than `extractor`'s."""
     made_with, needed = (reference.extractor, reference.extractor_sha256), (extractor.name, extractor.sha256)
-    if made_with[0] != needed[0] or made_with[1] not in (None, needed[1]):
+    if made_with[0] != needed[0] or (made_with[1] not in (None, needed[1]) and not {made_with[1], needed[1]} <= inception.TRUE_WEIGHTS):
         raise ValueError(
             f"{reference.source} was made with {made_with[0]} ({str(made_with[1])[:8]}), "
             f"the extractor is {needed[0]} ({needed[1][:8]}); needed: one and the same"
