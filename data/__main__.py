@@ -1,10 +1,10 @@
 """python -m data: looks at latents, indexes them, converts other projects' into shards.
 
-    python -m data inspect PATH [--json]                    what it is, what is wrong with it, what to do next
-    python -m data index FOLDER [kind=... scale=... ...]    meta.json and index for shards that have none
-    python -m data convert SOURCE FOLDER [format=... ...]   another project's latents as shards; the keys: configs/convert.yaml
+    python -m data inspect PATH [--json]                what it is, what is wrong with it, what to do next
+    python -m data index FOLDER [key=value ...]         meta.json and index for shards without (configs/index.yaml)
+    python -m data convert SOURCE FOLDER [key=value ..] another project's latents as shards (configs/convert.yaml)
 
-Leaves with 0, with 2 where it was asked for something that cannot be done, and `inspect` with 1 where something is wrong.
+Exit code 2 where it was asked for something that cannot be done; `inspect` leaves with 1 where something is wrong.
 """
 
 import json
@@ -46,7 +46,9 @@ def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list
     stray = [a for a in overrides if "=" not in a]
     if len(paths) < count or stray:
         found = f"found {stray[0]!r}" if stray else f"found {len(paths)}"
-        raise ValueError(f"python -m data {verb} needs {count} path{'s' * (count > 1)}, then key=value settings; {found}")
+        raise ValueError(
+            f"python -m data {verb} needs {count} path{'s' * (count > 1)}, then key=value settings; {found}"
+        )
     return paths, overrides
 
 
@@ -56,7 +58,9 @@ def _index(folder: Path, settings: dict, changed: bool) -> None:
         raise ValueError(f"no folder {folder}")
     manifest = read_manifest(folder)
     if manifest and changed:
-        raise ValueError(f"{folder} has a meta.json that says these things; change it there, or remove it and index again")
+        raise ValueError(
+            f"{folder} has a meta.json that says these things; change it there, or remove it and index again"
+        )
     if manifest:
         for split in manifest["counts"]:
             open_latents(folder, split=split)

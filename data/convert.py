@@ -1,7 +1,7 @@
 """Other projects' latents into our shards: in parallel, and shard by shard, so that what is done stays done.
 
-Images are taken in the windowed order of order.py, which reads the source mostly in sequence and mixes it well; the last
-`val` of them become the validation split.
+Images are taken in the windowed order of order.py, which reads the source mostly in sequence and mixes it well; the
+last `val` of them become the validation split.
 """
 
 import multiprocessing
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import kinds
 from data.files import locked
 from data.formats import Source, open_source
-from data.kinds import Channels, check_kind, guess_kind
+from data.kinds import Channels
 from data.order import Order
 from data.publish import claim, publish
 from data.scan import DTYPES
@@ -44,15 +45,24 @@ def convert(
     """Writes the latents at `source_path` as shards into the folder `target`; returns its manifest.
 
     format .. flip: None = as the source says. dtype: None = as stored. num_classes: None = largest label + 1.
-    shard_size, val: in images. workers: processes, None = one a core; the bytes do not depend on it, nor on interruptions,
-    after which the same call goes on. Raises ValueError for a source that is unknown, damaged or lacks a kind or scale, and
-    for a target that holds something else.
+    shard_size, val: in images. workers: processes, None = one a core. After an interruption the same call goes on; the
+    bytes depend neither on that nor on workers. Raises ValueError for a source that is unknown, damaged or lacks a kind
+    or scale, and for a target that holds something else.
     """
+    for name, number in (("num_classes", num_classes), ("shard_size", shard_size), ("workers", workers)):
+        if number is not None and not (isinstance(number, int) and number > 0):
+            raise ValueError(f"{name}={number}; needed: a whole number, at least 1")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype}; needed: {', '.join(DTYPES)}, or null for what is stored")
     source = settle(open_source(source_path, format), kind, scale, bias, flip)
     shards = plan_shards(source.count, shard_size, val)
-    settings = {"kind": source.kind, "scale": source.scale, "bias": source.bias, "codec": source.codec, "flip": source.flip}
+    settings = {
+        "kind": source.kind,
+        "scale": source.scale,
+        "bias": source.bias,
+        "codec": source.codec,
+        "flip": source.flip,
+    }
     what = {"source": os.path.realpath(source_path), "format": source.format, "images": source.count, **settings}
     folder = Path(target)
     claim(folder, {**what, "num_classes": num_classes, "dtype": dtype, "shard_size": shard_size, "val": val})
@@ -67,10 +77,10 @@ def settle(source: Source, kind: str | None, scale: Channels | None, bias: Chann
     """The source with what the user knows better, complete; ValueError where something is missing or does not fit."""
     if kind is None and source.kind is None:
         sample = np.stack([source.array(i, False) for i in range(0, source.count, -(-source.count // 64))])
-        looks, reason = guess_kind(torch.from_numpy(sample))
+        looks, reason = kinds.guess_kind(torch.from_numpy(sample))
         raise ValueError(f"format {source.format} leaves the kind open: add kind=..., perhaps {looks} ({reason})")
     source.kind = kind or source.kind
-    check_kind(source.kind)
+    kinds.check_kind(source.kind)
     if source.kind == "sample_scaled":
         if scale is not None or bias is not None:
             raise ValueError("scale and bias are for the other kinds: in sample_scaled they are applied already")
@@ -79,7 +89,12 @@ def settle(source: Source, kind: str | None, scale: Channels | None, bias: Chann
         source.scale = source.scale if scale is None else scale
         source.bias = bias if bias is not None else source.bias if source.bias is not None else 0.0
         if source.scale is None:
-            raise ValueError(f"{source.kind} latents need a scale, which the source does not have: add scale=... (and bias=...)")
+            raise ValueError(
+                f"{source.kind} latents need a scale, which the source does not have: add scale=... (and bias=...)"
+            )
+    channels = kinds.model_shape(source.kind, source.array(0, False).shape)[0]
+    kinds.check_channels("scale", source.scale, channels)
+    kinds.check_channels("bias", source.bias, channels)
     if flip not in (None, *FLIPS) or (flip == "both" and source.flip == "none"):
         raise ValueError(f"flip={flip}; needed: null, none, or both where the source has the mirror images too")
     source.flip = flip or source.flip
@@ -91,8 +106,8 @@ def plan_shards(count: int, shard_size: int, val: int) -> dict[str, np.ndarray]:
 
     Raises ValueError where nothing would be left to train on.
     """
-    if not 0 <= val < count or shard_size < 1:
-        raise ValueError(f"val={val}, shard_size={shard_size} for {count} images; needed: 0 <= val < images, shard_size >= 1")
+    if not 0 <= val < count:
+        raise ValueError(f"val={val} of {count} images; needed: at least 0, and fewer than there are")
     order = Order(count, seed=0)(np.arange(count))
     return {
         shard_name(split, number): images[start : start + shard_size]

@@ -2,15 +2,14 @@
 
 What each project's own scripts write, and what its training makes of it (K = kind, s = scale, b = bias, in kinds.py):
 
-    maskdit_lmdb   data.mdb with z-<i>, y-<i>, length; raw float32                          K moments_logvar, s SD's
-    maskdit_wds    tars of <key>.latent (a pickled array) and <key>.cls                     K moments_logvar, s SD's
-    repa           vae-sd/<5 digits>/img-mean-std-<8>.npy and dataset.json                  K mean_std, s SD's
-    edm2           the same names in a folder or zip; the VAE saw [0, 1], not [-1, 1]       K mean_std, s and b per channel
-    speedrundit    vae-in/<5 digits>/img-latents-<8>.npy (1, C, h, w) and dataset.json      K sample_raw, s 0.3099
-    fastdit        <name>_features/<i>.npy (1, C, h, w) and <name>_labels/<i>.npy           K sample_scaled
-    lightningdit   latents_rank*_shard*.safetensors with latents, latents_flip, labels;     K sample_raw, s and b from
-                   latents_stats.pt                                                         the statistics
-    npy            any folder of .npy, class by top folder or dataset.json                  K to be given
+    maskdit_lmdb   data.mdb with z-<i>, y-<i>, length; raw float32                       K moments_logvar, s SD's
+    maskdit_wds    tars of <key>.latent (a pickled array) and <key>.cls                  K moments_logvar, s SD's
+    repa           vae-sd/<5 digits>/img-mean-std-<8>.npy and dataset.json               K mean_std, s SD's
+    edm2           the same names in a folder or zip; the VAE saw [0, 1], not [-1, 1]    K mean_std, s, b per channel
+    speedrundit    vae-in/<5 digits>/img-latents-<8>.npy (1, C, h, w) and dataset.json   K sample_raw, s 0.3099
+    fastdit        <name>_features/<i>.npy (1, C, h, w) and <name>_labels/<i>.npy        K sample_scaled
+    lightningdit   *.safetensors with latents, latents_flip, labels; latents_stats.pt    K sample_raw, s, b per channel
+    npy            any folder of .npy, class by top folder or dataset.json               K to be given
 """
 
 import os
@@ -27,7 +26,7 @@ from autoencoder import VAECodec
 from data.kinds import Channels
 from data.pickled import read_pickled_array
 from data.tar import members, split_name
-from data.tree import dataset_json, open_tree
+from data.tree import dataset_json, holds_pictures, open_tree
 
 SD_SCALE = VAECodec().scale
 INVAE_SCALE = 0.3099
@@ -60,7 +59,8 @@ def open_source(path: str | Path, format: str | None = None) -> Source:
         source = FORMATS[name](path)
         if source is not None and source.count > 0:
             return source
-    raise ValueError(f"{path} holds no latents {'of format ' + format if format else 'of a known format'}")
+    pictures = "; pictures become latents by scripts/encode_latents.py" if holds_pictures(path) else ""
+    raise ValueError(f"{path} holds no latents {'of format ' + format if format else 'of a known format'}{pictures}")
 
 
 def _maskdit_lmdb(path: Path) -> Source | None:
@@ -111,7 +111,7 @@ def _lmdb_environment(folder: Path):
 
 
 def _is_mirrored(array: Callable, label: Callable, half: int) -> bool:
-    """Whether entries half.. are those of the mirrored images 0..: the same labels, and means nearer when turned back."""
+    """Whether entries half.. are the mirror images of 0..: equal labels, and means that are nearer when turned back."""
     probes = np.unique(np.linspace(0, half - 1, 32).astype(int)).tolist()
     if any(label(i) != label(i + half) for i in probes):
         return False

@@ -11,14 +11,12 @@ from PIL import Image
 
 from data.scan import LABEL
 from data.tar import split_name
-from data.tree import Tree, dataset_json, open_tree
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from data.tree import PICTURES, Tree, dataset_json, is_picture, open_tree
 
 
 @dataclass
 class Images:
-    """`names` and `labels` of the pictures, sorted by name; `classes` are the folders' names, [] where labels are given."""
+    """Pictures, sorted by name. `classes`: the names of the folders that make them, [] where labels are given."""
 
     names: list[str]
     labels: list[int]
@@ -27,15 +25,15 @@ class Images:
 
 
 def open_images(path: str | Path) -> Images:
-    """Pictures at a path. Their classes: dataset.json, or `.cls` beside each, or the first folder that tells them apart.
+    """Pictures at a path; classes by dataset.json, by a `.cls` beside each, or by the first folder that differs.
 
-    Raises ValueError where there are none, where labels are missing, and, in `read`, for a picture that cannot be decoded.
+    Raises ValueError where there are none or labels are missing, and in `read` for a picture that cannot be decoded.
     """
     path = Path(path)
     tree = open_tree(path)
-    names = [name for name in tree.names if name.lower().endswith(EXTENSIONS)]
+    names = [name for name in tree.names if is_picture(name)]
     if not names:
-        raise ValueError(f"no pictures ({', '.join(EXTENSIONS)}) in {path}")
+        raise ValueError(f"no pictures ({', '.join(PICTURES)}) in {path}")
 
     def read(i: int) -> Image.Image:
         try:
@@ -81,7 +79,7 @@ def _class_folders(names: list[str]) -> list[str]:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's crop (arXiv 2105.05233): halved by box filter while twice too large, then bicubic; uint8 (3, size, size)."""
+    """ADM's crop (arXiv 2105.05233): box filter while twice too large, then bicubic -> uint8 (3, size, size)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

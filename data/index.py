@@ -1,10 +1,10 @@
 """Where each sample of a split lies: found and checked once, then cached.
 
-Building the index reads every byte: shards are compared with the manifest's sha256, every array and label is checked, and
-a CRC of each array is kept, so that reading a sample later is one `pread` and one comparison. 18 bytes a sample.
+Building the index reads every byte: shards are compared with the manifest's sha256, every array and label is checked,
+and a CRC of each array is kept, so that reading a sample later is one `pread` and one comparison. 18 bytes a sample.
 
-The cache lies beside the shards (`.train.index.npz`), or in the user's cache folder where that cannot be written, and is
-used only while the shards' names, sizes and times and the manifest are what they were.
+The cache lies beside the shards (`.train.index.npz`), or in the user's cache folder where that cannot be written, and
+is used only while the shards' names, sizes and times and the manifest are what they were.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import numpy as np
 
 from data.files import atomic_file, locked
 from data.scan import Entries, ShardScan, first_array
+
 
 @dataclass
 class Index:
@@ -69,7 +70,7 @@ def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
 
 
 def build_index(folder: Path, shards: list[str], manifest: dict, before: Index | None = None) -> Index:
-    """Reads every shard. before: an earlier index, which tells the samples that changed in a shard of the wrong sha256."""
+    """Reads every shard. before: an earlier index, which knows the samples that changed in a damaged shard."""
     described = {shard["name"]: shard for shard in manifest.get("shards", [])}
     shape, dtype = manifest.get("shape"), manifest.get("dtype")
     if shape is None:
@@ -130,7 +131,9 @@ def _cache_place(folder: Path, split: str) -> Path:
 def _write_cache(path: Path, index: Index, stamp: str) -> None:
     about = {"stamp": stamp, "shards": index.shards, "shape": index.shape, "dtype": index.dtype, "faults": index.faults}
     with atomic_file(path) as file:
-        np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, **asdict(index.entries))
+        np.savez(
+            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, **asdict(index.entries)
+        )
 
 
 def _read_cache(path: Path) -> tuple[Index | None, str]:
@@ -139,7 +142,9 @@ def _read_cache(path: Path) -> tuple[Index | None, str]:
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
             entries = Entries(*(arrays[name] for name in Entries.__annotations__))
-            index = Index(about["shards"], arrays["ends"], entries, tuple(about["shape"]), about["dtype"], about["faults"])
+            index = Index(
+                about["shards"], arrays["ends"], entries, tuple(about["shape"]), about["dtype"], about["faults"]
+            )
             return index, about["stamp"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         return None, ""

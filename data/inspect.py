@@ -1,4 +1,4 @@
-"""What lies at a path: `python -m data inspect PATH`. Our shards are read from end to end; of other formats a sample."""
+"""What lies at a path: `python -m data inspect PATH`. Our shards are read whole, of other formats a sample."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data import kinds
-from data.formats import Source, open_source
+from data.formats import open_source
 from data.index import build_index, cached_index
 from data.latents import Latents
 from data.manifest import SPLITS, read_manifest, split_shards
@@ -21,9 +21,9 @@ MAX_ARRAYS, MAX_LABELS = 1024, 100_000  # how many are looked at, where not all
 def inspect(path: str | Path) -> dict:
     """What is known of the latents at a path; ValueError where there are none.
 
-    Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (of the model's input,
-    C numbers each; of the stored numbers while the scale is unknown), flip, num_classes, labels (how many of each class, of
-    a sample where the format is not ours), wrong (a line for every fault), next (what to do with them).
+    Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (C numbers each, of
+    the model's input; of the stored numbers while the scale is unknown), flip, num_classes, labels (how many of each
+    class; of a sample where the format is not ours), wrong (a line for every fault), next (what to do with them).
     """
     path = Path(path)
     if not path.exists():
@@ -152,8 +152,8 @@ def as_text(report: dict) -> str:
         "stored": f"{report['dtype']} {tuple(report['stored_shape'])}; the model sees {tuple(report['shape'])}",
         "mean": numbers["mean"],
         "std": numbers["std"],
-        "labels": f"{len(labels)} of {report['num_classes']} classes, {min(labels, default=0)} to {max(labels, default=0)} each"
-        + (f": {histogram}" if len(labels) <= 20 else ""),
+        "labels": f"{len(labels)} of {report['num_classes']} classes, {min(labels, default=0)} to "
+        f"{max(labels, default=0)} each{': ' + histogram if len(labels) <= 20 else ''}",
         "wrong": "\n          ".join(report["wrong"]) or "nothing",
         "next": report["next"],
     }

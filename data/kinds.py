@@ -55,6 +55,14 @@ def to_model_input(
     return raw * scale + bias
 
 
+def check_channels(name: str, value: Channels | None, channels: int) -> None:
+    """Raises ValueError where a scale or bias is neither a number nor a list of one for each channel."""
+    numbers = value if isinstance(value, list) else [value]
+    fits = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers)
+    if value is not None and not (fits and len(numbers) in (1, channels)):
+        raise ValueError(f"{name}={value}; needed: a number, or a list of {channels}, one for each channel")
+
+
 def per_channel(value: Channels | None) -> float | torch.Tensor | None:
     """A scale or bias of meta.json for `to_model_input`: a number as it is, a list as a (C, 1, 1) tensor."""
     return torch.tensor(value).view(-1, 1, 1) if isinstance(value, list) else value

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def open_latents(
     path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop"
 ) -> "Latents":
-    """The latents of one split of a data folder: shards with a meta.json (manifest.py), or CompVis's shards without one.
+    """The latents of one split of a data folder: shards with a meta.json (manifest.py), or CompVis's without one.
 
     kind: one of kinds.KINDS; None takes meta.json's, and sample_scaled where there is no meta.json.
     on_error: "stop" raises at damage; "skip" leaves damaged shards and samples out, reports each in one line and counts
@@ -38,7 +38,9 @@ def open_latents(
     if on_error not in ON_ERROR:
         raise ValueError(f"unknown data.on_error={on_error}; needed: one of {', '.join(ON_ERROR)}")
     if not folder.is_dir():
-        raise ValueError(f"no data folder {folder}; needed: a folder of latent shards, see 'Your own data' in the README")
+        raise ValueError(
+            f"no data folder {folder}; needed: a folder of latent shards, see 'Your own data' in the README"
+        )
     manifest = read_manifest(folder)
     shards = split_shards(folder, split, manifest)
     if not shards:
@@ -70,6 +72,8 @@ class Latents:
                 f"{folder} holds {kind} and no meta.json says their scale; "
                 f"python -m data index {folder} kind={kind} scale=... writes one"
             )
+        for key in ("scale", "bias"):
+            kinds.check_channels(f"{key} in {folder}/meta.json", manifest.get(key), self.shape[0])
         self.labels = index.entries.labels
         self.num_classes = manifest.get("num_classes") or int(self.labels.max()) + 1
         self.fingerprint = _fingerprint(index, kind, manifest.get("scale"), manifest.get("bias"))
@@ -107,7 +111,7 @@ class Latents:
         return raw, torch.from_numpy(self.labels[used].astype(np.int64)), faults
 
     def will_need(self, indices: np.ndarray) -> None:
-        """Asks the system to read these samples from the disk meanwhile, neighbours together. A hint: nothing fails here."""
+        """Asks the system to read these samples from the disk meanwhile, neighbours together. Only a hint."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         entries, order = self._index.entries, np.sort(indices)

@@ -26,8 +26,8 @@ def make_loader(
 ) -> "Loader":
     """Micro-batches (raw (micro, *stored_shape), y (micro,)) of steps start_step..num_steps-1, in order.
 
-    Global batch s is positions s*G..s*G+G-1 of the endless stream of shuffled epochs (order.py); micro-batch m of rank r
-    is rows (m * world_size + r) * micro.. of it. Every rank gets (num_steps - start_step) * G / (micro * world_size).
+    Global batch s is positions s*G..s*G+G-1 of the endless stream of shuffled epochs (order.py), micro-batch m of rank
+    r is rows (m * world_size + r) * micro.. of it. Each rank gets (num_steps - start_step) * G / (micro * world_size).
     Raises ValueError where the global batch does not divide.
     """
     if global_batch_size % (micro_batch_size * world_size):
@@ -56,7 +56,7 @@ def make_loader(
 
 
 class MicroBatches(Dataset):
-    """Micro-batch i of one rank, counted from step 0; damage comes back as a value, to be raised in the main process."""
+    """Micro-batch i of one rank, counted from step 0; damage comes back as a value, for the main process to raise."""
 
     def __init__(
         self, latents: Latents, order: Order, micro_batch_size: int, rank: int, world_size: int, read_ahead: bool

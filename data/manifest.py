@@ -1,14 +1,14 @@
 """`meta.json`: what a folder of shards holds. Written last, so that where it lies the shards are complete.
 
-    kind, scale, bias     kinds.py; scale and bias are numbers or one number a channel (null for sample_scaled: applied)
-    codec                 what turns latents into pixels, as encoding recorded it; null where nobody knows
-    codec_sha256          of its weights, null where nobody knows
-    shape, dtype          of each stored array
-    num_classes           labels are 0..num_classes-1
-    flip                  "none", or "both": every image has a second entry, its mirror image's latent
-    counts                {split: entries}
-    mean, std             of each channel of the model's input
-    shards                [{name, split, n, sha256}]
+kind, scale, bias     kinds.py; scale and bias are numbers or one number a channel (null for sample_scaled: applied)
+codec                 what turns latents into pixels, as encoding recorded it; null where nobody knows
+codec_sha256          of its weights, null where nobody knows
+shape, dtype          of each stored array
+num_classes           labels are 0..num_classes-1
+flip                  "none", or "both": every image has a second entry, its mirror image's latent
+counts                {split: entries}
+mean, std             of each channel of the model's input
+shards                [{name, split, n, sha256}]
 """
 
 import json
@@ -36,7 +36,9 @@ def read_manifest(folder: Path) -> dict:
     if not missing:
         missing = [key for key in SHARD_KEYS for shard in manifest["shards"] if key not in shard]
     if missing:
-        raise ValueError(f"{path} does not say {missing[0]}; remove it, and python -m data index {folder} writes a new one")
+        raise ValueError(
+            f"{path} does not say {missing[0]}; remove it, and python -m data index {folder} writes a new one"
+        )
     for shard in manifest["shards"]:
         if Path(shard["name"]).name != shard["name"]:
             raise ValueError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")

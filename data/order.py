@@ -3,9 +3,9 @@
 Epochs are laid end to end into one endless stream, each of them every sample once; global batch s is positions
 s * G .. s * G + G - 1 of it. A batch may straddle two epochs, so no remainder is ever dropped.
 
-Inside an epoch: the samples are cut into runs of RUN neighbours on the disk, the runs shuffled, and the samples shuffled
-inside windows of WINDOW. A window is made of runs from all over the set, so batches are well mixed even where the shards
-are sorted by class, while the disk can be read in whole runs, a window ahead.
+Inside an epoch: the samples are cut into runs of RUN neighbours on the disk, the runs shuffled, and the samples
+shuffled inside windows of WINDOW. A window is made of runs from all over the set, so batches are well mixed even where
+the shards are sorted by class, while the disk can be read in whole runs, a window ahead.
 """
 
 from functools import lru_cache

@@ -1,7 +1,7 @@
 """Reads a pickled numpy array without letting the pickle do anything.
 
-MaskDiT's shards hold pickles. A pickle is a program that may call whatever it names; here the three names that an array
-needs stand for the records below, every other name is refused, so that none of its calls reaches numpy or anything else.
+MaskDiT's shards hold pickles. A pickle is a program that may call whatever it names; here the names that an array needs
+stand for the records below and every other name is refused, so that no call reaches numpy or anything else.
 """
 
 import pickle

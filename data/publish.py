@@ -1,4 +1,4 @@
-"""What whoever makes shards does first and last: claim the folder; read the shards back and write meta.json beside them."""
+"""What all makers of shards do first, claim the folder, and last, read the shards back and write meta.json."""
 
 import json
 from pathlib import Path

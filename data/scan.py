@@ -45,7 +45,7 @@ class Entries:
 
 @dataclass
 class ShardScan:
-    """Scans shards whose arrays should have this shape and dtype, and labels in [0, num_classes) where that is known."""
+    """Scans shards whose arrays should have this shape and dtype, and labels in [0, num_classes) if that is known."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -1,7 +1,7 @@
 """Tar archives read in place: where the bytes of each member lie.
 
-Nothing is ever extracted, so that a member's name cannot reach the file system. Links, devices, names that point outside
-and members of absurd size are reported as faults; tar has checksums for its headers only, so contents are checked elsewhere.
+Nothing is ever extracted, so that a member's name cannot reach the file system. Links, devices, names that point
+outside and members of absurd size are faults. Tar has checksums for its headers only: contents are checked elsewhere.
 Format: POSIX.1-1988 ustar with pax (`path`, `size`) and GNU long-name records.
 """
 
@@ -65,7 +65,7 @@ def member_name(fd: int, offset: int) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """WebDataset's rule: ('dir/key', 'latent.npy') of 'dir/key.latent.npy'; the key ends at the first dot of the last part."""
+    """('dir/key', 'latent.npy') of 'dir/key.latent.npy': WebDataset's keys end at the first dot of the last part."""
     folder, slash, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     return folder + slash + key, extension.lower()

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from data.tar import MAX_MEMBER, members
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
 
 class Tree(NamedTuple):
     names: list[str]  # relative, with "/", sorted
@@ -18,13 +20,27 @@ class Tree(NamedTuple):
 def open_tree(path: Path) -> Tree:
     """Raises ValueError for what is neither of the three, or is damaged."""
     if path.is_dir():
-        found = [Path(folder, name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names]
+        found = [
+            Path(folder, name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names
+        ]
         return Tree(sorted(found), lambda name: (path / name).read_bytes())
     if zipfile.is_zipfile(path):
         return _open_zip(path)
     if path.suffix == ".tar":
         return _open_tar(path)
     raise ValueError(f"{path} is {'not there' if not path.exists() else 'neither a folder, a .zip nor a .tar'}")
+
+
+def is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURES)
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a path can be opened and has pictures in it."""
+    try:
+        return any(map(is_picture, open_tree(path).names))
+    except ValueError:
+        return False
 
 
 def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
 def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: DictConfig, progress: tqdm) -> Iterator[tuple]:
     """(key, array (C or 2C, h, w), label) of what each of the chosen pictures becomes.
 
-    Batches begin with the shard and noise is keyed by the picture, so that a shard's bytes depend on nothing outside it.
+    Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     """
     batches = np.split(chosen, range(cfg.batch_size, len(chosen), cfg.batch_size))
     for batch, pixels in zip(batches, crops(images, batches, cfg.size, cfg.num_threads)):
@@ -114,11 +114,13 @@ def finish(folder: Path, images: Images, cfg: DictConfig, vae_sha256: str) -> No
         flip=cfg.flip,
         num_classes=len(images.classes) or None,
     )
-    print(f"{folder}: {manifest['counts']} of {manifest['num_classes']} classes; python -m data inspect {folder} says more")
+    print(f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes; look: python -m data inspect {folder}")
 
 
 def device() -> torch.device:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 def weights_sha256(module: torch.nn.Module) -> str:

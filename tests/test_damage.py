@@ -18,6 +18,7 @@ from data.order import Order
 from data.writer import shard_name
 from made_sets import NUM_CLASSES, SHAPE, TOTAL, array_of, good, npy, numbers_in, write_members, write_set
 
+
 class Canary:
     def __init__(self, path: str):
         self.path = path
@@ -28,24 +29,29 @@ class Canary:
 
 NAN = array_of(1)
 NAN[1, 2, 3] = np.nan
+
+
+def sample(array: bytes, label: bytes = b"1") -> list[tuple]:
+    return [("0001.latent.npy", array), ("0001.cls", label)]
+
+
+SOUND = npy(array_of(1))
+OBJECTS = npy(np.array([Canary("canary")], dtype=object), allow_pickle=True)
 BAD_SAMPLES = {  # name: (members of sample 0001, what is said)
-    "nan": ([("0001.latent.npy", npy(NAN)), ("0001.cls", b"1")], "not finite"),
-    "shape": ([("0001.latent.npy", npy(array_of(1)[:3])), ("0001.cls", b"1")], r"\(3, 4, 4\); needed: float16 \(4, 4, 4\)"),
-    "dtype": ([("0001.latent.npy", npy(array_of(1).astype(np.float32))), ("0001.cls", b"1")], "is float32"),
-    "integers": ([("0001.latent.npy", npy(array_of(1).astype(np.int16))), ("0001.cls", b"1")], "needed: float16 or float32"),
-    "fortran": ([("0001.latent.npy", npy(np.asfortranarray(array_of(1)))), ("0001.cls", b"1")], "Fortran order"),
-    "objects": (
-        [("0001.latent.npy", npy(np.array([Canary("canary")], dtype=object), allow_pickle=True)), ("0001.cls", b"1")],
-        "needed: float16 or float32",
-    ),
-    "short": ([("0001.latent.npy", npy(array_of(1))[:-2]), ("0001.cls", b"1")], "126 bytes of numbers"),
-    "no array": ([("0001.latent.npy", b"nothing"), ("0001.cls", b"1")], "not a .npy array"),
-    "label too large": ([("0001.latent.npy", npy(array_of(1))), ("0001.cls", b"10")], r"label '10'; needed: 0..9"),
-    "label negative": ([("0001.latent.npy", npy(array_of(1))), ("0001.cls", b"-1")], r"label '-1'; needed: 0..9"),
-    "label is text": ([("0001.latent.npy", npy(array_of(1))), ("0001.cls", b"cat")], "label 'cat'"),
-    "no label": ([("0001.latent.npy", npy(array_of(1)))], "has no .cls"),
-    "no latent": ([("0001.cls", b"1")], "has no .latent.npy"),
-}  # fmt: skip
+    "nan": (sample(npy(NAN)), "not finite"),
+    "shape": (sample(npy(array_of(1)[:3])), r"\(3, 4, 4\); needed: float16 \(4, 4, 4\)"),
+    "dtype": (sample(npy(array_of(1).astype(np.float32))), "is float32"),
+    "integers": (sample(npy(array_of(1).astype(np.int16))), "needed: float16 or float32"),
+    "fortran": (sample(npy(np.asfortranarray(array_of(1)))), "Fortran order"),
+    "objects": (sample(OBJECTS), "needed: float16 or float32"),
+    "short": (sample(SOUND[:-2]), "126 bytes of numbers"),
+    "no array": (sample(b"nothing"), "not a .npy array"),
+    "label too large": (sample(SOUND, b"10"), r"label '10'; needed: 0..9"),
+    "label negative": (sample(SOUND, b"-1"), r"label '-1'; needed: 0..9"),
+    "label is text": (sample(SOUND, b"cat"), "label 'cat'"),
+    "no label": (sample(SOUND)[:1], "has no .cls"),
+    "no latent": (sample(SOUND)[1:], "has no .latent.npy"),
+}
 
 
 @pytest.fixture
@@ -57,11 +63,19 @@ def damaged(tmp_path):
         folder.mkdir()
         write_members(folder / "train-000000.tar", [*good(0), *members])
         write_members(folder / "train-000001.tar", good(2) + good(3) + good(4))
-        shards = [{"name": f"train-00000{s}.tar", "split": "train", "n": n, "sha256": None} for s, n in ((0, 2), (1, 3))]
+        shards = [
+            {"name": f"train-00000{s}.tar", "split": "train", "n": n, "sha256": None} for s, n in ((0, 2), (1, 3))
+        ]
         manifest = dict.fromkeys("bias codec codec_sha256 scale counts mean std".split())
         for shard in shards:
             shard["sha256"] = data.scan.file_sha256(folder / shard["name"])
-        manifest |= {"kind": "sample_scaled", "shape": SHAPE, "dtype": "float16", "num_classes": NUM_CLASSES, "flip": "none"}
+        manifest |= {
+            "kind": "sample_scaled",
+            "shape": SHAPE,
+            "dtype": "float16",
+            "num_classes": NUM_CLASSES,
+            "flip": "none",
+        }
         write_manifest(folder, {**manifest, "shards": shards})
         return folder
 
@@ -97,7 +111,10 @@ def test_double_key_is_named(damaged):
 
 
 CRAFTED = {
-    "symbolic link": (("0001.latent.npy", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), "link or a device"),
+    "symbolic link": (
+        ("0001.latent.npy", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+        "link or a device",
+    ),
     "hard link": (("0001.latent.npy", b"", {"type": tarfile.LNKTYPE, "linkname": "../secret"}), "link or a device"),
     "device": (("0001.latent.npy", b"", {"type": tarfile.CHRTYPE}), "link or a device"),
     "parent folder": (("../outside.latent.npy", b"x"), "points outside"),
@@ -144,7 +161,9 @@ def test_truncation_anywhere_is_seen(tmp_path):
 def test_manifest_sees_a_shard_of_other_contents(tmp_path):
     folder = write_set(tmp_path / "set", sizes=[6, 3])
     write_members(folder / "train-000000.tar", good(0))
-    with pytest.raises(ValueError, match="train-000000.tar: its sha256 is not the one in meta.json: 1 samples, needed 6"):
+    with pytest.raises(
+        ValueError, match="train-000000.tar: its sha256 is not the one in meta.json: 1 samples, needed 6"
+    ):
         open_latents(folder)
     assert len(open_latents(folder, on_error="skip")) == 3
 
@@ -179,7 +198,9 @@ def test_bit_flip_is_seen_wherever_it_happens(tmp_path):
     with pytest.raises(ValueError, match="train-000000.tar: its sha256 is not the one in meta.json"):
         open_latents(folder)
     flip_bit(shard, member.offset_data - 512 + 124, keep_time=False)  # in the header
-    with pytest.raises(ValueError, match=f"train-000000.tar: has a damaged tar header at byte {member.offset_data - 512}"):
+    with pytest.raises(
+        ValueError, match=f"train-000000.tar: has a damaged tar header at byte {member.offset_data - 512}"
+    ):
         open_latents(folder)
 
 
@@ -239,7 +260,10 @@ def test_empty_shard(tmp_path):
         (lambda m: json.dumps({k: v for k, v in m.items() if k != "kind"}), "does not say kind"),
         (lambda m: json.dumps([m]), "does not say kind"),
         (lambda m: json.dumps({**m, "kind": "raw"}), "unknown kind"),
-        (lambda m: json.dumps({**m, "shards": [{**m["shards"][0], "name": "../train-000000.tar"}]}), "a file in that folder"),
+        (
+            lambda m: json.dumps({**m, "shards": [{**m["shards"][0], "name": "../train-000000.tar"}]}),
+            "a file in that folder",
+        ),
     ],
 )
 def test_bad_manifest_is_refused(tmp_path, change, message):

@@ -36,7 +36,7 @@ def uneven(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("uneven"))
 
 
-# --- order ---------------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 31, 1000, WINDOW + 5])
@@ -67,7 +67,10 @@ def test_large_set_is_read_in_runs_and_well_mixed():
     windows = [np.sort(order[start : start + WINDOW]) for start in range(0, count, WINDOW)]
     assert np.mean([(np.diff(window) == 1).mean() for window in windows]) > 0.95  # follow their neighbour on the disk
     shuffled = np.random.default_rng(0).permutation(count)
-    classes = {name: [len(set(batch)) for batch in (o // 200).reshape(-1, 250)] for name, o in (("ours", order), ("ideal", shuffled))}
+    classes = {
+        name: [len(set(batch)) for batch in (o // 200).reshape(-1, 250)]
+        for name, o in (("ours", order), ("ideal", shuffled))
+    }
     assert np.mean(classes["ours"]) > 0.9 * np.mean(classes["ideal"])
     again = Order(count, seed=0)(np.arange(count, 2 * count))  # neighbours in one epoch are not neighbours in the next
     place = np.empty(count, np.int64)
@@ -76,10 +79,12 @@ def test_large_set_is_read_in_runs_and_well_mixed():
     assert RUN < WINDOW / 100
 
 
-# --- loader --------------------------------------------------------------------------------------------------------------
+# --- loader ---------------------------------------------------------------------------------------
 
 
-def global_batches(folder: Path, world_size: int, num_workers: int, micro: int = 2, start_step: int = 0) -> list[list[int]]:
+def global_batches(
+    folder: Path, world_size: int, num_workers: int, micro: int = 2, start_step: int = 0
+) -> list[list[int]]:
     """The sample numbers of every step's global batch of 12, over three epochs, put together from all ranks."""
     G, steps = 12, 3 * TOTAL // 12
     accumulation = G // (micro * world_size)
@@ -144,7 +149,9 @@ def test_each_window_is_asked_for_ahead_once(uneven, monkeypatch):
     monkeypatch.setattr(latents, "will_need", lambda indices: asked.append(sorted(indices.tolist())))
     list(make_loader(latents, global_batch_size=4, micro_batch_size=4, num_steps=TOTAL // 4, seed=1))
     order = Order(TOTAL, seed=1)
-    assert sorted(asked) == sorted(sorted(order.window(*key).tolist()) for key in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)])
+    assert sorted(asked) == sorted(
+        sorted(order.window(*key).tolist()) for key in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    )
     open_latents(uneven).will_need(np.arange(TOTAL))  # across the ends of shards: a hint, so it only must not fail
 
 
@@ -160,7 +167,7 @@ def test_killed_worker_is_noticed(uneven):
     assert time.monotonic() - start < 15
 
 
-# --- reader --------------------------------------------------------------------------------------------------------------
+# --- reader ---------------------------------------------------------------------------------------
 
 
 def test_read_gives_arrays_labels_and_keys(uneven):
@@ -169,7 +176,12 @@ def test_read_gives_arrays_labels_and_keys(uneven):
     raw, y = latents.read(chosen)
     np.testing.assert_array_equal(raw.numpy(), np.stack([array_of(i) for i in chosen]))
     assert y.tolist() == [i % NUM_CLASSES for i in chosen] and latents.keys(chosen) == [f"{i:04d}" for i in chosen]
-    assert (len(latents), latents.shape, latents.num_classes, latents.kind) == (TOTAL, SHAPE, NUM_CLASSES, "sample_scaled")
+    assert (len(latents), latents.shape, latents.num_classes, latents.kind) == (
+        TOTAL,
+        SHAPE,
+        NUM_CLASSES,
+        "sample_scaled",
+    )
     assert has_split(uneven, "train") and not has_split(uneven, "val")
 
 
@@ -277,7 +289,7 @@ def test_what_open_refuses(tmp_path, uneven):
             open_latents(path, **options)
 
 
-# --- kinds and statistics ------------------------------------------------------------------------------------------------
+# --- kinds and statistics -------------------------------------------------------------------------
 
 
 def test_moments_are_drawn_from_the_generators_alone():
@@ -309,14 +321,16 @@ def test_unusual_scale_is_said(tmp_path):
         samples = [(f"{i}", (scale * rng.standard_normal((4, 8, 8))).astype(np.float32), 0) for i in range(32)]
         write_shard(tmp_path / name / "train-0.tar", samples)
     assert scale_warning(open_latents(tmp_path / "right"), sigma_data=0.5) is None
-    assert "standard deviation 4.96, the objective expects about 0.5" in scale_warning(open_latents(tmp_path / "unscaled"), sigma_data=0.5)
+    assert "standard deviation 4.96, the objective expects about 0.5" in scale_warning(
+        open_latents(tmp_path / "unscaled"), sigma_data=0.5
+    )
     (tmp_path / "moments").mkdir()
     spread = [np.concatenate([s[1], np.full_like(s[1], -12)]) for s in samples]
     write_shard(tmp_path / "moments/train-0.tar", [(f"{i}", s, 0) for i, s in enumerate(spread)])
     assert "looks like moments_logvar" in scale_warning(open_latents(tmp_path / "moments"), sigma_data=0.5)
 
 
-# --- the embedded digits -------------------------------------------------------------------------------------------------
+# --- the embedded digits --------------------------------------------------------------------------
 
 
 def test_digits_are_mlxtends(digits):
@@ -359,11 +373,13 @@ def test_digits_do_not_overwrite_other_data(tmp_path):
         prepare_mnist(tmp_path / "mine")
 
 
-# --- command line --------------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def data_command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "data", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "data", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_inspect_command(uneven):

@@ -51,14 +51,22 @@ def vae(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("vae")
     AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[8, 8, 8],
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[8] * 3,
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIZE,
     ).save_pretrained(path)  # fmt: skip
     return path
 
 
 def settings(photos: Path, out: Path, vae: Path, *more: str) -> list[str]:
-    common = [f"images={photos}", f"out={out}", f"vae={vae}", f"scale={SCALE}", f"size={SIZE}", "batch_size=4", "shard_size=6"]
+    common = [
+        f"images={photos}",
+        f"out={out}",
+        f"vae={vae}",
+        f"scale={SCALE}",
+        f"size={SIZE}",
+        "batch_size=4",
+        "shard_size=6",
+    ]
     return [*common, *more]
 
 
@@ -123,7 +131,7 @@ def test_manifest_says_how_it_was_made(vae, encoded):
 
 
 def test_killed_and_started_again_gives_the_same_bytes_on_any_number_of_processes(photos, vae, tmp_path):
-    """Samples, with their noise: one process, against two, of which one run is killed when the first shard lies there."""
+    """Samples, with their noise: one process, against two that go on where one was killed behind its first shard."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     main(settings(photos, whole, vae))
     two = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671")
@@ -193,12 +201,14 @@ def test_what_encoding_refuses(photos, vae, tmp_path):
         ((tmp_path / "empty", tmp_path / "o", vae), "no pictures"),
         ((tmp_path / "bad", tmp_path / "o", vae), "class/a.jpg"),
         ((photos, tmp_path / "o", vae, "flip=all"), "flip=all; needed: none or both"),
-        ((photos, tmp_path / "o", vae, "val=26"), "0 <= val < images"),
+        ((photos, tmp_path / "o", vae, "val=26"), "val=26 of 26 images"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             main(settings(*arguments))
-    done = subprocess.run(command(photos, tmp_path / "o2", tmp_path / "no-vae"), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command(photos, tmp_path / "o2", tmp_path / "no-vae"), cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no-vae" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.glob("o*/meta.json"))

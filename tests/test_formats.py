@@ -39,7 +39,7 @@ def mean_std(i: int) -> np.ndarray:
     return np.concatenate([5 * r.standard_normal((4, 4, 4)), r.uniform(0.001, 0.1, (4, 4, 4))]).astype(np.float32)
 
 
-# --- writers: what each project's scripts leave on the disk --------------------------------------------------------------
+# --- writers: what each project's scripts leave on the disk ---------------------------------------
 
 
 def write_maskdit_lmdb(root: Path, xflip: bool = False) -> None:
@@ -70,7 +70,7 @@ def write_wds(path: Path, samples: list[dict[str, bytes]]) -> None:
 def write_maskdit_wds(root: Path, protocol: int | None = None) -> None:
     root.mkdir()
     samples = [
-        {"cls": str(LABELS[i]).encode(), "latent": pickle.dumps(np.frombuffer(moments_logvar(i).tobytes(), np.float32).reshape(8, 4, 4), protocol)}
+        {"cls": str(LABELS[i]).encode(), "latent": pickle.dumps(moments_logvar(i), protocol)}
         for i in range(N)
     ]  # fmt: skip
     write_wds(root / "latent_imagenet_512_train-0000.tar", samples)
@@ -122,7 +122,9 @@ def write_lightningdit(root: Path) -> None:
     for shard, images in enumerate((range(4), range(4, N))):
         latents = torch.cat([torch.from_numpy(sample_f16d32(i)) for i in images])
         tensors = {"latents": latents, "latents_flip": -latents, "labels": torch.tensor([LABELS[i] for i in images])}
-        save_file(tensors, root / f"latents_rank00_shard{shard:03d}.safetensors", metadata={"total_size": str(len(images))})
+        save_file(
+            tensors, root / f"latents_rank00_shard{shard:03d}.safetensors", metadata={"total_size": str(len(images))}
+        )
     torch.save({"mean": LIGHTNING_MEAN, "std": LIGHTNING_STD}, root / "latents_stats.pt")
 
 
@@ -139,7 +141,10 @@ EDM2_BIAS = -np.array([5.81, 3.25, 0.12, -2.15]) * EDM2_SCALE
 CASES = {
     "maskdit_lmdb": (write_maskdit_lmdb, "moments_logvar", moments_logvar, SD_SCALE, 0.0, {}),
     "maskdit_wds": (write_maskdit_wds, "moments_logvar", moments_logvar, SD_SCALE, 0.0, {}),
-    "repa": (lambda p: write_numbered(p / "vae-sd", "img-mean-std-", mean_std), "mean_std", mean_std, SD_SCALE, 0.0, {}),
+    "repa": (
+        lambda p: write_numbered(p / "vae-sd", "img-mean-std-", mean_std),
+        "mean_std", mean_std, SD_SCALE, 0.0, {},
+    ),
     "edm2": (lambda p: write_numbered(p, "img-mean-std-", mean_std), "mean_std", mean_std, EDM2_SCALE, EDM2_BIAS, {}),
     "speedrundit": (
         lambda p: write_numbered(p / "vae-in", "img-latents-", sample_f16d32),
@@ -150,7 +155,9 @@ CASES = {
         write_lightningdit, "sample_raw", lambda i: sample_f16d32(i)[0],
         1 / LIGHTNING_STD.flatten().numpy(), (-LIGHTNING_MEAN / LIGHTNING_STD).flatten().numpy(), {},
     ),
-    "npy": (write_npy, "sample_scaled", lambda i: sample_scaled(i)[0].astype(np.float16), 1.0, 0.0, {"kind": "sample_scaled"}),
+    "npy": (
+        write_npy, "sample_scaled", lambda i: sample_scaled(i)[0].astype(np.float16), 1.0, 0.0, {"kind": "sample_scaled"},
+    ),
 }  # fmt: skip
 
 
@@ -251,7 +258,14 @@ def test_pickles_run_nothing(tmp_path):
     canary = tmp_path / "canary"
     object_array = np.array([Canary(canary)], dtype=object)
     builtin = b"cbuiltins\neval\n(S'1'\ntR."
-    for crafted in (pickle.dumps(Canary(canary)), pickle.dumps(object_array), pickle.dumps([1]), builtin, b"", b"\x80\x04."):
+    for crafted in (
+        pickle.dumps(Canary(canary)),
+        pickle.dumps(object_array),
+        pickle.dumps([1]),
+        builtin,
+        b"",
+        b"\x80\x04.",
+    ):
         with pytest.raises(ValueError):
             read_pickled_array(crafted)
     write_wds(tmp_path / "train-0.tar", [{"cls": b"1", "latent": pickle.dumps(Canary(canary))}])
@@ -329,7 +343,12 @@ def test_damaged_sources_are_named(tmp_path):
     (tmp_path / "label/vae-sd/dataset.json").write_text('{"labels": [["00000/img-mean-std-00000000.npy", 1]]}')
     for name, message in (("nan", "not finite"), ("cut", "class0/1.npy"), ("label", "no label for 00000/img-mean")):
         with pytest.raises(ValueError, match=message):
-            convert(str(tmp_path / name), str(tmp_path / f"{name}-out"), kind=None if name == "label" else "sample_scaled", workers=1)
+            convert(
+                str(tmp_path / name),
+                str(tmp_path / f"{name}-out"),
+                kind=None if name == "label" else "sample_scaled",
+                workers=1,
+            )
 
 
 def test_convert_command(tmp_path):
