@@ -18,9 +18,9 @@ from torch import nn
 import checkpoint
 import cli
 import data
+from cost import cost_table
 from guard import FiniteGuard
 from randomness import Rows
-from routing_module import Routing
 from sample import guidance_from
 
 
@@ -165,9 +165,9 @@ def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
 
 # What may differ between a run and its continuation without changing a number of it.
 HARMLESS = (
-    "run_name", "results_dir", "resume", "resume_allow", "preview", "wandb", "sampler", "data.path", "data.prepare", "data.num_workers",
-    "train.micro_batch_size", "train.log_every", "train.val_every", "train.val_samples", "train.save_every", "train.keep_last",
-    "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
+    "run_name", "results_dir", "resume", "resume_allow", "preview", "wandb", "hardware", "sampler", "data.path", "data.prepare",
+    "data.num_workers", "train.micro_batch_size", "train.log_every", "train.val_every", "train.val_samples",
+    "train.save_every", "train.keep_last", "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
 )  # fmt: skip
 
 
@@ -238,15 +238,10 @@ def compile_blocks(model: nn.Module, wanted: str, dist: PartialState) -> str:
 
 
 def describe(cfg, model, latents: data.Latents, plan: BatchPlan, resumed: Path | None, compiled: str) -> str:
-    parameters, dense = sum(p.numel() for p in model.parameters()), model.macs()
-    cost = f"{dense / 1e9:.3f} GMACs dense"
-    if model.routes:
-        routed = model.macs(Routing())
-        spans = ", ".join(f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes)
-        cost += f", {routed / 1e9:.3f} routed (blocks {spans}): a step {dense / routed:.2f}x cheaper"
     lines = [
         f"run        {Path(cfg.results_dir) / cfg.run_name}" + (f", from {resumed}" if resumed else ""),
-        f"model      {cfg.model.size}: {parameters / 1e6:.2f} M parameters, {cost}",
+        f"model      {cfg.model.size}",
+        cost_table(model, cfg),
         f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} x {plan.accumulation} accumulated",
         f"precision  {cfg.train.precision}, compile {compiled}",

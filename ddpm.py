@@ -1,0 +1,61 @@
+"""DDPM (arXiv 2006.11239) as official DiT has it: a network that predicts the noise at 1000 linear-beta steps.
+
+Seen as a denoiser at any noise level. Step k keeps x_k = sqrt(a_k) x + sqrt(1 - a_k) noise with a_k = prod(1 - beta); divided by
+sqrt(a_k) this is x + sigma_k noise with sigma_k = sqrt((1 - a_k) / a_k), from 0.01 to 157. So with x_t = x + sigma noise
+
+    D(x_t; sigma) = x_t - sigma eps(x_t / sqrt(1 + sigma^2), k),    sigma_k = sigma
+
+and EDM's samplers, guidance and scores work on such weights as they are.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from randomness import Generators, normal, uniform
+from solvers import edm_sampler, times
+
+
+class DDPM:
+    """Prediction of the noise. num_steps, beta_start, beta_end: the linear schedule that the network was made for."""
+
+    predicts = "denoised"
+    sample = staticmethod(edm_sampler)
+
+    def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
+        if num_steps < 2 or not 0 < beta_start <= beta_end < 1:
+            raise ValueError(
+                f"needed: num_steps >= 2, 0 < beta_start <= beta_end < 1; got {num_steps}, {beta_start}, {beta_end}"
+            )
+        kept = torch.cumprod(1 - torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64), dim=0)  # a_k
+        self.log_sigma = ((1 - kept) / kept).sqrt().log().float()  # (num_steps,), rising
+
+    def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+        """Squared error of the noise ("L_simple"), a number for each sample: x (B, C, h, w), y (B,) -> (B,).
+
+        Learned variances (DiT's other C channels) have no part in it: they move no sample of a deterministic sampler.
+        """
+        self.log_sigma = self.log_sigma.to(x.device)
+        step = (uniform((len(x),), generator, device=x.device) * len(self.log_sigma)).long()  # (B,)
+        sigma = self.log_sigma[step].exp()
+        noise = normal(x.shape, generator, device=x.device)
+        x_t = x + sigma.view(-1, 1, 1, 1) * noise
+        return (self.noise(net, x_t, sigma, y) - noise).square().flatten(1).mean(dim=1)
+
+    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """D(x_t; sigma): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32."""
+        x_t, sigma = x_t.float(), times(t, x_t)
+        return x_t - sigma.view(-1, 1, 1, 1) * self.noise(net, x_t, sigma, y)
+
+    def noise(self, net: Callable, x_t: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """eps: x_t (B, C, h, w), sigma (B,) -> (B, C, h, w) float32; channels past C (learned sigma) are not used."""
+        c_in = (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
+        return net(c_in * x_t, self.step_at(sigma), y)[:, : x_t.shape[1]].float()
+
+    def step_at(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The step with noise level sigma, between two steps by their logarithms; the nearest end outside: (B,) -> (B,)."""
+        self.log_sigma = self.log_sigma.to(sigma.device)
+        wanted = sigma.log().clamp(self.log_sigma[0], self.log_sigma[-1])
+        above = torch.searchsorted(self.log_sigma, wanted).clamp(1, len(self.log_sigma) - 1)
+        low, high = self.log_sigma[above - 1], self.log_sigma[above]
+        return above - 1 + (wanted - low) / (high - low)
