@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from edm import EDM, karras_sigmas
+from edm import EDM
 from guidance import Guidance, guide
 from randomness import Rows, seeded_generator
 from rf import RectifiedFlow
+from solvers import noise_levels
 
 
 def zero_net(x, t, y):
@@ -82,12 +83,8 @@ def test_churn_draws_from_the_images_own_generators():
 
 
 def test_karras_steps():
-    sigmas = karras_sigmas(18, 0.002, 80, 7)
-    assert len(sigmas) == 19 and sigmas[0] == pytest.approx(80) and sigmas[-2] == pytest.approx(0.002) and sigmas[-1] == 0
-    with pytest.raises(ValueError, match="needed"):
-        karras_sigmas(0, 0.002, 80, 7)
-    with pytest.raises(ValueError, match="needed"):
-        karras_sigmas(18, 80, 0.002, 7)
+    sigmas = noise_levels(18, "edm", 0.002, 80, 7)
+    assert len(sigmas) == 18 and sigmas[0] == pytest.approx(80) and sigmas[-1] == pytest.approx(0.002)
 
 
 def test_euler_is_exact_on_a_constant_field():

@@ -1,0 +1,107 @@
+"""What sampling leaves on disk: one PNG a seed, `samples.npz` (`arr_0`, uint8, NHWC), a grid, and samples.json.
+
+    <folder>/images/000000/000042.png    in sub-folders by thousand
+
+A PNG is written whole or not at all, so where there is one the seed is finished.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import checkpoint
+
+MANIFEST = "samples.json"
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    return folder / "images" / f"{seed // 1000 * 1000:06d}" / f"{seed:06d}.png"
+
+
+def missing(folder: Path, seeds: Sequence[int]) -> list[int]:
+    """The positions in `seeds` that have no image yet, each seed once."""
+    first = {seed: i for i, seed in reversed(list(enumerate(seeds)))}
+    return sorted(i for seed, i in first.items() if not image_path(folder, seed).exists())
+
+
+def claim(folder: Path, settings: dict) -> dict:
+    """What samples.json says so far. Raises ValueError where the folder holds images made with other settings."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {"settings": settings}
+    written = json.loads(path.read_text())
+    settings = json.loads(json.dumps(settings))
+    differing = [
+        f"{key} was {written['settings'].get(key)}, is {settings.get(key)}"
+        for key in sorted(written["settings"].keys() | settings.keys())
+        if written["settings"].get(key) != settings.get(key)
+    ]
+    if differing:
+        raise ValueError(f"{folder} holds images made with other settings ({'; '.join(differing)}): set another out=")
+    return written
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def save_image(image: np.ndarray, path: Path) -> None:
+    """uint8 (H, W, 3) => PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
+    Image.fromarray(image).save(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def read_images(folder: Path, seeds: Sequence[int]) -> Iterator[np.ndarray]:
+    """The images of seeds, in order: uint8 (H, W, 3)."""
+    for seed in seeds:
+        with Image.open(image_path(folder, seed)) as image:
+            yield np.asarray(image.convert("RGB"))
+
+
+def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
+    """samples.npz, one image in memory at a time: 50,000 of 256x256 pixels are 10 GB."""
+    path = folder / "samples.npz"
+    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
+    shape = (len(seeds), *next(read_images(folder, seeds[:1])).shape)
+    with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for image in read_images(folder, seeds):
+            member.write(image.tobytes())
+    os.replace(temporary, path)
+    return path
+
+
+def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *, show: bool) -> None:
+    """Writes the images of seeds as they come, in batches of uint8 (B, 3, H, W). show: with a progress bar."""
+    rest = iter(seeds)
+    with tqdm(total=len(seeds), unit="img", desc="sampling", disable=not show) as bar:
+        for batch in batches:
+            for image in batch.permute(0, 2, 3, 1).cpu().numpy():
+                save_image(image, image_path(folder, next(rest)))
+            bar.update(len(batch))
+
+
+def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
+    """When all images of seeds are there: samples.npz, the grid of the first 400, samples.json."""
+    write_npz(folder, seeds)
+    images = torch.from_numpy(np.stack(list(read_images(folder, seeds[:400])))).permute(0, 3, 1, 2)  # (n, 3, H, W)
+    save_grid(images, folder / "grid.png", columns=10 if len(images) <= 100 else 20)
+    write_manifest(folder, manifest)
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """uint8 (n, 3, H, W) => one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = make_grid(images.cpu(), nrow=columns, padding=2)  # (3, H', W')
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)

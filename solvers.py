@@ -1,0 +1,262 @@
+"""Samplers: from noise to latents, as functions of a callable that predicts.
+
+    edm_sampler   predict(x, sigma) -> denoised   EDM (arXiv 2206.00364): Heun or Euler over noise levels, with churn
+    flow_sampler  predict(x, t) -> velocity       rectified flow: Euler, Heun, and SiT's SDE (arXiv 2401.08740)
+
+Either runs on either kind of network: `as_velocity` and `as_denoised` turn one prediction into the other, where `solve`
+finds them to differ. A denoiser's x is data + sigma noise, a flow's (1 - t) data + t noise: the same picture in another
+size, where t = sigma / (1 + sigma). Times are () float64 tensors on the CPU, so no step waits for the device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from randomness import Generators, normal
+
+# Noise levels (lowest, highest) that each discretization was made for (EDM, Table 1).
+SIGMA_RANGES = {"edm": (0.002, 80.0), "vp": (0.0105, 152.2), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
+VP_TIME_MIN = 1e-3  # epsilon_s: the VP curve reaches the lowest noise level here and the highest at 1
+
+
+def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, generators: Generators) -> torch.Tensor:
+    """Latents by the sampler that `settings` describe (configs/sampler/*.yaml; null = the sampler's default).
+
+    `takes` among them is what the sampler needs, "denoised" or "velocity"; `objective.predicts` is what there is.
+    Without `takes` the sampler is the objective's own. Raises ValueError for a sampler that does not fit.
+    """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    takes = settings.pop("takes", objective.predicts)
+    choose("sampler.takes", takes, ("denoised", "velocity"))
+    if takes == objective.predicts:
+        return objective.sample(predict, noise, **settings, generators=generators)
+    if takes == "denoised":
+        return edm_sampler(as_denoised(predict), noise, **settings, generators=generators)
+    settings = {"t_start": flow_time(80, "denoised")} | settings  # a denoiser's noise has an end
+    return flow_sampler(as_velocity(predict), noise, **settings, generators=generators)
+
+
+def as_velocity(denoise: Callable) -> Callable:
+    """A denoiser as a flow: v = (x_t - D(x_t / (1 - t); t / (1 - t))) / t, for t in (0, 1). Others raise ValueError."""
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if not 0 < t < 1:
+            raise ValueError(f"a denoiser has no velocity at t={float(t):g}; needed: sampler.t_start < 1, say 0.987")
+        return (x - denoise(x / (1 - t), t / (1 - t))) / t
+
+    return velocity
+
+
+def as_denoised(velocity: Callable) -> Callable:
+    """A flow as a denoiser: at t = sigma / (1 + sigma), x_t = x / (1 + sigma) and D = x_t - t v(x_t, t)."""
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        t = flow_time(sigma, "denoised")
+        x_t = x / (1 + sigma)
+        return x_t - t * velocity(x_t, t)
+
+    return denoise
+
+
+def flow_time(t, predicts: str):
+    """A network's own time as a flow's, from 1 (noise) to 0 (data): t itself, or sigma / (1 + sigma) of a denoiser."""
+    return t / (1 + t) if predicts == "denoised" else t
+
+
+# --- noise levels ---
+
+
+def edm_sampler(
+    predict: Callable,                              # predict(x, sigma) -> denoised
+    noise: torch.Tensor,                            # (B, C, h, w), N(0, 1)
+    *,
+    num_steps: int = 40,
+    solver: str = "heun",                           # or euler
+    discretization: str = "edm",                    # where the noise levels lie: edm, vp, ve, iddpm
+    schedule: str = "linear",                       # sigma(t), the time in which steps are straight: linear, vp, ve
+    scaling: str = "none",                          # s(t), the size of the state: none, or vp = 1 / sqrt(1 + sigma^2)
+    sigma_min: float | None = None,                 # None = by discretization
+    sigma_max: float | None = None,
+    rho: float = 7.0,                               # of discretization edm
+    S_churn: float = 0.0,                           # > 0 = stochastic; drawn from `generators`
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    generators: Generators = None,
+) -> torch.Tensor:
+    """Steps from sigma_max to 0 (Algorithms 1 and 2, with Table 1's choices) -> latents (B, C, h, w) float32.
+
+    Calls of `predict`: 2 * num_steps - 1 for heun, which is of second order; num_steps for euler, of first. The state
+    is float64 where the device has it. Raises ValueError for settings that name nothing.
+    """
+    choose("solver", solver, ("heun", "euler"))
+    choose("scaling", scaling, ("none", "vp"))
+    low, high = sigma_range(discretization, sigma_min, sigma_max)
+    sigmas = noise_levels(num_steps, discretization, low, high, rho)
+    curve = noise_curve(schedule, low, high)
+    t_steps = torch.cat([curve.time(sigmas), sigmas.new_zeros(1)])  # (num_steps + 1,)
+
+    def size(sigma: torch.Tensor) -> torch.Tensor:
+        return (1 + sigma**2).rsqrt() if scaling == "vp" else torch.ones_like(sigma)
+
+    def slope(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # dx/dt (Eq. 4)
+        sigma, rate = curve.sigma(t), curve.rate(t)
+        shrink = sigma * rate / (1 + sigma**2) if scaling == "vp" else 0.0  # - s'(t) / s(t)
+        return (rate / sigma - shrink) * x - rate * size(sigma) / sigma * predict(x / size(sigma), sigma)
+
+    x = noise.to(state_dtype(noise.device)) * sigmas[0] * size(sigmas[0])
+    for t, t_next in zip(t_steps, t_steps[1:]):
+        sigma = curve.sigma(t)
+        if S_churn > 0 and S_min <= sigma <= S_max:
+            raised = sigma * (1 + min(S_churn / num_steps, math.sqrt(2) - 1))
+            added = normal(x.shape, generators, device=x.device) * S_noise
+            x = size(raised) * (x / size(sigma) + (raised**2 - sigma**2).sqrt() * added)
+            t = curve.time(raised)
+        step, first = t_next - t, slope(x, t)
+        x_next = x + step * first
+        if solver == "heun" and t_next > 0:
+            x_next = x + step * (first + slope(x_next, t_next)) / 2
+        x = x_next
+    return x.float()
+
+
+def sigma_range(discretization: str, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    """(lowest, highest) noise level, None = the discretization's own. Raises ValueError."""
+    choose("discretization", discretization, SIGMA_RANGES)
+    given = zip((sigma_min, sigma_max), SIGMA_RANGES[discretization])
+    low, high = (usual if value is None else float(value) for value, usual in given)
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"sigma_min {low:g}, sigma_max {high:g}; needed: 0 < sigma_min < sigma_max")
+    return low, high
+
+
+def noise_levels(num_steps: int, discretization: str, low: float, high: float, rho: float = 7.0) -> torch.Tensor:
+    """Noise levels from high to low (Table 1, "Time steps"): (num_steps,) float64. Raises ValueError."""
+    if num_steps < 1 or not rho > 0:
+        raise ValueError(f"num_steps {num_steps}, rho {rho:g}; needed: num_steps >= 1 and rho > 0")
+    ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    if discretization == "edm":
+        return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    if discretization == "ve":
+        return high * (low / high) ** ramp
+    if discretization == "vp":
+        return noise_curve("vp", low, high).sigma(1 + ramp * (VP_TIME_MIN - 1))
+    levels = iddpm_levels()
+    levels = levels[(levels >= low) & (levels <= high)]
+    if not len(levels):
+        raise ValueError(f"iddpm has no noise level between sigma_min {low:g} and sigma_max {high:g}")
+    return levels[((len(levels) - 1) * ramp).round().long()]
+
+
+def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> torch.Tensor:
+    """The M noise levels of improved DDPM's cosine schedule, falling: u_(j-1) from u_j, with u_M = 0 (Table 1)."""
+    alpha_bar = [math.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2 for j in range(M + 1)]
+    levels = [0.0]
+    for j in range(M, 0, -1):
+        levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1))
+    return torch.tensor(levels[:0:-1], dtype=torch.float64)
+
+
+class Curve(NamedTuple):
+    """A noise level over time (Table 1, "Schedule"): sigma(t), its derivative, and t(sigma)."""
+
+    sigma: Callable
+    rate: Callable
+    time: Callable
+
+
+def noise_curve(schedule: str, low: float, high: float) -> Curve:
+    """The curve named linear, vp or ve; vp's betas let it run from noise level `low` to `high`. Raises ValueError."""
+    choose("schedule", schedule, ("linear", "vp", "ve"))
+    if schedule == "linear":
+        return Curve(lambda t: t, torch.ones_like, lambda sigma: sigma)
+    if schedule == "ve":
+        return Curve(lambda t: t.sqrt(), lambda t: 0.5 / t.sqrt(), lambda sigma: sigma**2)
+    log_min, log_max = math.log1p(low**2), math.log1p(high**2)
+    beta_d = 2 * (log_min / VP_TIME_MIN - log_max) / (VP_TIME_MIN - 1)
+    beta_min = log_max - beta_d / 2
+
+    def sigma_of(t: torch.Tensor) -> torch.Tensor:
+        return torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt()
+
+    return Curve(
+        sigma_of,
+        lambda t: (beta_min + beta_d * t) * (sigma_of(t) + 1 / sigma_of(t)) / 2,
+        lambda sigma: ((beta_min**2 + 2 * beta_d * torch.log1p(sigma**2)).sqrt() - beta_min) / beta_d,
+    )
+
+
+# --- flows ---
+
+
+def flow_sampler(
+    predict: Callable,                              # predict(x, t) -> velocity
+    noise: torch.Tensor,                            # (B, C, h, w), N(0, 1)
+    *,
+    num_steps: int = 50,
+    solver: str = "euler",                          # or heun; or sde = SiT's Euler-Maruyama, drawn from `generators`
+    shift: float = 1.0,                             # t -> shift t / (1 + (shift - 1) t); > 1 = more noisy steps
+    t_start: float = 1.0,                           # where it starts, from t_start * noise
+    last_step: float = 0.04,                        # of sde: its final step, which adds no noise
+    generators: Generators = None,
+) -> torch.Tensor:
+    """Steps from t = t_start to 0 -> latents (B, C, h, w) float32.
+
+    Calls of `predict`: num_steps, or 2 * num_steps - 1 for heun. The sde adds noise at the rate w(t) = t, and a drift
+    along the score that takes it away again, so that the distribution at each t stays the flow's. The state is float64
+    where the device has it. Raises ValueError for settings that name nothing.
+    """
+    choose("solver", solver, ("euler", "heun", "sde"))
+    t_steps = t_start * flow_times(num_steps, shift, last_step if solver == "sde" else None)
+    if not 0 < t_start <= 1:
+        raise ValueError(f"t_start {t_start}; needed: in (0, 1]")
+    x = noise.to(state_dtype(noise.device)) * t_start
+    for t, t_next in zip(t_steps, t_steps[1:]):
+        step, velocity = t_next - t, predict(x, t)
+        if solver == "sde":
+            expected_noise = x + (1 - t) * velocity  # E[z | x_t] = -t score
+            x = x + step * (velocity + expected_noise)
+            if t_next > 0:
+                x = x + (-2 * t * step).sqrt() * normal(x.shape, generators, device=x.device)
+        elif solver == "heun" and t_next > 0:
+            x = x + step * (velocity + predict(x + step * velocity, t_next)) / 2
+        else:
+            x = x + step * velocity
+    return x.float()
+
+
+def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = None) -> torch.Tensor:
+    """Times 1..0, equal steps before the shift, the last of length `last_step` if given: (num_steps + 1,) float64."""
+    if num_steps < 1 or not 0 < shift < math.inf:
+        raise ValueError(f"num_steps {num_steps}, shift {shift}; needed: num_steps >= 1 and shift > 0")
+    if last_step is None or num_steps == 1:
+        t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    elif not 0 < last_step < 1:
+        raise ValueError(f"last_step {last_step}; needed: in (0, 1)")
+    else:
+        unshifted = last_step / (shift - (shift - 1) * last_step)
+        t = torch.linspace(1, unshifted, num_steps, dtype=torch.float64)
+        t = torch.cat([t, t.new_zeros(1)])
+    return shift * t / (1 + (shift - 1) * t)
+
+
+# --- both ---
+
+
+def times(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
+    """t as (B,) float32 beside x. A number or a CPU scalar is filled in on the device, without a wait for it."""
+    if not isinstance(t, torch.Tensor) or t.ndim == 0 and t.device.type == "cpu":
+        return torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
+    return t.float().expand(len(x))
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """What a sampler keeps its state in: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def choose(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}; needed: {', '.join(choices)}")
