@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -11,6 +12,7 @@ from typing import TextIO
 import torch
 from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -57,18 +59,23 @@ class State:
 
 
 def name_run(cfg: DictConfig) -> DictConfig:
-    """Hydra's part: run_name and key types. A sweep's jobs go to <run_name or multirun>/<its overrides>."""
+    """Hydra's part: run_name and key types. A sweep's jobs go to <run_name or multirun>/<what is swept>."""
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode == RunMode.MULTIRUN:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("-m runs its jobs in one process, one after another; start one launch per job instead")
-        job = hydra_cfg.job.override_dirname.replace("/", "-") or "default"
-        cfg.run_name = f"{cfg.run_name or 'multirun'}/{job}"
+        swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(overrides_of(sys.argv)) if o.is_sweep_override()}
+        job = ",".join(o for o in hydra_cfg.overrides.task if o.partition("=")[0] in swept) or f"job{hydra_cfg.job.num}"
+        cfg.run_name = f"{cfg.run_name or 'multirun'}/{job.replace('/', '-')}"
     elif cfg.run_name is None:
         choices = hydra_cfg.runtime.choices
         cfg.run_name = f"{choices.data}-{choices.model}-{choices.objective}"
     cli.check_types(cfg, "config", hydra_cfg.overrides.task)
     return cfg
+
+
+def overrides_of(argv: list[str]) -> list[str]:
+    return [argument for argument in argv[1:] if "=" in argument and not argument.startswith("-")]
 
 
 def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:

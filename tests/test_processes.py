@@ -1,0 +1,167 @@
+"""Real processes: two on gloo train what one trains; signals, death, hanging."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint import complete_checkpoints, latest, verify
+from tests.test_train import COMPARED, numbers
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+
+
+def start(command, *overrides):
+    """A training job in a process group of its own, on one thread a process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "train.py", *overrides], cwd=ROOT, env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def torchrun(port):
+    return [*TORCHRUN, str(port)]
+
+
+def wait_for(folder, step, seconds=60):
+    """Until the log has a line of this step or a later one."""
+    deadline = time.monotonic() + seconds
+    log = folder / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        lines = log.read_text().splitlines() if log.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{folder} did not reach step {step} in {seconds} s")
+
+
+def workers(job):
+    """Process ids of a job's training processes, in the order of their ranks."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environment = path.read_bytes().split(b"\0")
+            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        rank = [e for e in environment if e.startswith(b"RANK=")]
+        if rank and parent == job.pid:
+            found[int(rank[0].partition(b"=")[2])] = int(path.parent.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_overrides, tmp_path_factory):
+    results = tmp_path_factory.mktemp("runs")
+    return [*tiny_overrides, f"results_dir={results}", "train.max_steps=90", "train.val_every=30", "preview.every=90"], results
+
+
+@pytest.fixture(scope="module")
+def golden(settings):
+    """90 undisturbed steps on two processes."""
+    job = start(torchrun(29611), *settings[0], "run_name=golden")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    return settings[1] / "golden", out
+
+
+def test_two_processes_train_the_run_of_one(golden, settings):
+    folder, out = golden
+    job = start([sys.executable], *settings[0], "run_name=one")
+    assert job.wait(120) == 0, job.stderr.read()
+    two, one = numbers(folder), numbers(settings[1] / "one")
+    assert [line["step"] for line in two] == [line["step"] for line in one] and len(two) == 93
+    for a, b in zip(two, one):
+        assert a == pytest.approx(b, rel=1e-3), a["step"]
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    # Each thing once: one header, one grid, one folder a checkpoint.
+    assert out.count("parameters") == 1 and out.count("trained to step") == 1
+    assert len(list((folder / "samples").iterdir())) == 1 and len(complete_checkpoints(folder)) == 1
+    assert "= 2 processes x 8" in out
+
+
+@pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_to_one_process_stops_all_behind_the_same_step_and_nothing_is_lost(golden, settings, number, rank):
+    name = f"run_name=signal{number.value}"
+    folder = settings[1] / name.partition("=")[2]
+    job = start(torchrun(29620 + number.value), *settings[0], name)
+    wait_for(folder, 20)
+    sent = time.monotonic()
+    os.kill(workers(job)[rank], number)
+    out, err = job.communicate(timeout=60)
+    assert time.monotonic() - sent < 30
+    assert f"stopped by {number.name} behind step" in out and "exitcode  : 75" in err
+    stopped = numbers(folder)[-1]["step"]
+    assert latest(folder).name == f"step_{stopped:07d}" and 20 <= stopped < 90
+    job = start(torchrun(29620 + number.value), *settings[0], name)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0 and "from" in out, err
+    assert numbers(folder) == numbers(golden[0])
+    for file in COMPARED:
+        assert (latest(folder) / file).read_bytes() == (latest(golden[0]) / file).read_bytes()
+
+
+def test_a_killed_process_ends_the_job_in_seconds_and_is_named(settings):
+    folder = settings[1] / "killed"
+    job = start(torchrun(29650), *settings[0], "run_name=killed", "train.max_steps=100000", "train.save_every=10")
+    wait_for(folder, 20)
+    os.kill(workers(job)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    out, err = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - killed < 10
+    assert "rank      : 1" in err
+    for path in complete_checkpoints(folder):
+        verify(path)
+
+
+def test_a_hung_process_ends_the_job_at_the_timeout_and_is_named(settings):
+    folder = settings[1] / "hung"
+    job = start(torchrun(29651), *settings[0], "run_name=hung", "train.max_steps=100000", "train.timeout_s=5")
+    wait_for(folder, 20)
+    hung = workers(job)[1]
+    os.kill(hung, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        for line in job.stderr:
+            if "not answering: [1]" in line:
+                break
+        else:
+            raise AssertionError("the hung process was not named")
+        assert time.monotonic() - stopped < 5 + 5
+    finally:
+        os.kill(hung, signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+
+
+def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):
+    job = start([sys.executable], *settings[0], "run_name=hours", "train.max_hours=1e-6")
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 75 and "stopped by max_hours behind step 1" in out, err
+
+
+def test_a_second_interrupt_leaves_at_once(settings):
+    folder = settings[1] / "twice"
+    job = start([sys.executable], *settings[0], "run_name=twice", "train.max_steps=100000", "preview.every=30", "preview.num_images=3000")
+    wait_for(folder, 30)  # and now it draws the preview, for long
+    os.kill(job.pid, signal.SIGINT)
+    time.sleep(1.2)
+    os.kill(job.pid, signal.SIGINT)
+    assert job.wait(5) == 130
+
+
+def test_sweeps_give_a_complete_run_a_job(settings):
+    overrides = [o for o in settings[0] if not o.startswith("train.max_steps")]
+    command = [sys.executable, "train.py", "-m", *overrides, "model=dit,tread", "train.max_steps=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    folders = sorted(p.parent for p in (settings[1] / "multirun").glob("*/config.yaml"))
+    assert len(folders) == 2 and all(latest(f).name == "step_0000002" for f in folders)
+    assert [f.name for f in folders] == ["model=dit", "model=tread"]
