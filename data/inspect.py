@@ -73,10 +73,16 @@ def _inspect_shards(folder: Path) -> dict:
         "labels": np.bincount(labels, minlength=num_classes).tolist(),
         "wrong": wrong,
         "next": f"python train.py data=folder data.path={folder} data.channels={channels} data.input_size={size} "
-        f"data.num_classes={num_classes}"
+        f"data.num_classes={num_classes}{_codec_settings(manifest.get('codec'))}"
         if ready
         else f"python -m data index {folder} kind={report['kind']} scale=...",
     }
+
+
+def _codec_settings(codec: dict | None) -> str:
+    """For configs/data/folder.yaml, which has a VAE; a codec without one has to be set there."""
+    known = codec is not None and "path" in codec
+    return f" data.codec.path={codec['path']} data.codec.scale={codec['scale']}" if known else ""
 
 
 def _inspect_source(path: Path) -> dict:

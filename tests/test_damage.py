@@ -56,7 +56,7 @@ BAD_SAMPLES = {  # name: (members of sample 0001, what is said)
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Makes a set of two shards: the first with the given members after sample 0, the second sound with samples 2..4."""
+    """Makes a set of two shards: sample 0 and the given members in the first, samples 2, 3 and 4 in the second."""
 
     def make(members: list[tuple]) -> Path:
         folder = tmp_path / "damaged"

@@ -203,7 +203,7 @@ def test_compvis_shards_without_a_manifest(tmp_path):
     with pytest.raises(ValueError, match="no meta.json says their scale"):
         open_latents(tmp_path, kind="sample_raw")
     before = latents.fingerprint
-    subprocess.run([sys.executable, "-m", "data", "index", tmp_path, "num_classes=8"], cwd=ROOT, check=True)
+    assert data.__main__.main(["index", str(tmp_path), "num_classes=8"]) == 0
     latents = open_latents(tmp_path)
     assert read_manifest(tmp_path)["counts"] == {"train": 6, "val": 3} and latents.num_classes == 8
     assert latents.fingerprint == before  # the same samples, labels and scale

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+import data.__main__
 from data.images import center_crop, open_images
 from data.latents import open_latents
+from data.writer import write_shard
 from scripts.encode_latents import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +54,8 @@ def vae(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("vae")
     AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[8] * 3,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8] * 3,
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIZE,
     ).save_pretrained(path)  # fmt: skip
     return path
@@ -200,15 +204,48 @@ def test_what_encoding_refuses(photos, vae, tmp_path):
         ((tmp_path / "none", tmp_path / "o", vae), "is not there"),
         ((tmp_path / "empty", tmp_path / "o", vae), "no pictures"),
         ((tmp_path / "bad", tmp_path / "o", vae), "class/a.jpg"),
+        ((photos, tmp_path / "o", tmp_path / "no-vae"), "no-vae"),
         ((photos, tmp_path / "o", vae, "flip=all"), "flip=all; needed: none or both"),
         ((photos, tmp_path / "o", vae, "val=26"), "val=26 of 26 images"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             main(settings(*arguments))
-    done = subprocess.run(
-        command(photos, tmp_path / "o2", tmp_path / "no-vae"), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "no-vae" in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.glob("o*/meta.json"))
+
+
+README = ROOT / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="a checkout without its README")
+def test_every_line_of_the_readmes_your_own_data(photos, vae, tmp_path):
+    """From pictures to a training step, then foreign latents and bare shards, as the README has it, on small sets."""
+    section = README.read_text().split("## Your own data")[1].split("\n## ")[0]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) >= 6
+    features, labels = tmp_path / "their-latents/imagenet256_features", tmp_path / "their-latents/imagenet256_labels"
+    for folder in (features, labels, tmp_path / "their-shards"):
+        folder.mkdir(parents=True)
+    for i in range(4):
+        np.save(features / f"{i}.npy", np.ones((1, 4, 8, 8), np.float32))
+        np.save(labels / f"{i}.npy", np.array([i]))
+    samples = [(f"{i}", np.ones((4, 8, 8), np.float16), i) for i in range(4)]
+    write_shard(tmp_path / "their-shards/train-0.tar", samples)
+    tiny_training = [
+        f"results_dir={tmp_path}/runs", "data.input_size=8", f"data.codec.path={vae}", "data.num_workers=0",
+        "train.max_steps=1", "train.global_batch_size=4", "train.compile=off", "preview.every=0",
+    ]  # fmt: skip
+    for line in lines:
+        for name in ("pictures", "datasets/mine", "datasets/theirs", "their-latents", "their-shards"):
+            line = re.sub(rf"(?<=[ =]){name}\b", str(tmp_path / name) if name != "pictures" else str(photos), line)
+        line = line.split("#")[0].replace("stabilityai/sd-vae-ft-ema", str(vae)).replace("val=500", "val=4")
+        program, *arguments = line.removeprefix("accelerate launch").removeprefix("python").split()
+        if program == "-m":
+            assert arguments[0] == "data" and data.__main__.main(arguments[1:]) == 0, line
+        elif program == "scripts/encode_latents.py":
+            main([*arguments, f"size={SIZE}", f"scale={SCALE}"])
+        else:
+            command_line = [sys.executable, program, *arguments, *tiny_training]
+            done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert list((tmp_path / "runs").glob("*/metrics.jsonl"))
