@@ -131,13 +131,24 @@ def step_of(checkpoint: Path) -> int:
     return int(STEP_NAME.fullmatch(checkpoint.name).group(1))
 
 
+def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
+    """"sit:weights.pt" -> ("sit", weights.pt): what foreign.py needs to know of a file that does not say it itself."""
+    named = re.fullmatch(r"(dit|sit|repa|tread):(.+)", str(ckpt))
+    return (named.group(1), Path(named.group(2))) if named else (None, Path(ckpt))
+
+
 def find(ckpt: str | Path) -> Path:
-    """The checkpoint folder meant by a run folder or a checkpoint folder. Raises FileNotFoundError or ValueError."""
-    path = Path(ckpt)
+    """The checkpoint folder that a run folder or checkpoint folder means, or the file of weights that foreign.py reads.
+
+    Raises ValueError where there is none.
+    """
+    family, path = split_family(ckpt)
     if not path.exists():
-        raise ValueError(f"ckpt={ckpt}: there is no such file or folder; needed: a run folder or a checkpoint folder")
-    if (path / MANIFEST).is_file():
+        raise ValueError(f"ckpt={ckpt}: there is no such file or folder; needed: a run folder, a checkpoint or a file of weights")
+    if path.is_file() or (path / MANIFEST).is_file() and family is None:
         return path
+    if (path / "config.json").is_file():  # an export
+        return path / "model.safetensors"
     newest = latest(path) if path.is_dir() else None
     if newest is None:
         raise ValueError(
@@ -161,11 +172,14 @@ def verify(checkpoint: Path) -> None:
 
 
 def load_weights(checkpoint: Path, module: torch.nn.Module, weights: str = "ema") -> None:
-    """Loads `model` (raw) or `ema` weights strictly into a module. Raises ValueError where the two do not fit."""
+    """Loads `ema` or `raw` weights strictly into a module. Raises ValueError where the two do not fit."""
+    load_strictly(module, read_weights(checkpoint, weights), source=str(checkpoint / WEIGHTS_FILES[weights]))
+
+
+def read_weights(checkpoint: Path, weights: str) -> dict[str, torch.Tensor]:
     if weights not in WEIGHTS_FILES:
         raise ValueError(f"weights={weights!r}; needed: ema or raw")
-    name = WEIGHTS_FILES[weights]
-    load_strictly(module, read_tensors(checkpoint / name), source=str(checkpoint / name))
+    return read_tensors(checkpoint / WEIGHTS_FILES[weights])
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -249,3 +263,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def main(argv: list[str]) -> None:
+    import cli
+    import export
+
+    with cli.user_errors():
+        _, overrides = cli.verb(argv, export.__doc__, ("export",))
+        export.main(overrides)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

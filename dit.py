@@ -22,6 +22,8 @@ SIZES = {
     "XL": dict(depth=28, hidden_size=1152, num_heads=16),
 }
 
+TIME_WIDTH = 256  # sinusoids of the time embedding
+
 
 def build(
     size: str,                                      # "DiT-XL/2": S, B, L, XL (or XS), patch 2, 4, 8
@@ -150,7 +152,7 @@ class DiT(nn.Module):
         per_token = int((4 + 2 * self.mlp_ratio) * D * D)
         blocks = sum(per_token * n + 2 * n * n * D + 6 * D * D for n in tokens)
         patch = self.patch_size**2
-        embed = N * D * patch * self.in_channels + TimestepEmbedder.num_frequencies * D + D * D
+        embed = N * D * patch * self.in_channels + TIME_WIDTH * D + D * D
         return blocks + embed + N * D * patch * self.out_channels + 2 * D * D
 
 
@@ -223,19 +225,21 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t (256 frequencies' worth, cos then sin, periods up to 10000) through an MLP."""
-
-    num_frequencies = 256
+    """Sinusoids of t (cos then sin, periods up to 10000 * 2 pi) through an MLP."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(TIME_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, D)
-        half = self.num_frequencies // 2
-        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = t.float()[:, None] * frequencies
+        angles = t.float()[:, None] * time_frequencies(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+def time_frequencies(device: torch.device | str | None = None) -> torch.Tensor:
+    """(TIME_WIDTH / 2,), falling from 1."""
+    half = TIME_WIDTH // 2
+    return torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=device))
 
 
 class LabelEmbedder(nn.Module):

@@ -9,11 +9,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
+import foreign
 from processes import start_processes
 from routing_module import Routing
 
 # What a config that came with a checkpoint may build: ours, and nothing else.
-ALLOWED_TARGETS = {"dit.build", "edm.EDM", "rf.RectifiedFlow", "autoencoder.PixelCodec", "autoencoder.VAECodec"}
+ALLOWED_TARGETS = {
+    "dit.build", "edm.EDM", "rf.RectifiedFlow", "ddpm.DDPM", "autoencoder.PixelCodec", "autoencoder.VAECodec",
+}  # fmt: skip
 
 
 @dataclass
@@ -40,7 +43,8 @@ class Run:
     @property
     def sha256(self) -> str:
         """Of the weights file that was loaded."""
-        return checkpoint.sha256(self.checkpoint / checkpoint.WEIGHTS_FILES[self.weights])
+        file = self.checkpoint if self.checkpoint.is_file() else self.checkpoint / checkpoint.WEIGHTS_FILES[self.weights]
+        return checkpoint.sha256(file)
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """What the objective predicts at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
@@ -51,19 +55,23 @@ class Run:
 
 
 def load_run(ckpt: str | Path, weights: str = "ema", *, device=None, precision: str = "fp32") -> Run:
-    """The network of a run folder or checkpoint folder, with its objective, codec and config.
+    """The network of a run folder, checkpoint folder or file (foreign.py), with its objective, codec and config.
 
     weights: "ema" or "raw". device: None = the process's own. Raises ValueError for no checkpoint or a damaged one.
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision={precision}; needed: fp32 or bf16")
     path = checkpoint.find(ckpt)
-    checkpoint.verify(path)
-    config = OmegaConf.load(path / "config.yaml")
+    if path.is_file():
+        config, tensors, step = foreign.read(path, weights, checkpoint.split_family(ckpt)[0])
+    else:
+        checkpoint.verify(path)
+        config, step = OmegaConf.load(path / "config.yaml"), checkpoint.step_of(path)
+        tensors = checkpoint.read_weights(path, weights)
     check_targets(config)
     device = torch.device(device) if device is not None else start_processes().device
     model = instantiate(config.model)
-    checkpoint.load_weights(path, model, weights)
+    checkpoint.load_strictly(model, tensors, source=str(path))
     return Run(
         model=model.to(device).eval().requires_grad_(False),
         objective=instantiate(config.objective),
@@ -71,9 +79,9 @@ def load_run(ckpt: str | Path, weights: str = "ema", *, device=None, precision: 
         config=config,
         device=device,
         precision=precision,
-        step=checkpoint.step_of(path),
+        step=step,
         weights=weights,
-        folder=path.parent.parent,
+        folder=path.with_suffix("") if path.is_file() else path.parent.parent,
         checkpoint=path,
     )
 

@@ -1,0 +1,112 @@
+"""`python -m checkpoint export`: a run's weights for others to use.
+
+    format=safetensors   a folder: model.safetensors, config.json and README.md, a model card with the run's own figures
+    format=dit           a .pt in the layout of official DiT: {"ema": ..., "args": ...}
+    format=sit           a .pt that official SiT samples from as it is: our flow with its time and sign turned
+
+All three go back into ckpt=, bit for bit: each carries the config beside the weights.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+
+import checkpoint
+import cli
+from cost import cost_table
+from foreign import turn_time
+from loading import Run, load_run
+from scoreboard import SCORES
+from scoring import finite
+
+KEPT = ["model", "objective", "sampler", "data", "train", "optimizer", "seed"]  # of the config; not where files lay
+
+
+def main(overrides: list[str]) -> None:
+    settings = cli.load_config("export", overrides)
+    if settings.format not in ("safetensors", "dit", "sit"):
+        raise ValueError(f"format={settings.format}; needed: safetensors, dit or sit")
+    out = Path(settings.out)
+    if out.exists():
+        raise ValueError(f"out={out} exists already")
+    run = load_run(settings.ckpt, settings.weights, device="cpu")
+    tensors = {key: value.contiguous() for key, value in run.model.state_dict().items()}
+    config = portable_config(run.config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if settings.format == "safetensors":
+        export_folder(run, tensors, config, out)
+    else:
+        export_pt(run, tensors, config, out, settings.format)
+    print(f"{settings.weights} weights of {run.checkpoint}, step {run.step}: {out}")
+
+
+def portable_config(config: DictConfig) -> DictConfig:
+    """What rebuilds and describes the network, without the paths of the machine that it was trained on."""
+    kept = OmegaConf.masked_copy(config, [key for key in KEPT if key in config])
+    for key in ("path", "prepare"):
+        kept.data.pop(key, None)
+    return kept
+
+
+def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path) -> None:
+    out.mkdir()
+    metadata = {"config": OmegaConf.to_yaml(config), "layout": "dit", "step": str(run.step), "format": "pt"}
+    save_file(tensors, out / "model.safetensors", metadata)
+    facts = finite({"step": run.step, "weights": run.weights, **OmegaConf.to_container(config)})
+    (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / "README.md").write_text(model_card(run, config))
+
+
+def export_pt(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path, layout: str) -> None:
+    """Raises ValueError where SiT's layout is asked for a network that is no flow."""
+    args = {"layout": layout, "config": OmegaConf.to_yaml(config), "model": config.model.size}
+    if layout == "sit":
+        if run.objective.predicts != "velocity":
+            raise ValueError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {run.objective.predicts}")
+        tensors = turn_time(tensors)
+        args |= {"model": config.model.size.replace("DiT", "SiT"), "path_type": "Linear", "prediction": "velocity"}
+    torch.save({"ema": tensors, "args": args, "step": run.step}, out)
+
+
+def model_card(run: Run, config: DictConfig) -> str:
+    """Markdown: what the network is, how it was trained, and each figure that the run folder has."""
+    lines = [
+        f"# {run.folder.name}, step {run.step}", "",
+        f"{config.model.size} for {config.data.name}: {run.model.in_channels} x {run.model.input_size} x {run.model.input_size}, "
+        f"{run.num_classes} classes; {run.weights} weights.", "",
+        "    python sample.py ckpt=model.safetensors", "",
+        "| | |", "|---|---|",
+    ]  # fmt: skip
+    facts = {"objective": config.objective._target_, "codec": config.data.codec._target_, "sha256": run.sha256}
+    if "train" in config:
+        names = ("global_batch_size", "lr", "label_dropout", "ema_decay", "precision")
+        facts |= {name: config.train[name] for name in names if name in config.train}
+    facts |= last_figures(run.folder / "metrics.jsonl", run.step) | scores(run)
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    if "hardware" in run.config:
+        lines += ["", *(f"    {line}" for line in cost_table(run.model, run.config).splitlines())]
+    return "\n".join(lines) + "\n"
+
+
+def last_figures(log: Path, step: int) -> dict[str, str]:
+    """The newest training and validation figures up to `step`, by name."""
+    figures = {}
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        values = json.loads(line)
+        if values["step"] <= step:
+            figures |= {k: f"{v:.4g} (step {values['step']})" for k, v in values.items() if k != "step" and v is not None}
+    return {name: value for name, value in figures.items() if name.startswith(("train/loss", "val/"))}
+
+
+def scores(run: Run) -> dict[str, str]:
+    """What fid.py has measured of this checkpoint: eval/*/metrics.json."""
+    found = {}
+    for path in sorted(run.folder.glob("eval/**/metrics.json")):
+        values = json.loads(path.read_text())
+        if values.get("checkpoint_sha256") == run.sha256:
+            figures = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith(SCORES)]
+            found[f"{path.parent.name}, {values['n']} images"] = ", ".join(figures)
+    return found

@@ -1,0 +1,196 @@
+"""Weights that other projects have written, and our own exports: given to ckpt= as they are, read without running code.
+
+    family   files                          the network's output                  comes up as
+    dit      DiT, fast-DiT                  noise of 1000 linear-beta steps       ddpm.DDPM
+    sit      SiT                            velocity, t = 1 is data               rf.RectifiedFlow, turned (below)
+    repa     REPA                           velocity, t = 1 is noise              rf.RectifiedFlow
+    tread    TREAD                          EDM's F                               edm.EDM
+
+A file says its family by its layout, its arguments or its name (DiT-..., SiT-...); `ckpt=sit:FILE` says it for any other.
+SiT's flow runs backwards: v(x, t) = -v_SiT(x, 1 - t). Its weights are turned when they are read, so that what comes up is
+our flow itself: the signs of the last layer, and the first layer behind the time embedding, where cos((1 - t) w) and
+sin((1 - t) w) are a reflection of cos(t w) and sin(t w).
+"""
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+
+import cli
+from dit import SIZES, DiT, time_frequencies
+
+OBJECTIVES = {
+    "dit": ["model=dit", "objective=ddpm"],
+    "sit": ["model=dit", "objective=rf", "objective.timesteps=uniform"],
+    "repa": ["model=dit", "objective=rf", "objective.timesteps=uniform"],
+    "tread": ["model=tread", "objective=edm"],
+}
+WEIGHTS_KEYS = {"ema": ("ema", "ema_state_dict"), "raw": ("model", "model_state_dict")}
+TRAINING_ONLY = ("projectors.",)  # REPA's heads, which sampling does not use
+
+
+class Content(NamedTuple):
+    """A file as it was read: its tensors under our names, and what it says of itself."""
+
+    tensors: dict[str, torch.Tensor]
+    args: dict
+    step: int
+
+
+def read(
+    path: Path, weights: str = "ema", family: str | None = None
+) -> tuple[DictConfig, dict[str, torch.Tensor], int]:
+    """(config, tensors, step) of a .pt or .safetensors file: the config has model, objective, sampler and data.
+
+    weights: "ema" or "raw", where the file has both. family: None = as the file says. Raises ValueError for a file that is
+    damaged, needs code to load, is of another architecture, or does not say what its network predicts.
+    """
+    if weights not in WEIGHTS_KEYS:
+        raise ValueError(f"weights={weights!r}; needed: ema or raw")
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path, weights)
+    tensors = {key: value for key, value in content.tensors.items() if not key.startswith(TRAINING_ONLY)}
+    check_keys(tensors, path)
+    family = family or family_of(content, path)
+    if family == "sit":
+        tensors = turn_time(tensors)
+    if "config" in content.args:
+        try:
+            return OmegaConf.create(content.args["config"]), tensors, content.step
+        except (OmegaConfBaseException, ValueError) as error:
+            raise ValueError(f"{path}: its config is damaged ({cli.one_line(error)})") from None
+    return config_of(family, tensors, path), tensors, content.step
+
+
+def read_safetensors(path: Path) -> Content:
+    """A safetensors file; our exports carry their config in its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({cli.one_line(error)})") from None
+    return Content(our_names(tensors), metadata, int(metadata.get("step", 0)))
+
+
+def read_pt(path: Path, weights: str) -> Content:
+    """A file of torch.save: {model, ema, opt, args}, TREAD's {model_state_dict, ema_state_dict, ...}, or bare tensors."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the one class that official files have, in `args`
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for what is none of its files
+        asked = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        if asked:
+            raise ValueError(f"{path} needs code to load ({asked.group(1)}), and none is run; needed: tensors only") from None
+        raise ValueError(f"{path} is damaged or no file of weights ({cli.one_line(error)[:120]})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}; needed: a state dict or a checkpoint with one")
+    known = {key for keys in WEIGHTS_KEYS.values() for key in keys if isinstance(loaded.get(key), dict)}
+    chosen = next((key for key in WEIGHTS_KEYS[weights] if key in known), None)
+    if known and chosen is None:
+        raise ValueError(f"{path} has {', '.join(sorted(known))}, not {weights}; needed: weights={'raw' if weights == 'ema' else 'ema'}")
+    tensors = loaded[chosen] if chosen else loaded
+    strange = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if strange or not tensors:
+        raise ValueError(f"{path} has no weights under a name that is known; it has {', '.join(map(str, list(loaded)[:6])) or 'nothing'}")
+    if not known:
+        return Content(our_names(tensors), {}, 0)
+    args = loaded.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    if chosen.endswith("_state_dict"):  # how TREAD names them
+        args = {"layout": "tread", **args}
+    step = next((loaded[key] for key in ("step", "steps") if isinstance(loaded.get(key), int)), 0)
+    return Content(our_names(tensors), args, step)
+
+
+def our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what wrappers put before names: module., _orig_mod. anywhere, and model. of a preconditioner."""
+    return {re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", key).removeprefix("model."): value for key, value in tensors.items()}
+
+
+def family_of(content: Content, path: Path) -> str:
+    """Whose convention the output follows. Raises ValueError where nothing says it."""
+    args = content.args
+    if args.get("layout") in OBJECTIVES:
+        return args["layout"]
+    if any(key.startswith("projectors.") for key in content.tensors):
+        return "repa"
+    if "path_type" in args:
+        found = (str(args["path_type"]).lower(), str(args.get("prediction")).lower())
+        if found != ("linear", "velocity"):
+            raise ValueError(f"{path} was trained with path_type {found[0]}, prediction {found[1]}; needed: linear, velocity")
+        return "sit"
+    named = re.match(r"(dit|sit)\b", str(args.get("model", path.name)).lower().replace("_", "-"))
+    if named:
+        return named.group(1)
+    raise ValueError(
+        f"{path} does not say what its network predicts; needed: its family in front, ckpt=dit:FILE (DDPM's noise), "
+        f"sit:FILE (velocity, t = 1 is data), repa:FILE (velocity, t = 1 is noise) or tread:FILE (EDM)"
+    )
+
+
+def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises ValueError, with the keys that differ, for anything but DiT's network."""
+    if any(key.startswith(("decoder_", "mask_token")) for key in tensors):
+        raise ValueError(
+            f"{path} is a MaskDiT: its decoder is a second network of another width, which is not built here; needed: a "
+            f"DiT, SiT, REPA or TREAD file"
+        )
+    with torch.device("meta"):
+        wanted = DiT(2, 2, 1, 4, max(num_blocks(tensors), 1), 1).state_dict().keys()
+    missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+    if missing or unknown:
+        lists = [f"{len(keys)} {what}: {', '.join(keys[:6])}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise ValueError(f"{path} is of another architecture than DiT; {'; '.join(lists)}")
+
+
+def num_blocks(tensors: dict[str, torch.Tensor]) -> int:
+    return len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+
+
+def config_of(family: str, tensors: dict[str, torch.Tensor], path: Path) -> DictConfig:
+    """The config that builds the network of these tensors, with what its family says about the output."""
+    width, channels, patch = tensors["x_embedder.proj.weight"].shape[:3]
+    side = math.isqrt(tensors["pos_embed"].shape[1])
+    outputs = tensors["final_layer.linear.weight"].shape[0] // patch**2
+    sizes = {shape["hidden_size"]: name for name, shape in SIZES.items()}
+    if width not in sizes or outputs not in (channels, 2 * channels):
+        raise ValueError(
+            f"{path} has width {width} and {outputs} outputs for {channels} channels; needed: a width of DiT's "
+            f"({', '.join(map(str, sizes))}), which tells the number of heads, and one or two outputs a channel"
+        )
+    config = cli.load_config("config", [
+        *OBJECTIVES[family],
+        f"data={'mnist' if channels in (1, 3) else 'folder'}",  # pixels, or latents of SD's autoencoder
+        f"data.channels={channels}", f"data.input_size={side * patch}",
+        f"data.num_classes={tensors['y_embedder.embedding_table.weight'].shape[0] - 1}",
+        f"model.size=DiT-{sizes[width]}/{patch}", f"model.depth={num_blocks(tensors)}",
+        f"model.learn_sigma={outputs == 2 * channels}",
+    ])  # fmt: skip
+    OmegaConf.resolve(config)
+    return OmegaConf.masked_copy(config, ["model", "objective", "sampler", "data"])
+
+
+def turn_time(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a velocity with its time and sign turned, v(x, t) -> -v(x, 1 - t); twice gives what was there.
+
+    The layer that is reflected is left in float64, which a network rounds when it loads it: exact there and back.
+    """
+    turned = dict(tensors)
+    w = time_frequencies().double()  # (F,)
+    cos, sin = tensors["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)  # (D, F) each
+    turned["t_embedder.mlp.0.weight"] = torch.cat(
+        [cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()], dim=1
+    )  # (D, 2F)
+    channels = tensors["x_embedder.proj.weight"].shape[1]
+    patch = tensors["x_embedder.proj.weight"].shape[2] ** 2
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = tensors[key].unflatten(0, (patch, -1)).clone()  # (p * p, C_out, ...): C channels of velocity, then any others
+        rows[:, :channels] *= -1
+        turned[key] = rows.flatten(0, 1)
+    return turned
