@@ -1,0 +1,327 @@
+"""What a run survives, as a table: `python scripts/faults.py` (200 kills, a storm of 2,000 steps) or `--quick`.
+
+A small run is trained once undisturbed (the golden run). Then it is killed, interrupted and damaged at random, always
+started again by the same command, and must end in the golden run's weights, EMA, optimizer state and log, to the bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+import checkpoint  # noqa: E402
+import cli  # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN  # noqa: E402
+
+SAVE_EVERY = 5
+SMALL = [
+    "model.size=DiT-XS/4", "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=16", "train.compile=off",
+    "train.precision=fp32", "train.decay_steps=0", "train.log_every=1", f"train.save_every={SAVE_EVERY}", "train.val_every=0", "preview.every=0",
+]  # fmt: skip
+
+
+class Job:
+    """Runs of one configuration in processes of their own. They are forked, which saves the seconds of importing torch."""
+
+    def __init__(self, results: Path, name: str, *overrides: str):
+        self.folder = results / name
+        self.overrides = [*SMALL, f"data.path={results / 'mnist'}", f"results_dir={results}", f"run_name={name}", *overrides]
+        self.executed = 0  # steps, counting those that were taken again
+        self.log = results / f"{name}.txt"
+
+    def start(self) -> int:
+        """Process id."""
+        self.started_at, self.started_ns = self.last_saved(), time.time_ns()
+        child = os.fork()
+        if child:
+            return child
+        code = 1
+        try:
+            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            with cli.user_errors():
+                code = train.train(cli.load_config("config", self.overrides))
+        except SystemExit as leaving:
+            code = leaving.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def wait(self, process: int) -> int:
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        self.executed += max(0, self.last_logged() - self.started_at)
+        return code
+
+    def run(self) -> int:
+        return self.wait(self.start())
+
+    def last_logged(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return max([json.loads(line)["step"] for line in lines if line.endswith("\n")], default=0)
+
+    def reached(self) -> int:
+        """The last step that the present process has logged; 0 before its first."""
+        path = self.folder / "metrics.jsonl"
+        fresh = path.exists() and path.stat().st_mtime_ns > self.started_ns
+        return self.last_logged() if fresh and self.last_logged() > self.started_at else 0
+
+    def last_saved(self) -> int:
+        found = checkpoint.complete_checkpoints(self.folder)
+        return checkpoint.step_of(found[-1]) if found else 0
+
+    def state(self) -> dict[str, bytes]:
+        newest = checkpoint.latest(self.folder)
+        return {name: (newest / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")}
+
+    def numbers(self) -> list[dict]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
+def wait_until(condition: Callable[[], bool], process: int, seconds: float = 120) -> bool:
+    """Polls; False where the process ended first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {process} did nothing for {seconds} s")
+        time.sleep(0.0005)
+    return True
+
+
+def max_difference(a: Job, b: Job) -> float:
+    """Over weights, EMA and optimizer state; infinite where the logs differ."""
+    if a.numbers() != b.numbers():
+        return float("inf")
+    worst = 0.0
+    for name in a.state():
+        x, y = (checkpoint.read_tensors(checkpoint.latest(job.folder) / name) for job in (a, b))
+        worst = max([worst, *((x[key] - y[key]).abs().max().item() for key in x)])
+    return worst
+
+
+def kill_somewhere(job: Job, process: int, rng: random.Random, inside_save: bool) -> bool:
+    """SIGKILL at a random moment of the next few steps, or while a checkpoint is being written. False where it was done before."""
+    if inside_save:
+        saves = job.folder / "checkpoints"
+        hit = wait_until(lambda: saves.exists() and any(saves.glob(".tmp_*")), process)
+        time.sleep(rng.uniform(0, 0.01))
+    else:
+        goal = job.last_saved() + rng.randint(1, 3 * SAVE_EVERY)
+        hit = wait_until(lambda: job.reached() >= goal, process)
+        time.sleep(rng.uniform(0, 0.03))
+    if hit:
+        os.kill(process, signal.SIGKILL)
+    return hit
+
+
+def kills(results: Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """R1, R2: `count` SIGKILLs, half of them inside a save."""
+    steps = 4 * count
+    golden = Job(results, "golden_kills", f"train.max_steps={steps}")
+    assert golden.run() == 0, golden.log.read_text()
+    job = Job(results, "killed", f"train.max_steps={steps}")
+    killed = in_save = torn = lost = 0
+    while killed < count:
+        inside = in_save * 2 < killed + 1
+        process = job.start()
+        hit = kill_somewhere(job, process, rng, inside)
+        code = job.wait(process)
+        if not hit:
+            assert code == 0, job.log.read_text()[-2000:]
+            shutil.rmtree(job.folder)  # finished before the kill: once more from the start
+            continue
+        killed, in_save = killed + 1, in_save + inside
+        lost = max(lost, job.last_logged() - job.last_saved())
+        for path in checkpoint.complete_checkpoints(job.folder):
+            try:
+                checkpoint.verify(path)
+            except ValueError:
+                torn += 1
+    code = job.run()
+    difference = max_difference(golden, job)
+    return [
+        ("R1 SIGKILLs survived", f"{killed if code == 0 else 0} of {count}, {in_save} inside a save", "all"),
+        ("R1 torn checkpoints accepted", str(torn), "0"),
+        ("R1 steps lost, most", str(lost), f"<= {SAVE_EVERY}"),
+        ("R2 max abs difference to the golden run", f"{difference:g}", "0"),
+    ]
+
+
+def signals(results: Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """R3, R8: SIGTERM, SIGUSR1 and SIGINT in turn."""
+    job, lost, slowest, ok = Job(results, "signals", "train.max_steps=100000"), 0, 0.0, 0
+    for i in range(count):
+        process = job.start()
+        goal = job.last_saved() + rng.randint(1, 8)
+        wait_until(lambda: job.reached() >= goal, process)
+        sent = time.monotonic()
+        os.kill(process, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)[i % 3])
+        ok += job.wait(process) == EXIT_START_AGAIN
+        slowest = max(slowest, time.monotonic() - sent)
+        lost = max(lost, job.last_logged() - job.last_saved())
+    return [
+        ("R3 signals answered by save and exit code 75", f"{ok} of {count}", "all"),
+        ("R3 steps lost, most", str(lost), "0"),
+        ("R3 signal to exit, slowest s", f"{slowest:.2f}", "< 30"),
+        ("R8 from the command to the first new step, s", f"{recovery_seconds(job):.1f}", "<= 15"),
+    ]
+
+
+def recovery_seconds(job: Job) -> float:
+    """A new interpreter goes on with a run."""
+    job.started_at, job.started_ns, started = job.last_saved(), time.time_ns(), time.monotonic()
+    launched = subprocess.Popen([sys.executable, "train.py", *job.overrides], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_until(lambda: job.reached() > 0, launched.pid)
+    seconds = time.monotonic() - started
+    launched.terminate()
+    launched.wait()
+    return seconds
+
+
+def storm(results: Path, steps: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """R9: a fault about every 50 steps (kills, signals, a damaged newest checkpoint), against an undisturbed run."""
+    golden = Job(results, "golden_storm", f"train.max_steps={steps}")
+    assert golden.run() == 0, golden.log.read_text()
+    job, faults = Job(results, "storm", f"train.max_steps={steps}"), 0
+    while True:
+        process = job.start()
+        goal = job.last_saved() + rng.randint(40, 60)
+        kind = rng.choice(("kill", "kill in save", "SIGTERM", "SIGUSR1", "damage"))
+        if wait_until(lambda: job.reached() >= goal, process):
+            faults += 1
+            if kind == "kill in save":
+                kill_somewhere(job, process, rng, inside_save=True)
+            else:
+                os.kill(process, getattr(signal, kind, signal.SIGKILL))
+        code = job.wait(process)
+        if code == 0:
+            break
+        if kind == "damage":
+            file = rng.choice(list(checkpoint.complete_checkpoints(job.folder)[-1].iterdir()))
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return [
+        (f"R9 goodput, {faults} faults in {steps} steps", f"{steps / job.executed:.3f}", ">= 0.90"),
+        ("R9 max abs difference to the golden run", f"{max_difference(golden, job):g}", "0"),
+    ]
+
+
+def processes(results: Path) -> list[tuple[str, str, str]]:
+    """R4: a dead and a hung process of two."""
+    rows = []
+    for number, what, bar, timeout in ((signal.SIGKILL, "dead", 10, 600), (signal.SIGSTOP, "hung", 15, 10)):
+        job = Job(results, what, "train.max_steps=1000000", f"train.timeout_s={timeout}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *job.overrides]
+        launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while job.last_logged() < 5 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launched.pid)], capture_output=True, text=True).stdout.split()
+        victim = next(int(c) for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes())
+        os.kill(victim, number)
+        sent = time.monotonic()
+        named = next((line for line in launched.stderr if "not answering: [1]" in line or "rank      : 1" in line), None)
+        seconds = time.monotonic() - sent
+        if number == signal.SIGSTOP:
+            os.kill(victim, signal.SIGKILL)
+        launched.communicate()
+        rows.append((f"R4 {what} process of two, named after s", f"{seconds:.1f}" if named else "not named", f"<= {bar}"))
+    return rows
+
+
+def bad_numbers(results: Path) -> list[tuple[str, str, str]]:
+    """R5: from step 10 on one weight's gradient is infinite; what is saved and logged after it?"""
+    job = Job(results, "infinite", "train.max_steps=40", "train.log_every=7")
+    step = train.train_step
+
+    def poisoned(state, objective, latents, batches, number, plan, cfg):
+        if number == 10:
+            state.model.final_layer.linear.bias.register_hook(lambda grad: grad * torch.inf)
+        return step(state, objective, latents, batches, number, plan, cfg)
+
+    train.train_step = poisoned
+    code = job.run()
+    train.train_step = step
+    saved = sum(checkpoint.step_of(path) >= 10 for path in checkpoint.complete_checkpoints(job.folder))
+    found = f"{saved}, exit code {code}"
+    return [("R5 checkpoints from the first bad value on", found, f"0, exit code {EXIT_NOT_FINITE}")]
+
+
+def damaged_shards(results: Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """R6: a shard cut at random offsets, and single bits flipped in its latents."""
+    folder, found = results / "damaged", 0
+    for i in range(count):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(results / "mnist", folder)
+        shard = sorted(folder.glob("train-*.tar"))[0]
+        content = bytearray(shard.read_bytes())
+        if i % 2:
+            del content[rng.randrange(512, len(content) - 10240) :]
+        else:
+            content[rng.randrange(512, len(content) - 10240)] ^= 1 << rng.randrange(8)
+        shard.write_bytes(content)
+        try:
+            latents = data.open_latents(folder)
+            for start in range(0, len(latents), 500):
+                latents.read(range(start, min(start + 500, len(latents))))
+        except ValueError:
+            found += 1
+    return [("R6 damaged shards detected", f"{found} of {count}", "all")]
+
+
+def mismatches(results: Path) -> list[tuple[str, str, str]]:
+    """R10: one setting at a time is changed between a run and its continuation."""
+    changes = (
+        "model.depth=7", "model.hidden_size=64", "model.routes=[]", "objective=rf", "objective.P_std=1", "optimizer.weight_decay=0.1",
+        "optimizer.betas=[0.9,0.95]", "seed=1", "train.lr=1e-3", "train.global_batch_size=32", "train.precision=bf16", "train.ema_decay=0.99",
+        "train.label_dropout=0.2", "train.warmup_steps=7", "train.grad_clip=2", "train.compile=blocks", "train.decay_steps=5",
+    )  # fmt: skip
+    assert Job(results, "mismatch", "train.max_steps=5").run() == 0
+    refused = sum(Job(results, "mismatch", "train.max_steps=10", change).run() == 2 for change in changes)
+    return [("R10 changed settings refused", f"{refused} of {len(changes)}", "all")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10 kills and a storm of 150 steps, in under 3 minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng, started = random.Random(arguments.seed), time.monotonic()
+    count, steps = (10, 150) if arguments.quick else (200, 2000)
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder)
+        data.prepare_mnist(results / "mnist")
+        rows = kills(results, count, rng)
+        rows += signals(results, 6 if arguments.quick else 20, rng)
+        rows += processes(results)
+        rows += bad_numbers(results)
+        rows += damaged_shards(results, 6 if arguments.quick else 50, rng)
+        rows += storm(results, steps, rng)
+        rows += mismatches(results)
+    width = max(len(row[0]) for row in rows)
+    for what, found, bar in rows:
+        print(f"{what:<{width}}  {found:>28}   needed: {bar}")
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
