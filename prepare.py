@@ -1,5 +1,6 @@
 """Everything before the first training step: what cannot run is refused here, before anything is written or slow."""
 
+import copy
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ import data
 from cost import cost_table
 from guard import FiniteGuard
 from randomness import Rows
-from sample import guidance_from
+from sample import guidance_from, instantiate, load_run
 
 
 AT_LEAST = {
@@ -149,6 +150,27 @@ def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.L
     return train, data.open_latents(cfg.data.path, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)
 
 
+def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[State, object]:
+    """(state, objective) before the first step; `new` ones start from cfg.init_from, if any. Raises ValueError."""
+    torch.manual_seed(cfg.seed)  # initial weights; the training maths never uses the global generator
+    model = instantiate(cfg.model).to(dist.device)
+    objective = instantiate(cfg.objective)
+    if new and cfg.init_from is not None:
+        start_from(cfg.init_from, model, objective)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, cfg)
+    return State(model, model, ema, optimizer, FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite)), objective
+
+
+def start_from(ckpt: str, model: nn.Module, objective) -> None:
+    """Loads the EMA weights of `ckpt`. Raises ValueError where they are another model's or another objective's."""
+    source = load_run(ckpt, "ema", device="cpu")
+    if type(source.objective) is not type(objective):
+        found, wanted = type(source.objective).__name__, type(objective).__name__
+        raise ValueError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
+    checkpoint.load_strictly(model, source.model.state_dict(), source=str(ckpt))
+
+
 def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.AdamW:
     settings = cfg.optimizer
     return torch.optim.AdamW(
@@ -172,9 +194,10 @@ def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
 
 # What may differ between a run and its continuation without changing a number of it.
 HARMLESS = (
-    "run_name", "results_dir", "resume", "resume_allow", "preview", "wandb", "hardware", "sampler", "data.path", "data.prepare",
-    "data.num_workers", "train.micro_batch_size", "train.log_every", "train.val_every", "train.val_samples",
-    "train.save_every", "train.keep_last", "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
+    "run_name", "results_dir", "resume", "resume_allow", "preview", "wandb", "hardware", "sampler", "data.path",
+    "data.prepare", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
+    "train.val_every", "train.val_samples", "train.save_every", "train.keep_last", "train.keep_every",
+    "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
 )  # fmt: skip
 
 

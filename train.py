@@ -6,7 +6,6 @@ the same on any number of processes, and a checkpoint needs no random state.
 """
 
 import contextlib
-import copy
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import numpy as np
@@ -27,14 +27,14 @@ from torch import nn
 import checkpoint
 import cli
 import data
-from guard import FiniteGuard
+from cost import cost_table
 from logger import Logger
 from prepare import (
-    BatchPlan, State, batch_plan, claim_run_folder, compile_blocks, describe, find_resume, make_optimizer, name_run,
-    open_data, resolve_config, resume,
+    BatchPlan, State, batch_plan, build, claim_run_folder, compile_blocks, describe, find_resume, name_run, open_data,
+    resolve_config, resume,
 )  # fmt: skip
 from processes import start_processes
-from randomness import seeded_generator, uniform
+from randomness import normal, seeded_generator, uniform
 from routing_module import Routing
 from sample import Run, generate, guidance_from, instantiate, save_grid
 from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper, roll_call
@@ -56,15 +56,13 @@ def train(cfg: DictConfig) -> int:
     cfg = resolve_config(cfg, dist)
     run_folder = Path(cfg.results_dir) / cfg.run_name
     plan = batch_plan(cfg.train, dist)
+    if cfg.train.dry_run:
+        return dry_run(cfg, dist, plan)
     resumed = find_resume(cfg, run_folder)
     latents, val_latents = open_data(cfg, dist)
 
-    torch.manual_seed(cfg.seed)  # initial weights; the training maths never uses the global generator
-    model = instantiate(cfg.model).to(dist.device)
-    objective = instantiate(cfg.objective)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, cfg)
-    state = State(model, model, ema, optimizer, FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite))
+    state, objective = build(cfg, dist, new=resumed is None)
+    model = state.model
     start_step = resume(resumed, state, cfg, latents) if resumed is not None else 0
     lock = claim_run_folder(run_folder, cfg, start_step) if dist.is_main_process else nullcontext()
     stopper = Stopper(dist, cfg.train.max_hours)
@@ -75,7 +73,7 @@ def train(cfg: DictConfig) -> int:
             state.net = wrap(model)
         log = Logger(cfg, run_folder, start_step, dist)
         log.say(describe(cfg, model, latents, plan, resumed, compiled))
-        view = Run(ema, objective, instantiate(cfg.data.codec).to(dist.device), cfg, dist.device, cfg.train.precision)
+        view = Run(state.ema, objective, instantiate(cfg.data.codec).to(dist.device), cfg, dist.device, cfg.train.precision)
         try:
             return run_steps(cfg, dist, run_folder, plan, latents, val_latents, state, view, start_step, stopper, log)
         except RuntimeError as error:
@@ -84,6 +82,23 @@ def train(cfg: DictConfig) -> int:
             missing = roll_call(dist) or "none"
             print(f"error: process {dist.process_index} lost the others: {cli.one_line(error)}; not answering: {missing}", file=sys.stderr)
             os._exit(1)  # the process group is broken: an orderly exit would wait for it
+
+
+def dry_run(cfg: DictConfig, dist: PartialState, plan: BatchPlan) -> int:
+    """Builds, counts and takes one step on made-up latents; reads no data and writes nothing -> exit code 0."""
+    state, objective = build(cfg, dist, new=True)
+    if dist.num_processes > 1:
+        state.net = wrap(state.model)
+    noise = seeded_generator(cfg.seed, "dry run", dist.process_index, device=dist.device)
+    shape = (plan.micro_batch_size, cfg.data.channels, cfg.data.input_size, cfg.data.input_size)
+    made_up = SimpleNamespace(to_model_input=lambda raw, rows: raw)
+    no_label = torch.full(shape[:1], cfg.data.num_classes, device=dist.device)
+    batches = ((normal(shape, noise), no_label) for _ in range(plan.accumulation))
+    loss, grad_norm = train_step(state, objective, made_up, batches, 1, plan, cfg)
+    if dist.is_main_process:
+        print(f"model      {cfg.model.size}\n{cost_table(state.model, cfg)}")
+        print(f"dry run    one step on noise: loss {loss:.4g}, gradient norm {grad_norm:.4g}; nothing was read or written")
+    return 0
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 import cli
 import train as training
 from checkpoint import latest, read_tensors
+from guard import FiniteGuard
 from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper
 
 COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -123,14 +124,14 @@ def test_stop_at_the_first_gradient_that_is_not_finite(run, monkeypatch, value, 
 
 def test_no_optimizer_step_after_the_first_non_finite_value(run, monkeypatch):
     taken = []
-    check = training.FiniteGuard.check
+    check = FiniteGuard.check
 
     def spy(self, grad_norm, step):
         good = check(self, grad_norm, step)
         taken.append((step, bool(self.found)))
         return good
 
-    monkeypatch.setattr(training.FiniteGuard, "check", spy)
+    monkeypatch.setattr(FiniteGuard, "check", spy)
     poison(monkeypatch, 4)
     run("bad", "train.log_every=7")
     assert taken == [(s, s >= 4) for s in range(1, 8)]
