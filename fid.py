@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +30,7 @@ import scoreboard
 from features import Extractor, load_extractor
 from images import open_images
 from metrics import FeatureStats, frechet_distance  # noqa: F401: fid.frechet_distance is what users import
+from processes import start_processes
 from randomness import seeded_generator
 from reference import (
     MAX_FEATURES,
@@ -47,18 +47,20 @@ USAGE = """
 python fid.py calc ckpt=RUN | images=FOLDER|ZIP|TAR|NPZ [key=value ...]          keys: configs/fid.yaml
 python fid.py ref images=FOLDER|ZIP|TAR|NPZ | from=NPZ out=FILE.npz [key=value]  keys: configs/fid_ref.yaml
 """
-GENERATION_KEYS = {
-    "weights", "seeds", "labels", "steps", "precision",
-    "guidance", "scale", "interval", "gamma_strong", "gamma_weak", "weak_label",
+SCORING_KEYS = {
+    "ckpt", "images", "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "metrics", "batch_size", "out",
 }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
     verb, overrides = cli.verb(argv, USAGE, ("calc", "ref"))
+    processes = start_processes(timeout_s=4 * 3600)  # precision and recall may keep the first one busy for long
     if verb == "ref":
         ref(cli.load_config("fid_ref", overrides))
     else:
         calc(overrides)
+    processes.wait_for_everyone()  # none leaves while another still talks to it
+    processes.destroy_process_group()
 
 
 def calc(overrides: Sequence[str]) -> None:
@@ -68,7 +70,7 @@ def calc(overrides: Sequence[str]) -> None:
     for config in configs:
         check(config, {override.partition("=")[0] for override in overrides})
     results = [calc_row(config, alone=len(configs) == 1) for config in configs]
-    if PartialState().is_main_process:
+    if start_processes().is_main_process:
         out = Path(configs[0].out) if configs[0].out else Path(results[0]["folder"]).parent
         scoreboard.show(results, out)
 
@@ -98,8 +100,8 @@ def check(config: DictConfig, given: set[str]) -> None:
     """Raises ValueError for all that can be known to be wrong before the slow part."""
     if (config.ckpt is None) == (config.images is None):
         raise ValueError("needed: ckpt=RUN or images=FOLDER|ZIP|TAR|NPZ, one of the two")
-    if config.images is not None and given & GENERATION_KEYS:
-        raise ValueError(f"{', '.join(sorted(given & GENERATION_KEYS))}: only with ckpt=; images=... are scored as they are")
+    if config.images is not None and given - SCORING_KEYS:
+        raise ValueError(f"{', '.join(sorted(given - SCORING_KEYS))}: only with ckpt=; images=... are scored as they are")
     extractor, reference = tools(config)
     check_extractor(reference, extractor)
     choose_metrics(config.metrics, extractor, reference)
@@ -119,8 +121,8 @@ def tools(config: DictConfig) -> tuple[Extractor, Reference]:
 
 @functools.cache
 def extractor_of(name: str, weights: str | None, sha256: str | None) -> Extractor:
-    with PartialState().main_process_first():  # one download
-        return load_extractor(name, weights, sha256, device=PartialState().device)
+    with start_processes().main_process_first():  # one download
+        return load_extractor(name, weights, sha256, device=start_processes().device)
 
 
 @functools.cache
@@ -133,6 +135,7 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
     extractor, reference = tools(config)
     if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision)
+        run.config.sampler = config.get("sampler") or run.config.sampler
         folder = row_folder(config, run.folder / "eval", run_name(run, config, extractor), alone)
         result = evaluate(run, config, extractor, reference, folder / "parts")
         names = {"run": run.folder.name, "guidance": sample.settings_name(sample.guidance_from(config), config.steps)}
@@ -155,7 +158,10 @@ def run_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
     """<step>-<what is scored and how>: equal names, equal scores."""
     guidance = sample.settings_name(sample.guidance_from(config), config.steps)
     distance = distance_name(extractor, len(sample.parse_seeds(config.seeds)))
-    return f"{run.step:07d}-{distance}-{guidance}-{run.weights}-{config.labels}-{config.seeds}"
+    parts = [f"{run.step:07d}", distance, guidance, run.weights, config.labels, config.seeds]
+    parts += [config.precision] if config.precision != "fp32" else []
+    parts += [f"{config.sampler.takes}_{config.sampler.solver}"] if config.get("sampler") is not None else []
+    return "-".join(map(str, parts))
 
 
 def row_folder(config: DictConfig, default: Path, name: str, alone: bool) -> Path:
@@ -175,7 +181,7 @@ def ref(config: DictConfig) -> None:
     if reference is None or wanted:
         made = make_reference(config, wanted)
         reference = made if reference is None else replace(reference, features=made.features)
-    if PartialState().is_main_process:
+    if start_processes().is_main_process:
         write_reference(Path(config.out), reference)
         kept = 0 if reference.features is None else len(reference.features)
         print(f"{config.out}: {reference.extractor}, {len(reference.mu)} features, {kept} images kept for precision and recall")

@@ -89,7 +89,7 @@ def read_weights(path: Path, sha256: str | None = None) -> tuple[dict[str, torch
             return dict(_translate(torch.jit.load(path, map_location="cpu").state_dict())), found
         return torch.load(path, map_location="cpu", weights_only=True), found
     except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} holds no Inception weights ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path} holds no Inception weights, or cannot be read without running code ({type(error).__name__})") from None
 
 
 def build(state: dict[str, torch.Tensor], layers: Sequence[str]) -> torch.nn.Module:

@@ -44,6 +44,7 @@ def plot(rows: list[dict], score: str, path: Path) -> None:
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points)), marker="o", label=" ".join(label))
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

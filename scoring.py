@@ -4,6 +4,7 @@ Training and the command line share this code. On several processes each takes t
 message adds the statistics up, and the first process makes the scores of them.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save
@@ -37,6 +37,7 @@ from metrics import (
     kernel_distance,
     precision_recall,
 )
+from processes import start_processes
 from reference import Reference, check_extractor
 
 METRICS = ("fd", "sfid", "is", "pr", "kid")
@@ -55,7 +56,7 @@ class Measured(NamedTuple):
 
 def share(n: int) -> range:
     """Rows of n images that this process takes: one block, so that the blocks of all processes are the n in order."""
-    state = PartialState()
+    state = start_processes()
     if n < max(2, state.num_processes):
         raise ValueError(f"{n} images on {state.num_processes} processes; needed: at least 2, and one each")
     return range(n * state.process_index // state.num_processes, n * (state.process_index + 1) // state.num_processes)
@@ -110,7 +111,7 @@ def score(
     with_classes = labels is not None and extractor.name == "mnist"
     keep = torch.ones(len(share(n)), dtype=torch.bool) if {"pr", "kid"} & set(metrics) else None
     measured = measure(batches, extractor, spatial="sfid" in metrics, logits="is" in metrics or with_classes, keep=keep)
-    if not PartialState().is_main_process:
+    if not start_processes().is_main_process:
         return {}
     stats, spatial = measured.stats, measured.spatial
     assert stats.count == n, f"{stats.count} images, {n} were announced"
@@ -195,15 +196,16 @@ def generate_features(
     settings: DictConfig, extractor: Extractor, parts: Path | None,
 ) -> Iterator[Features]:  # fmt: skip
     """Features of the images rows, rows + 1, ... of the seeds, batch by batch; what lies in `parts` is read back."""
-    for start in range(rows.start, rows.stop, settings.batch_size):
-        stop = min(start + settings.batch_size, rows.stop)
-        part = parts / f"{start:07d}-{stop:07d}.safetensors" if parts is not None else None
+    size = settings.batch_size
+    batches = {range(start, min(start + size, rows.stop)): None for start in range(rows.start, rows.stop, size)}
+    if parts is not None:
+        batches = {batch: parts / f"{batch.start:07d}-{batch.stop:07d}.safetensors" for batch in batches}
+    missing = [i for batch, part in batches.items() if part is None or not part.is_file() for i in batch]
+    images = sample.generate(run, guidance, [seeds[i] for i in missing], labels[missing], size, steps=settings.steps)
+    for part in batches.values():
         if part is not None and part.is_file():
             features, run.calls, run.macs = read_part(part)
         else:
-            images = sample.generate(
-                run, guidance, seeds[start:stop], labels[start:stop], settings.batch_size, steps=settings.steps
-            )
             features = extractor(next(images))
             if part is not None:
                 write_part(part, features, run)
@@ -226,16 +228,16 @@ def read_part(path: Path) -> tuple[Features, int, int]:
 
 def describe_run(run: sample.Run, settings: DictConfig, guidance: Guidance) -> dict:
     """All that an image depends on beside its seed."""
-    config = run.config
+    config, weak = run.config, sample.load_weak(run, guidance)
     return {
         "labels": settings.labels,
         "objective": config.objective._target_,
         "sampler": OmegaConf.to_container(config.sampler) | ({"num_steps": settings.steps} if settings.steps else {}),
-        "scale": guidance.scale, "interval": guidance.interval, "gamma_strong": guidance.gamma_strong,
-        "gamma_weak": guidance.gamma_weak, "weak_label": guidance.weak_label,
+        **dataclasses.asdict(guidance),
         "step": run.step, "weights": run.weights, "dtype": run.precision,  # "precision" is a score
         "checkpoint": str(run.checkpoint) if run.checkpoint else None,
         "checkpoint_sha256": run.sha256 if run.checkpoint else None,
+        "weak_sha256": weak.sha256 if weak is not run else None,
         "codec": OmegaConf.to_container(config.data.codec), "rounding": "nearest",
     }  # fmt: skip
 
@@ -244,7 +246,7 @@ def describe_scoring(extractor: Extractor, reference: Reference) -> dict:
     return {
         "extractor": extractor.name, "extractor_sha256": extractor.sha256,
         "reference": reference.source, "reference_sha256": reference.sha256, "reference_n": reference.n,
-        "processes": PartialState().num_processes, "commit": commit(),
+        "processes": start_processes().num_processes, "commit": commit(),
     }  # fmt: skip
 
 
@@ -270,7 +272,7 @@ def commit() -> str | None:
 
 
 def with_progress(batches: Iterable[Features], total: int) -> Iterator[Features]:
-    shown = sys.stderr.isatty() and PartialState().is_main_process
+    shown = sys.stderr.isatty() and start_processes().is_main_process
     with tqdm(total=total, unit="img", desc="scoring", disable=not shown) as bar:
         for features in batches:
             yield features

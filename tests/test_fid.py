@@ -1,0 +1,532 @@
+"""Scores against independent computations in float64, and the command line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+import cli
+import features
+import fid
+import metrics
+import sample
+import scoring
+from metrics import FeatureStats, frechet_distance
+from processes import start_processes
+from reference import Reference, read_reference, write_reference
+from tests.made_inception import noise, write_made_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def gaussian(n: int, dim: int, seed: int, spread: float = 1.0) -> np.ndarray:
+    """(n, dim) samples whose standard deviations fall from 1 to `spread`, in turned axes."""
+    rng = np.random.default_rng(seed)
+    turn, _ = np.linalg.qr(np.random.default_rng(9).normal(size=(dim, dim)))
+    return (rng.normal(size=(n, dim)) * np.geomspace(1, spread, dim) * (1 + 0.1 * seed)) @ turn + 0.1 * seed
+
+
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+# ---- The distance
+
+
+def test_distance_of_two_gaussians_is_the_closed_form():
+    mu1, mu2 = np.array([1.0, -2, 0]), np.array([0.5, 0, 3])
+    s1, s2 = np.array([1.0, 4, 0.25]), np.array([9.0, 0.01, 0.25])
+    expected = ((mu1 - mu2) ** 2).sum() + ((s1**0.5 - s2**0.5) ** 2).sum()
+    assert frechet_distance(mu1, np.diag(s1), mu2, np.diag(s2)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [40, 500])  # of 96 numbers: singular, and not
+def test_distance_to_itself_is_nothing(n):
+    mu, sigma = moments(gaussian(n, 96, 0))
+    assert abs(frechet_distance(mu, sigma, mu, sigma)) < 1e-11 * sigma.trace()
+
+
+@pytest.mark.parametrize(
+    "n1, n2, spread", [(500, 600, 1.0), (500, 600, 1e-3), (40, 600, 0.1), (600, 40, 0.1), (40, 50, 0.1)]
+)
+def test_distance_equals_scipys_square_root(n1, n2, spread):
+    (mu1, sigma1), (mu2, sigma2) = moments(gaussian(n1, 96, 1, spread)), moments(gaussian(n2, 96, 2, spread))
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_no_covariance_is_clamped_and_said(caplog):
+    mu, sigma = np.zeros(3), np.diag([1.0, 2.0, -0.5])
+    assert math.isfinite(frechet_distance(mu, sigma, mu, np.eye(3)))
+    assert "clamped eigenvalues down to -0.5" in caplog.text
+    caplog.clear()
+    frechet_distance(*moments(gaussian(40, 96, 0)), *moments(gaussian(40, 96, 1)))
+    assert not caplog.text
+
+
+def test_distance_refuses_shapes_and_numbers():
+    with pytest.raises(ValueError, match="needed: "):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), np.eye(3) * np.nan)
+
+
+# ---- Statistics
+
+
+def test_statistics_do_not_depend_on_batches_order_or_split():
+    x = gaussian(1000, 32, 3) + 5
+    mu, sigma = moments(x)
+    shuffled = torch.from_numpy(np.random.default_rng(0).permutation(x))
+    for batch_size in (1000, 64, 7):
+        parts = [FeatureStats(32), FeatureStats(32)]
+        for i, batch in enumerate(shuffled.split(batch_size)):
+            parts[i % 2].update(batch)
+        parts[0].merge(parts[1])
+        assert parts[0].count == 1000
+        np.testing.assert_allclose(parts[0].mu, mu, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(parts[0].sigma, sigma, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="at least 2"):
+        stats = FeatureStats(32)
+        stats.update(shuffled[:1])
+        stats.sigma
+
+
+class Given(torch.nn.Module):
+    """Stands in for a network: the features are given, not made."""
+
+    num_features, num_spatial = 16, 20
+
+
+def made_features(n: int, seed: int) -> features.Features:
+    rng = np.random.default_rng(seed)
+    return features.Features(*map(torch.from_numpy, (gaussian(n, 16, seed), rng.normal(size=(n, 10)), gaussian(n, 20, seed))))
+
+
+def score_made(path: Path) -> dict:
+    """101 made images, each process its share in batches of 7, against 150; run by two processes as a script, too."""
+    generated, real = made_features(101, 1), made_features(150, 0)
+    rows = scoring.share(101)
+    starts = range(rows.start, rows.stop, 7)
+    batches = (features.Features(*(t[start : min(start + 7, rows.stop)] for t in generated)) for start in starts)
+    extractor = features.Extractor("inception", Given(), "made", torch.device("cpu"))
+    reference = Reference(
+        *moments(real.pool.numpy()), *moments(real.spatial.numpy()), real.pool.numpy(), extractor_sha256="made"
+    )
+    result = scoring.score(batches, 101, extractor, reference)
+    if result:
+        path.write_text(json.dumps(result))
+    start_processes().wait_for_everyone()
+    start_processes().destroy_process_group()
+    return result
+
+
+def test_scores_are_those_of_the_features(tmp_path):
+    generated, real = made_features(101, 1), made_features(150, 0)
+    result = score_made(tmp_path / "one.json")
+    for name, x, y in (("fd_inception", generated.pool, real.pool), ("sfd_inception", generated.spatial, real.spatial)):
+        (mu1, sigma1), (mu2, sigma2) = moments(x.numpy()), moments(y.numpy())
+        root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+        assert result[name] == pytest.approx(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root), rel=1e-6)
+    assert (result["precision"], result["recall"]) == metrics.precision_recall(generated.pool, real.pool)
+    assert (result["inception_score"], result["inception_score_std"]) == metrics.inception_score(generated.logits)
+    assert (result["kid"], result["kid_std"]) == metrics.kernel_distance(generated.pool, real.pool)
+
+
+def test_two_processes_score_as_one(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    script = f"import sys; from pathlib import Path; from tests.test_fid import score_made; score_made(Path({str(tmp_path / 'two.json')!r}))"
+    (tmp_path / "two.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "two.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = score_made(tmp_path / "one.json"), json.loads((tmp_path / "two.json").read_text())
+    assert two.keys() == one.keys() and two == pytest.approx(one, rel=1e-9, abs=1e-9)
+
+
+# ---- Inception score, precision and recall, KID
+
+
+@pytest.mark.parametrize("n", [60, 120])
+def test_inception_score_in_splits(n):
+    logits = np.random.default_rng(0).normal(size=(n, 12)) * 2
+    scores = []
+    for part in np.split(logits, n // 60):
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        scores.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
+    mean, std = metrics.inception_score(torch.from_numpy(logits).float(), split_size=60)
+    assert mean == pytest.approx(np.mean(scores), rel=1e-6) and std == pytest.approx(np.std(scores), abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1000, 17])
+def test_precision_and_recall_equal_brute_force(rows):
+    generated, real = gaussian(120, 8, 1) + 100, gaussian(90, 8, 0) + 100  # far from zero, where float32 rounds
+
+    def inside(points, centres):
+        to_centres = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+        radii = np.sort(to_centres, axis=1)[:, 3]  # the third neighbour; the nearest is the point itself
+        return (np.linalg.norm(points[:, None] - centres[None], axis=-1) <= radii).any(1).mean()
+
+    found = metrics.precision_recall(torch.from_numpy(generated), torch.from_numpy(real), rows=rows)
+    assert found == pytest.approx((inside(generated, real), inside(real, generated)), abs=1e-6)
+    assert 0.1 < found[0] < 1
+    with pytest.raises(ValueError, match="more than 3"):
+        metrics.precision_recall(torch.from_numpy(generated[:3]), torch.from_numpy(real))
+
+
+def test_kernel_distance_is_the_unbiased_mmd():
+    x, y = gaussian(60, 8, 1), gaussian(60, 8, 0)
+
+    def kernel(a, b):
+        return (a @ b.T / 8 + 1) ** 3
+
+    off = ~np.eye(60, dtype=bool)
+    expected = kernel(x, x)[off].mean() + kernel(y, y)[off].mean() - 2 * kernel(x, y).mean()
+    mean, std = metrics.kernel_distance(torch.from_numpy(x), torch.from_numpy(y), subsets=3)
+    assert mean == pytest.approx(expected, rel=1e-6) and std < 1e-9  # each subset is all of them
+
+
+# ---- References
+
+
+def test_reference_survives_the_disk(tmp_path):
+    mu, sigma = moments(gaussian(50, 8, 0))
+    before = Reference(mu, sigma, features=np.ones((5, 8), np.float32), n=50, extractor="mnist", extractor_sha256="ab")
+    write_reference(tmp_path / "r.npz", before)
+    after = read_reference(tmp_path / "r.npz")
+    for name in ("mu", "sigma", "features"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    assert (after.n, after.extractor, after.extractor_sha256) == (50, "mnist", "ab") and len(after.sha256) == 64
+
+
+def test_statistics_are_taken_out_of_an_adm_file(tmp_path, capsys):
+    mu, sigma, mu_s, sigma_s = np.arange(2048.0), np.eye(2048), np.arange(2023.0), np.eye(2023) * 2
+    adm, out = tmp_path / "VIRTUAL.npz", tmp_path / "ref.npz"
+    np.savez(adm, arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    fid.main(["ref", f"from={adm}", f"out={out}"])
+    reference = read_reference(out)
+    np.testing.assert_array_equal(reference.sigma_s, sigma_s)
+    np.testing.assert_array_equal(reference.mu, mu)
+    assert reference.extractor == "inception" and reference.features is None
+
+
+# ---- The command line
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """The same 40 noisy grey-ish digits as a folder, a zip and an .npz."""
+    root = tmp_path_factory.mktemp("pictures")
+    pixels = noise(40, 28, seed=1).permute(0, 2, 3, 1).numpy()
+    (root / "folder" / "sub").mkdir(parents=True)
+    with zipfile.ZipFile(root / "images.zip", "w") as archive:
+        for i, image in enumerate(pixels):
+            path = root / "folder" / ("sub" if i >= 20 else "") / f"{i:03d}.png"
+            Image.fromarray(image).save(path)
+            archive.write(path, path.relative_to(root / "folder"))
+    np.savez(root / "images.npz", arr_0=pixels)
+    return root
+
+
+def calc(*overrides: str) -> dict:
+    out = next(o for o in overrides if o.startswith("out=")).removeprefix("out=")
+    fid.main(["calc", *overrides])
+    return json.loads((Path(out) / "metrics.json").read_text())
+
+
+def test_folder_zip_and_npz_score_alike(pictures, digits, tmp_path, capsys):
+    results = [
+        calc(f"images={pictures / name}", f"digits={digits}", f"out={tmp_path / str(i)}", "batch_size=16")
+        for i, name in enumerate(("folder", "images.zip", "images.npz"))
+    ]
+    assert "fd_mnist" in capsys.readouterr().out
+    for result in results[1:]:
+        assert result["fd_mnist"] == pytest.approx(results[0]["fd_mnist"], rel=1e-6)
+        assert result["precision"] == results[0]["precision"]
+    assert results[0]["n"] == 40 and results[0]["reference_n"] == 4500
+    assert len(results[0]["extractor_sha256"]) == 64 and results[0]["commit"]
+
+
+def test_real_digits_score_well_and_noise_badly(digits, tmp_path):
+    images, _ = features.digits("val", digits)
+    np.savez(tmp_path / "real.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    real = calc(f"images={tmp_path / 'real.npz'}", f"digits={digits}", f"out={tmp_path / 'real'}", "metrics=[fd,pr]")
+    np.savez(tmp_path / "noise.npz", arr_0=noise(500, 28).permute(0, 2, 3, 1).numpy())
+    bad = calc(f"images={tmp_path / 'noise.npz'}", f"digits={digits}", f"out={tmp_path / 'noise'}", "metrics=[fd,pr]")
+    assert real["fd_mnist"] < 5 < 200 < bad["fd_mnist"]
+    assert real["precision"] > 0.7 and real["recall"] > 0.7 and bad["precision"] < 0.05
+
+
+def test_grey_images_are_repeated_and_said(tmp_path, digits, caplog):
+    grey = noise(30, 28)[:, 0].numpy()
+    np.savez(tmp_path / "grey.npz", arr_0=grey)
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(grey):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{i:02d}.png")
+    one = calc(f"images={tmp_path / 'grey.npz'}", f"digits={digits}", f"out={tmp_path / 'a'}")
+    two = calc(f"images={tmp_path / 'folder'}", f"digits={digits}", f"out={tmp_path / 'b'}")
+    assert caplog.text.count("grey images, repeated") == 2 and "too few for 64 features" in caplog.text
+    assert one["fd_mnist"] == pytest.approx(two["fd_mnist"], rel=1e-9)
+
+
+def npz(path, **arrays):
+    np.savez(path, **arrays)
+
+
+def mixed_sizes(path):
+    path.mkdir()
+    for size in (28, 30):
+        Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(path / f"{size}.png")
+
+
+def alpha(path):
+    path.mkdir()
+    for name in "ab":
+        Image.fromarray(np.zeros((28, 28, 4), np.uint8)).save(path / f"{name}.png")
+
+
+def no_image(path):
+    path.mkdir()
+    (path / "a.png").write_text("hello")
+
+
+GOOD = np.zeros((5, 28, 28, 3), np.uint8)
+BAD_IMAGES = {
+    "missing": (lambda path: None, "not there"),
+    "empty folder": (lambda path: path.mkdir(), "no images"),
+    "no image": (no_image, "a.png is no image"),
+    "mixed sizes": (mixed_sizes, "30.png is 30x30, 28.png is 28x28"),
+    "alpha": (alpha, "mode RGBA"),
+    "one": (lambda path: npz(path, arr_0=GOOD[:1]), "at least 2"),
+    "float": (lambda path: npz(path, arr_0=GOOD.astype(np.float32)), "arr_0 is float32.*uint8"),
+    "layout": (lambda path: npz(path, arr_0=GOOD.transpose(0, 3, 1, 2)), r"\(5, 3, 28, 28\)"),
+    "key": (lambda path: npz(path, images=GOOD), "no array arr_0"),
+    "pickled": (lambda path: npz(path, arr_0=np.array([None, 1], object)), "pickled objects"),
+    "truncated": (lambda path: path.write_bytes(b"PK\3\4 no more"), "damaged"),
+    "size": (lambda path: npz(path, arr_0=np.zeros((5, 32, 32, 3), np.uint8)), "32x32 pixels"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images_get_one_line(case, tmp_path, digits):
+    make, message = BAD_IMAGES[case]
+    path = tmp_path / ("images" if "folder" in case or make in (mixed_sizes, alpha, no_image) else "images.npz")
+    make(path)
+    with pytest.raises(cli.USER_ERRORS, match=message) as error:
+        fid.main(["calc", f"images={path}", f"digits={digits}", f"out={tmp_path / 'out'}"])
+    assert "\n" not in cli.one_line(error.value) and not (tmp_path / "out").exists()
+
+
+STATS = {"mu": np.zeros(64), "sigma": np.eye(64), "extractor": "mnist"}
+BAD_REFERENCES = {
+    "missing": (None, "no reference"),
+    "no mu": ({"sigma": np.eye(64)}, "mu missing"),
+    "shape": ({**STATS, "sigma": np.eye(63)}, r"sigma \(63, 63\)"),
+    "nan": ({**STATS, "mu": np.full(64, np.nan)}, "not finite"),
+    "other extractor": ({**STATS, "extractor": "inception"}, "made with inception"),
+    "other weights": ({**STATS, "extractor_sha256": "beef"}, "beef"),
+    "features": ({**STATS, "mu": np.zeros(8), "sigma": np.eye(8)}, "has 8 features; mnist gives 64"),
+    "pickled": ({**STATS, "mu": np.array([None], object)}, "pickled objects"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REFERENCES)
+def test_bad_references_get_one_line(case, tmp_path, pictures):
+    arrays, message = BAD_REFERENCES[case]
+    if arrays is not None:
+        np.savez(tmp_path / "ref.npz", **arrays)
+    with pytest.raises(cli.USER_ERRORS, match=message) as error:
+        fid.main(["calc", f"images={pictures / 'images.npz'}", f"ref={tmp_path / 'ref.npz'}", f"out={tmp_path / 'out'}"])
+    assert "\n" not in cli.one_line(error.value)
+
+
+BAD_CALLS = {
+    "nothing": ([], "ckpt=RUN or images="),
+    "both": (["ckpt=a", "images=b"], "one of the two"),
+    "generation keys": (["images=a", "seeds=0-9", "scale=2"], "scale, seeds: only with ckpt="),
+    "unknown key": (["images=a", "refs=b"], "refs"),
+    "unknown extractor": (["images=a", "extractor=vgg"], "extractor=vgg"),
+    "unknown metric": (["images=a", "metrics=[fd,lpips]"], "lpips"),
+    "impossible metric": (["images=a", "metrics=[sfid]"], "sfid needs a reference with mu_s"),
+    "no checkpoint": (["ckpt=nowhere"], "nowhere"),
+    "no pattern": (["ckpt=nowhere/step_*"], "matches nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_get_one_line(case, digits):
+    overrides, message = BAD_CALLS[case]
+    with pytest.raises(cli.USER_ERRORS) as error:
+        fid.main(["calc", f"digits={digits}", *overrides])
+    assert message in cli.one_line(error.value) and "\n" not in cli.one_line(error.value)
+
+
+def test_the_command_prints_one_line_and_leaves_with_2(tmp_path):
+    done = subprocess.run([sys.executable, "fid.py", "ref", "images=nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+# ---- A run: generated, scored, cut short
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits):
+    """A run folder with two checkpoints of a tiny model of digits, hardly trained."""
+    root = tmp_path_factory.mktemp("runs")
+    overrides = [
+        "run_name=tiny", f"results_dir={root}", f"data.path={digits}", "model.depth=6", "model.hidden_size=32",
+        "model.num_heads=2", "train.max_steps=2", "train.global_batch_size=8", "train.warmup_steps=0", "train.decay_steps=0",
+        "train.compile=off", "train.precision=fp32", "train.save_every=1", "train.val_every=0", "train.keep_last=2",
+        "preview.every=0", "sampler.num_steps=2",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root / "tiny"
+
+
+def seeds_generated(monkeypatch, stop_after: int = 1000) -> list[int]:
+    """The seeds that sample.generate is asked to make from now on; it breaks off after so many batches."""
+    asked, generate = [], sample.generate
+
+    def watched(run, guidance, seeds, labels, batch_size, *, steps=None):
+        batches = generate(run, guidance, seeds, labels, batch_size, steps=steps)
+        for i, batch in enumerate(batches):
+            if i == stop_after:
+                raise KeyboardInterrupt
+            asked.extend(seeds[i * batch_size : (i + 1) * batch_size])
+            yield batch
+
+    monkeypatch.setattr(sample, "generate", watched)
+    return asked
+
+
+def test_scoring_cut_short_goes_on_where_it_was(trained, digits, tmp_path, monkeypatch):
+    settings = [f"ckpt={trained}", f"digits={digits}", "seeds=0-69", "batch_size=16", "guidance=cfg"]
+    with monkeypatch.context() as patch:
+        all_at_once = seeds_generated(patch)
+        whole = calc(*settings, f"out={tmp_path / 'whole'}")
+    with monkeypatch.context() as patch:
+        first = seeds_generated(patch, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            calc(*settings, f"out={tmp_path / 'cut'}")
+    with monkeypatch.context() as patch:
+        second = seeds_generated(patch)
+        resumed = calc(*settings, f"out={tmp_path / 'cut'}")
+    assert all_at_once == first + second == list(range(70)) and len(first) == 32
+    times = {"seconds", "images_per_s"}
+    assert {k: v for k, v in resumed.items() if k not in times} == {k: v for k, v in whole.items() if k not in times}
+    assert not (tmp_path / "cut" / "parts").exists()
+
+
+def test_killed_and_started_again(trained, digits, tmp_path):
+    """SIGKILL at some batch of 160 images: finished batches stay untouched and the numbers are those of one go."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "fid.py", "calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-159", "batch_size=10", "steps=4", "metrics=[fd]"]
+    process = subprocess.Popen([*command, f"out={out}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while not (finished := list(out.glob("parts/*/*.safetensors"))) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*/*.safetensors")}
+    assert 0 < len(finished) < 16
+    kept = tmp_path / "kept"
+    read_part = scoring.read_part
+    read = []
+    scoring.read_part = lambda path: read.append((path.name, path.stat().st_mtime_ns)) or read_part(path)
+    try:
+        again = calc(*command[3:], f"out={out}")
+    finally:
+        scoring.read_part = read_part
+    assert dict(read) == finished
+    once = calc(*command[3:], f"out={kept}")
+    assert again["fd_mnist"] == pytest.approx(once["fd_mnist"], rel=1e-9)
+    assert again["class_accuracy"] == once["class_accuracy"]
+
+
+def test_metrics_json_says_what_the_number_depends_on(trained, digits):
+    fid.main(["calc", f"ckpt={trained}", f"digits={digits}", "seeds=5-40", "guidance=sparse", "steps=3", "labels=balanced"])
+    (path,) = trained.glob("eval/*sparse*/metrics.json")
+    assert path.parent.name.startswith("0000002-fd_mnist-sparse")
+    result = json.loads(path.read_text(), parse_constant=pytest.fail)  # plain JSON: no Infinity
+    expected = {
+        "n": 36, "seeds": "5-40", "labels": "balanced", "weights": "ema", "step": 2, "rounding": "nearest", "weak_label": "same",
+        "codec": {"_target_": "autoencoder.PixelCodec"}, "extractor": "mnist", "reference_n": 4500, "processes": 1,
+    }  # fmt: skip
+    assert result | expected == result
+    assert result["gamma_strong"] < result["gamma_weak"] and result["sampler"]["num_steps"] == 3
+    assert result["network_calls"] == 2 * 5  # Heun's two a step but the last, each with a weak branch
+    assert result["gmacs_per_image"] > 0 and result["seconds"] > 0 and 0 <= result["class_accuracy"] <= 1
+    assert len(result["checkpoint_sha256"]) == len(result["extractor_sha256"]) == 64
+    assert result["config"]["model"]["depth"] == 6
+
+
+def test_several_rows_make_a_table_and_a_plot(trained, digits, tmp_path, capsys):
+    fid.main([
+        "calc", f"ckpt={trained}/checkpoints/step_*", f"digits={digits}", f"out={tmp_path}", "weights=ema,raw", "guidance=none,cfg",
+        "seeds=0-19", "steps=1", "metrics=[fd]",
+    ])  # fmt: skip
+    header, *rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert header.startswith("run,step,weights,guidance,n,fd_mnist,class_accuracy") and len(rows) == 8
+    assert {tuple(row.split(",")[:4]) for row in rows} == {
+        ("tiny", step, weights, f"{guidance}-steps1") for step in "12" for weights in ("ema", "raw") for guidance in ("unguided", "cfg1.5")
+    }
+    assert len(list(tmp_path.glob("*/metrics.json"))) == 8
+    assert Image.open(tmp_path / "scores.png").size[0] > 400
+    assert capsys.readouterr().out.count("unguided-steps1") == 4
+
+
+# ---- Inception, with made weights: what torch-fidelity's own command says
+
+
+@pytest.fixture(scope="module")
+def two_folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    for name, seed in (("a", 1), ("b", 2)):
+        (root / name).mkdir()
+        pictures = noise(8, 16, seed=seed).permute(0, 2, 3, 1).numpy()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture // seed).resize((64, 64)).save(root / name / f"{i:02d}.png")
+    return root
+
+
+def test_scores_equal_torch_fidelitys_command(two_folders, tmp_path):
+    weights, sha256 = write_made_weights(tmp_path)
+    theirs = subprocess.run(
+        [sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--json", "--silent", "--isc", "--fid", "--isc-splits", "1",
+         "--no-samples-shuffle", "--no-cache", "--feature-extractor-weights-path", str(weights),
+         "--input1", str(two_folders / "a"), "--input2", str(two_folders / "b")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert theirs.returncode == 0, theirs.stderr[-2000:]
+    theirs = json.loads(theirs.stdout)
+    made = [f"extractor_weights={weights}", f"extractor_sha256={sha256}", "extractor=inception", "batch_size=4"]
+    fid.main(["ref", f"images={two_folders / 'b'}", f"out={tmp_path / 'ref.npz'}", *made])
+    ours = calc(f"images={two_folders / 'a'}", f"ref={tmp_path / 'ref.npz'}", f"out={tmp_path / 'out'}", "metrics=[fd,is]", *made)
+    assert ours["fd_inception"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert read_reference(tmp_path / "ref.npz").mu_s.shape == (2023,)
+    assert not any(key.startswith("fid") for key in ours)  # these weights are not the true ones
+
+
+def test_fid_is_the_name_of_one_thing_only():
+    def named(name: str, sha256: str, n: int) -> str:
+        return scoring.distance_name(features.Extractor(name, None, sha256, None), n)
+
+    true = scoring.inception.STATE_DICT
+    assert [named("inception", true, n) for n in (50_000, 5_000, 1234)] == ["fid50k", "fid5k", "fid1234"]
+    assert named("inception", "other", 50_000) == "fd_inception" and named("mnist", "any", 50_000) == "fd_mnist"
