@@ -142,15 +142,15 @@ def labels_for(num_classes: int, seeds: Sequence[int], rule: str | int) -> torch
     return torch.full((len(seeds),), int(rule))
 
 
-def parse_seeds(text: str | int) -> list[int]:
-    """"0-3,7" -> [0, 1, 2, 3, 7]. Raises ValueError."""
-    seeds = []
-    for part in str(text).split(","):
-        first, _, last = part.strip().partition("-")
+def parse_seeds(seeds: str | int | Sequence) -> list[int]:
+    """"0-3" or ["0-3", 7] -> [0, 1, 2, 3, 7]. Raises ValueError."""
+    parsed = []
+    for part in (seeds if isinstance(seeds, Sequence) and not isinstance(seeds, str) else str(seeds).split(",")):
+        first, _, last = str(part).strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
-            raise ValueError(f"seeds={text}; needed: numbers and ranges such as 0-63 or 1,5,9-12")
-        seeds += range(int(first), int(last or first) + 1)
-    return seeds
+            raise ValueError(f"seeds={seeds}; needed: numbers and ranges, such as 0-63 or [1,5,9-12]")
+        parsed += range(int(first), int(last or first) + 1)
+    return parsed
 
 
 def guidance_from(config: DictConfig) -> Guidance:
@@ -196,6 +196,8 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     config, dist = cli.load_config("sample", overrides), start_processes()
     seeds, guidance = parse_seeds(config.seeds), guidance_from(config)
     run = load_run(config.ckpt or SHIPPED / shipped, config.weights, precision=config.precision)
+    if config.ckpt is None:
+        run.folder = Path("runs") / shipped  # assets/ is for reading
     run.config.sampler = config.get("sampler") or run.config.sampler
     if config.steps is not None:
         run.config.sampler.num_steps = config.steps

@@ -1,0 +1,231 @@
+"""Sampling from run folders: an image is its seed's alone; commands, files, and what they refuse."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import checkpoint
+import cli
+import gallery
+import rf
+import sample
+from guidance import Guidance
+from loading import instantiate, load_run
+
+SPARSE = Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="random")
+PYTHON = [sys.executable]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def make_run(folder, overrides, steps=(1,)):
+    """A run folder with checkpoints of random weights: what sampling reads, without the training."""
+    config = cli.load_config("config", [*overrides, f"run_name={folder.name}"])
+    OmegaConf.resolve(config)
+    torch.manual_seed(0)
+    net = instantiate(config.model)
+    for step in steps:
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        optimizer = torch.optim.AdamW(net.parameters())
+        checkpoint.save(folder, step, model=net, ema=net, optimizer=optimizer, state={}, config=OmegaConf.to_yaml(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_overrides):
+    """name -> run folder: edm and rf with routes, dense without, large of other latents."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "edm": make_run(folder / "edm", tiny_overrides, steps=(1, 2)),
+        "rf": make_run(folder / "rf", [*tiny_overrides, "objective=rf"], steps=(1, 2)),
+        "dense": make_run(folder / "dense", [*tiny_overrides, "model=dit", "objective=rf"]),
+        "large": make_run(folder / "large", [*tiny_overrides, "objective=rf", "data.input_size=16"]),
+    }
+
+
+def latents(run, seeds, guidance=SPARSE, **sampler):
+    labels = sample.labels_for(run.num_classes, seeds, "random")
+    return sample.generate_latents(run, guidance, seeds, labels, OmegaConf.to_container(run.config.sampler) | sampler)
+
+
+def images(folder, seeds):
+    return np.stack(list(gallery.read_images(folder, seeds)))
+
+
+def assert_same_images(a, b):
+    """At most one grey level, in at most 0.1 % of the pixels."""
+    difference = np.abs(a.astype(int) - b.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() <= 0.001
+
+
+def command(*arguments, **options):
+    return subprocess.run([*PYTHON, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("name, sampler", [("edm", {"S_churn": 10}), ("rf", {}), ("rf", {"solver": "sde"})])
+def test_an_image_depends_on_its_seed_alone(runs, name, sampler):
+    run, sampler = load_run(runs[name]), sampler | {"num_steps": 20}
+    whole = latents(run, list(range(64)), **sampler)
+    for seed in (0, 17, 63):
+        torch.testing.assert_close(latents(run, [seed], **sampler), whole[seed : seed + 1], rtol=0, atol=1e-5)
+    assert (whole[:-1] - whole[1:]).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+def test_two_processes_make_what_one_makes(runs, tmp_path):
+    call = ["sample.py", f"ckpt={runs['rf']}", "guidance=sparse", "seeds=0-9", "batch_size=4"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29653]
+    done = command(*torchrun, *call, f"out={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    sample.main([*call[1:-1], f"out={tmp_path / 'one'}"])
+    assert_same_images(images(tmp_path / "two", range(10)), images(tmp_path / "one", range(10)))
+    one, two = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2) and one["settings"] == two["settings"]
+    assert one["network_calls"] == two["network_calls"] and one["gmacs_per_image"] == two["gmacs_per_image"]
+
+
+def test_folder_holds_png_npz_grid_and_manifest(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    sample.main([f"ckpt={runs['edm']}", "seeds=[1,3,998-1001]", "guidance=cfg", "steps=2", f"out={out}"])
+    assert "6 of 6" in capsys.readouterr().out
+    seeds = [1, 3, 998, 999, 1000, 1001]
+    assert (out / "images/000000/000999.png").is_file() and (out / "images/001000/001000.png").is_file()
+    with np.load(out / "samples.npz", allow_pickle=False) as archive:
+        assert archive["arr_0"].dtype == np.uint8 and np.array_equal(archive["arr_0"], images(out, seeds))
+        assert archive["arr_0"].shape == (6, 8, 8, 3)
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (6 * 10 + 2, 12)
+    manifest = json.loads((out / "samples.json").read_text())
+    assert manifest["n"] == 6 and manifest["network_calls"] == 2 * 3 and manifest["images_per_s"] > 0
+    run = load_run(runs["edm"])
+    assert manifest["gmacs_per_image"] == pytest.approx(6 * run.model.macs() / 1e9)
+    assert manifest["settings"]["checkpoint_sha256"] == run.sha256 and manifest["settings"]["scale"] == 1.5
+
+
+def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
+    out, call = tmp_path / "out", [f"ckpt={runs['rf']}", "guidance=sparse", "steps=2"]
+    sample.main([*call, "seeds=0-7", f"out={out}"])
+    whole, kept = images(out, range(8)), gallery.image_path(out, 0).stat().st_mtime_ns
+    for seed in (3, 5):
+        gallery.image_path(out, seed).unlink()
+    capsys.readouterr()
+    sample.main([*call, "seeds=0-9", f"out={out}", "batch_size=3"])
+    assert "4 of 10" in capsys.readouterr().out
+    assert_same_images(images(out, range(8)), whole)
+    assert gallery.image_path(out, 0).stat().st_mtime_ns == kept
+    with np.load(out / "samples.npz", allow_pickle=False) as archive:
+        assert len(archive["arr_0"]) == 10
+    with pytest.raises(ValueError, match="other settings.*scale was 1.5, is 2"):
+        sample.main([*call, "seeds=0-9", "scale=2", f"out={out}"])
+
+
+def test_killed_and_started_again(runs, tmp_path):
+    call = ["rf.py", "sample", f"ckpt={runs['rf']}", "seeds=0-39", "batch_size=1", "steps=20", f"out={tmp_path / 'out'}"]
+    process = subprocess.Popen([*PYTHON, *call], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not gallery.image_path(tmp_path / "out", 1).exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(gallery.missing(tmp_path / "out", range(40))) < 40
+    sample.main(["sampler=rf", *call[2:]])
+    sample.main(["sampler=rf", *call[2:-1], f"out={tmp_path / 'undisturbed'}"])
+    assert np.array_equal(images(tmp_path / "out", range(40)), images(tmp_path / "undisturbed", range(40)))
+
+
+def test_labels_are_balanced_random_or_one_class(runs, tmp_path):
+    assert sample.labels_for(3, range(5), "balanced").tolist() == [0, 1, 2, 0, 1]
+    drawn = sample.labels_for(3, range(300), "random")
+    assert torch.equal(drawn[100:], sample.labels_for(3, range(100, 300), "random")) and drawn.bincount().min() > 60
+    made = {}
+    for label in (1, 2):
+        sample.main([f"ckpt={runs['rf']}", "seeds=0-2", f"class_idx={label}", f"out={tmp_path / str(label)}"])
+        made[label] = images(tmp_path / str(label), range(3))
+    sample.main([f"ckpt={runs['rf']}", "seeds=0-2", "labels=balanced", f"out={tmp_path / 'balanced'}"])
+    balanced = images(tmp_path / "balanced", range(3))
+    assert not np.array_equal(made[1], made[2])
+    assert np.array_equal(balanced[1], made[1][1]) and np.array_equal(balanced[2], made[2][2])
+
+
+def test_sample_tread_reads_the_label(runs, tmp_path):
+    """Both branches are conditional: another class is another image from the same seed."""
+    made = []
+    for label in (0, 1):
+        out = tmp_path / str(label)
+        rf.main(["sample_tread", f"ckpt={runs['rf']}", f"class_idx={label}", "seeds=0", f"out={out}", "scale=1.5"])
+        made.append(images(out, [0]))
+        settings = json.loads((out / "samples.json").read_text())["settings"]
+        assert (settings["weak_label"], settings["gamma_strong"], settings["gamma_weak"]) == ("same", 0.2, 0.7)
+    assert not np.array_equal(*made)
+
+
+def test_weights_of_either_objective_run_on_either_sampler(runs, tmp_path):
+    for name in ("edm", "rf"):
+        made = []
+        for sampler in ("edm", "rf"):
+            out = tmp_path / f"{name}-{sampler}"
+            sample.main([f"ckpt={runs[name]}", f"sampler={sampler}", "sampler.solver=heun", "steps=60", "seeds=0-3", f"out={out}"])
+            made.append(images(out, range(4)).astype(float))
+        assert np.abs(made[0] - made[1]).mean() < 4 < np.abs(made[0] - made[0][::-1]).mean()
+
+
+def test_weak_branch_of_the_runs_own_early_checkpoint(runs):
+    run = load_run(runs["rf"])
+    weak = sample.load_weak(run, Guidance(1.5, weak_label="same", weak_ckpt="earliest"))
+    assert weak.step == 1 and run.step == 2 and sample.load_weak(run, Guidance(1.0, weak_ckpt="earliest")) is run
+    sg_fid = sample.guidance_from(cli.load_config("sample", ["guidance=sg_fid"]))
+    guided, plain = (torch.cat(list(sample.generate(run, g, range(4)))) for g in (sg_fid, Guidance()))
+    assert guided.shape == (4, 3, 8, 8) and not torch.equal(guided, plain)
+
+
+def test_every_setting_has_its_own_folder_name():
+    settings = [
+        Guidance(), Guidance(gamma_strong=0.3), Guidance(1.5), Guidance(2.5), Guidance(1.5, weak_label="random"),
+        Guidance(1.5, scale_end=2.0), Guidance(1.5, (0.2, 0.6)), Guidance(1.5, cfg_channels=3), SPARSE,
+        Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="same"), Guidance(1.5, gamma_weak=0.7, weak_label="same"),
+        Guidance(1.5, gamma_weak=0.7, gamma_weak_end=0.0, weak_label="same"), Guidance(1.5, gamma_weak=0.7),
+        Guidance(1.5, weak_label="same", weak_ckpt="earliest"), Guidance(1.5, weak_ckpt="runs/a"), Guidance(1.5, weak_ckpt="runs/b"),
+    ]  # fmt: skip
+    names = [sample.settings_name(guidance, steps) for guidance in settings for steps in (None, 20)]
+    assert len(set(names)) == len(names) and not any("/" in name for name in names)
+    assert sample.settings_name(settings[9], None) == "sparse1.5-0.2-0.7"
+
+
+BAD = [
+    ("rf", ["class_idx=3"], "class 0..2"), ("rf", ["labels=some"], "balanced, random or a class"), ("rf", ["seeds=9-1"], "0-63"),
+    ("rf", ["guidance=sparse", "gamma_weak=1.0"], r"\[0, 1\)"), ("rf", ["guidance=sparse", "gamma_strong=0.8"], "gamma_strong <"),
+    ("rf", ["guidance=cfg", "scale=-1"], "scale"), ("rf", ["guidance=cfg", "scale=high"], "number"),
+    ("rf", ["guidance=cfg", "interval=[0.9,0.1]"], "interval"), ("rf", ["guidance=cfg", "interval=[0.9]"], "interval"),
+    ("rf", ["guidance=apg"], "one of"), ("rf", ["gama_weak=0.5"], "unknown key .gama_weak"), ("rf", ["sampler=dpm"], "one of"),
+    ("dense", ["guidance=sparse"], "trained with routes"), ("dense", ["guidance=auto"], "no earlier checkpoint"),
+    ("rf", ["guidance=auto", "weak_ckpt={large}"], "latents"), ("rf", ["guidance=auto", "weak_ckpt={edm}"], "predictions"),
+    ("rf", ["guidance=auto", "weak_ckpt=nowhere"], "no such"), ("edm", ["sampler=rf", "sampler.t_start=1"], "t_start"),
+    ("rf", ["sampler=edm", "sampler.solver=rk4"], "heun, euler"), ("rf", ["sampler=edm", "sampler.shift=2"], "unknown key"),
+    ("rf", ["steps=0"], "num_steps"), ("rf", ["weights=best"], "ema or raw"), ("rf", ["precision=fp16"], "fp32 or bf16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, overrides, needed", BAD)
+def test_bad_input_is_one_line_and_leaves_no_image(runs, tmp_path, capsys, name, overrides, needed):
+    overrides = [override.format(**runs) for override in overrides]
+    with pytest.raises(SystemExit) as left, cli.user_errors():
+        sample.main([f"ckpt={runs[name]}", "seeds=0-1", f"out={tmp_path / 'out'}", *overrides])
+    assert left.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ") and "\n" not in line
+    assert re.search(needed, line), line
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_commands_leave_with_2(runs):
+    done = command("rf.py", "sample_tread", f"ckpt={runs['dense']}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
