@@ -16,7 +16,7 @@ from data.inspect import inspect
 from data.manifest import read_manifest, write_manifest
 from data.order import Order
 from data.writer import shard_name
-from made_sets import NUM_CLASSES, SHAPE, TOTAL, array_of, good, npy, numbers_in, write_members, write_set
+from tests.made_sets import NUM_CLASSES, SHAPE, TOTAL, array_of, good, npy, numbers_in, write_members, write_set
 
 
 class Canary:
