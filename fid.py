@@ -15,6 +15,7 @@ import glob
 import itertools
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def reference_of(ref: str | None, digits: str, extractor: Extractor) -> Referenc
 
 def calc_row(config: DictConfig, alone: bool) -> dict:
     """Generates or reads, scores, writes metrics.json; its contents with "folder", "run" and "guidance", for the table."""
-    extractor, reference = tools(config)
+    started, (extractor, reference) = time.time(), tools(config)
     if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision)
         run.config.sampler = config.get("sampler") or run.config.sampler
@@ -146,7 +147,8 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
         batches = with_progress(map(extractor, images.batches(config.batch_size, rows)), len(rows))
         result = score(batches, len(images), extractor, reference, metrics=config.metrics)
         result = result and {
-            **result, "n": len(images), "images": str(images.path), **describe_scoring(extractor, reference)
+            **result, "n": len(images), "images": str(images.path), "seconds": round(time.time() - started, 3),
+            **describe_scoring(extractor, reference),
         }  # fmt: skip
     if result:
         write_metrics(result, folder)
@@ -173,24 +175,27 @@ def row_folder(config: DictConfig, default: Path, name: str, alone: bool) -> Pat
 
 def ref(config: DictConfig) -> None:
     """Writes a reference: of images through an extractor, or what an ADM file holds."""
-    source = config["from"]
-    if (config.images is None) == (source is None):
+    if (config.images is None) == (config["from"] is None):
         raise ValueError("needed: images=FOLDER|ZIP|TAR|NPZ or from=VIRTUAL_*.npz, one of the two")
-    reference = read_reference(source) if source is not None else None
-    wanted = config.features if config.features is not None else 0 if reference else MAX_FEATURES
-    if reference is None or wanted:
-        made = make_reference(config, wanted)
-        reference = made if reference is None else replace(reference, features=made.features)
+    if config.images is not None:
+        reference = make_reference(config.images, config, MAX_FEATURES if config.features is None else config.features)
+    else:
+        reference = read_reference(config["from"])
+        if config.features:
+            made = make_reference(config["from"], config, config.features)
+            if made.extractor != reference.extractor:
+                raise ValueError(f"{config['from']} is for {reference.extractor}, extractor={made.extractor}; needed: the same")
+            reference = replace(reference, features=made.features, extractor_sha256=made.extractor_sha256)
     if start_processes().is_main_process:
         write_reference(Path(config.out), reference)
         kept = 0 if reference.features is None else len(reference.features)
-        print(f"{config.out}: {reference.extractor}, {len(reference.mu)} features, {kept} images kept for precision and recall")
+        print(f"{config.out}: {len(reference.mu)} {reference.extractor} features, of {kept} images for precision and recall")
 
 
-def make_reference(config: DictConfig, wanted: int) -> Reference:
+def make_reference(source: str, config: DictConfig, wanted: int) -> Reference:
     """Of the images at hand: statistics of all, features of `wanted` of them, drawn evenly."""
     extractor = extractor_of(config.extractor, config.extractor_weights, config.extractor_sha256)
-    images = open_images(config.images or config["from"])
+    images = open_images(source)
     rows, keep = share(len(images)), torch.zeros(len(images), dtype=torch.bool)
     keep[torch.randperm(len(images), generator=seeded_generator("reference"))[:wanted]] = True
     batches = with_progress(map(extractor, images.batches(config.batch_size, rows)), len(rows))

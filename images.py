@@ -2,6 +2,7 @@
 
 import io
 import logging
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,7 @@ def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
 def _open_array(path: Path) -> Images:
     if not path.is_file():
         raise ValueError(f"{path} is not there")
-    pixels = read_arrays(path, ["arr_0"]).get("arr_0")
+    pixels = _map_array(path, "arr_0")
     if pixels is None:
         raise ValueError(f"{path} has no array arr_0; needed: uint8 (N, H, W, 3)")
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
@@ -70,6 +71,27 @@ def _open_array(path: Path) -> Images:
         _say_grey(path)
         pixels = np.broadcast_to(pixels.reshape(*pixels.shape[:3], 1), (*pixels.shape[:3], 3))
     return Images(path, len(pixels), lambda rows: pixels[rows.start : rows.stop])
+
+
+def _map_array(path: Path, key: str) -> np.ndarray | None:
+    """An array of an .npz as it lies in the file, so that 50,000 images (10 GB) take no memory; a compressed one is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{key}.npy" not in archive.namelist():
+                return None
+            info = archive.getinfo(f"{key}.npy")
+            with archive.open(info) as member:
+                np.lib.format.read_magic(member)
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+                header = member.tell()
+        if info.compress_type != zipfile.ZIP_STORED or dtype.hasobject or fortran_order:
+            return read_arrays(path, [key])[key]
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)  # of the member's own header: lengths of its name and of its extra field
+            name, extra = struct.unpack("<HH", file.read(4))
+        return np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
+        raise ValueError(f"{path} is damaged or no .npz file ({error})") from None
 
 
 def _open_files(path: Path) -> Images:

@@ -204,7 +204,7 @@ def generate_features(
     images = sample.generate(run, guidance, [seeds[i] for i in missing], labels[missing], size, steps=settings.steps)
     for part in batches.values():
         if part is not None and part.is_file():
-            features, run.calls, run.macs = read_part(part)
+            features, run.calls, run.macs = read_part(part, extractor.device)
         else:
             features = extractor(next(images))
             if part is not None:
@@ -219,9 +219,9 @@ def write_part(path: Path, features: Features, run: sample.Run) -> None:
         file.write(save(tensors, {"network_calls": str(run.calls), "macs": str(run.macs)}))
 
 
-def read_part(path: Path) -> tuple[Features, int, int]:
+def read_part(path: Path, device: torch.device) -> tuple[Features, int, int]:
     """Features, network calls and multiply-adds an image."""
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt", device=str(device)) as file:
         features = Features(**{name: file.get_tensor(name) for name in file.keys()})
         return features, int(file.metadata()["network_calls"]), int(file.metadata()["macs"])
 

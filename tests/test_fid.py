@@ -229,7 +229,7 @@ def test_statistics_are_taken_out_of_an_adm_file(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """The same 40 noisy grey-ish digits as a folder, a zip and an .npz."""
+    """The same 40 pictures as a folder, a zip and an .npz, which is compressed or not."""
     root = tmp_path_factory.mktemp("pictures")
     pixels = noise(40, 28, seed=1).permute(0, 2, 3, 1).numpy()
     (root / "folder" / "sub").mkdir(parents=True)
@@ -239,6 +239,7 @@ def pictures(tmp_path_factory):
             Image.fromarray(image).save(path)
             archive.write(path, path.relative_to(root / "folder"))
     np.savez(root / "images.npz", arr_0=pixels)
+    np.savez_compressed(root / "compressed.npz", label=np.arange(40), arr_0=pixels)
     return root
 
 
@@ -250,8 +251,8 @@ def calc(*overrides: str) -> dict:
 
 def test_folder_zip_and_npz_score_alike(pictures, digits, tmp_path, capsys):
     results = [
-        calc(f"images={pictures / name}", f"digits={digits}", f"out={tmp_path / str(i)}", "batch_size=16")
-        for i, name in enumerate(("folder", "images.zip", "images.npz"))
+        calc(f"images={pictures / name}", f"digits={digits}", f"out={tmp_path / str(i)}", "batch_size=16", "metrics=[fd,pr]")
+        for i, name in enumerate(("folder", "images.zip", "images.npz", "compressed.npz"))
     ]
     assert "fd_mnist" in capsys.readouterr().out
     for result in results[1:]:
@@ -316,7 +317,8 @@ BAD_IMAGES = {
     "layout": (lambda path: npz(path, arr_0=GOOD.transpose(0, 3, 1, 2)), r"\(5, 3, 28, 28\)"),
     "key": (lambda path: npz(path, images=GOOD), "no array arr_0"),
     "pickled": (lambda path: npz(path, arr_0=np.array([None, 1], object)), "pickled objects"),
-    "truncated": (lambda path: path.write_bytes(b"PK\3\4 no more"), "damaged"),
+    "no npz": (lambda path: path.write_bytes(b"PK\3\4 no more"), "damaged"),
+    "truncated": (lambda path: npz(path, arr_0=GOOD) or path.write_bytes(path.read_bytes()[:5000]), "damaged"),
     "size": (lambda path: npz(path, arr_0=np.zeros((5, 32, 32, 3), np.uint8)), "32x32 pixels"),
 }
 
@@ -447,7 +449,7 @@ def test_killed_and_started_again(trained, digits, tmp_path):
     kept = tmp_path / "kept"
     read_part = scoring.read_part
     read = []
-    scoring.read_part = lambda path: read.append((path.name, path.stat().st_mtime_ns)) or read_part(path)
+    scoring.read_part = lambda path, device: read.append((path.name, path.stat().st_mtime_ns)) or read_part(path, device)
     try:
         again = calc(*command[3:], f"out={out}")
     finally:
@@ -519,7 +521,13 @@ def test_scores_equal_torch_fidelitys_command(two_folders, tmp_path):
     ours = calc(f"images={two_folders / 'a'}", f"ref={tmp_path / 'ref.npz'}", f"out={tmp_path / 'out'}", "metrics=[fd,is]", *made)
     assert ours["fd_inception"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    assert read_reference(tmp_path / "ref.npz").mu_s.shape == (2023,)
+    made_reference = read_reference(tmp_path / "ref.npz")
+    assert made_reference.mu_s.shape == (2023,) and made_reference.features.shape == (8, 2048)
+
+    adm = {key: getattr(made_reference, key) for key in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez(tmp_path / "adm.npz", arr_0=noise(3, 16).permute(0, 2, 3, 1).numpy(), **adm)
+    fid.main(["ref", f"from={tmp_path / 'adm.npz'}", "features=2", f"out={tmp_path / 'with.npz'}", *made])
+    assert read_reference(tmp_path / "with.npz").features.shape == (2, 2048)
     assert not any(key.startswith("fid") for key in ours)  # these weights are not the true ones
 
 
