@@ -237,10 +237,11 @@ def check_replicas(model: nn.Module, step: int, dist: PartialState) -> None:
     own = torch.stack([p.view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])  # (parameters,)
     first = own.clone()
     torch.distributed.broadcast(first, 0)
-    differs = (own != first).any().long() << dist.process_index
+    differs = torch.zeros(dist.num_processes, device=own.device)
+    differs[dist.process_index] = (own != first).any()
     torch.distributed.all_reduce(differs)
-    if differs.item():
-        ranks = [rank for rank in range(dist.num_processes) if differs.item() >> rank & 1]
+    ranks = differs.nonzero().flatten().tolist()
+    if ranks:
         raise ValueError(f"at step {step} the weights of processes {ranks} differ from process 0's: a machine computes wrongly")
 
 

@@ -141,6 +141,19 @@ def test_a_hung_process_ends_the_job_at_the_timeout_and_is_named(settings):
     assert job.returncode != 0
 
 
+def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
+    script = tmp_path / "drift.py"
+    script.write_text(
+        "import sys, torch\nsys.path.insert(0, sys.argv[1])\nimport train\nfrom processes import start_processes\n"
+        "dist = start_processes()\ntorch.manual_seed(0)\nmodel = torch.nn.Linear(3, 3)\ntrain.check_replicas(model, 1, dist)\n"
+        "if dist.process_index == 1:\n    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))\n"
+        "try:\n    train.check_replicas(model, 2, dist)\nexcept ValueError as error:\n    print(error, flush=True)\n"
+    )
+    done = subprocess.run([*torchrun(29652), str(script), str(ROOT)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("at step 2 the weights of processes [1] differ") == 2
+
+
 def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):
     job = start([sys.executable], *settings[0], "run_name=hours", "train.max_hours=1e-6")
     out, err = job.communicate(timeout=60)
