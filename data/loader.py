@@ -93,9 +93,22 @@ class Loader:
         return len(self.batches.sampler)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in self.batches:
+        batches = iter(self.batches)
+        while (batch := self._next(batches)) is not None:
             if isinstance(batch, str):
                 raise ValueError(batch)
             raw, y, faults = batch
             self.latents.report(faults)
             yield raw, y
+
+    def _next(self, batches: Iterator) -> tuple | str | None:
+        """The next batch, None at the end; OSError where a loader process was killed, which shows in many ways."""
+        try:
+            return next(batches, None)
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+                raise
+            raise OSError(
+                f"a loader process died ({error or type(error).__name__}), often for want of memory; "
+                f"needed: a smaller data.num_workers than {self.batches.num_workers}, or the same command again"
+            ) from error

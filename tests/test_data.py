@@ -156,23 +156,23 @@ def test_each_window_is_asked_for_ahead_once(uneven, monkeypatch):
 
 
 KILLED_WORKER = """
-import os, sys, data
+import multiprocessing, os, sys, data
 loader = data.make_loader(
     data.open_latents(sys.argv[1]), global_batch_size=4, micro_batch_size=4, num_steps=10**6, num_workers=1
 )
-batches = iter(loader.batches)
+batches = iter(loader)
 next(batches)
-os.kill(batches._workers[0].pid, 9)
+os.kill(multiprocessing.active_children()[0].pid, 9)
 for _ in batches:
     pass
 """
 
 
 def test_killed_worker_is_noticed(uneven):
-    """In a process of its own: torch raises from the signal handler, wherever the program is at that moment."""
+    """In a process of its own: torch may also raise from its signal handler, wherever the program is at that moment."""
     command = [sys.executable, "-c", KILLED_WORKER, uneven]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "DataLoader worker" in done.stderr and "killed by signal" in done.stderr
+    assert done.returncode == 1 and ("a loader process died" in done.stderr or "killed by signal" in done.stderr)
 
 
 # --- reader ---------------------------------------------------------------------------------------
