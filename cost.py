@@ -1,4 +1,4 @@
-"""What a run costs, before it is started: `python cost.py model=tread data=imagenet256 model.size=DiT-XL/2`, any config.
+"""What a run costs, before it is started: `python cost.py experiment=imagenet256 model.size=DiT-B/2`, any config.
 
 Multiply-adds (MACs) are those of one forward pass at batch 1, as DiT's paper counts its "Gflops": matrix products and
 attention. A training step is three forward passes (backward is two), a MAC two FLOPs.
@@ -20,24 +20,26 @@ BYTES_PER_PARAMETER = 20  # float32 weights, gradients, EMA and Adam's two momen
 def cost_table(model: nn.Module, cfg: DictConfig) -> str:
     """A line each on size, forward pass, state and the whole run, as cfg.train and cfg.hardware have it."""
     parameters = [p.numel() for p in model.parameters()]
+    total = sum(parameters)
     dense, routed = model.macs(), model.macs(Routing())
     forward = f"{dense / 1e9:.3f} GMACs dense"
     if model.routes:
         spans = ", ".join(f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes)
         forward += f", {routed / 1e9:.3f} routed (blocks {spans}): {routed / dense:.4f}, {dense / routed:.3f}x cheaper"
-    hours = gpu_hours(routed, cfg)
-    unrouted = f" (dense: {gpu_hours(dense, cfg):.3g})" if model.routes else ""
+    hours = f"{gpu_hours(routed, cfg):.3g} GPU-hours"
+    if model.routes:
+        hours += f" (dense: {gpu_hours(dense, cfg):.3g})"
     return "\n".join([
-        f"parameters {sum(parameters) / 1e6:.2f} M in {len(parameters)} tensors",
+        f"parameters {total / 1e6:.2f} M in {len(parameters)} tensors",
         f"forward    {forward}",
-        f"state      {sum(parameters) * BYTES_PER_PARAMETER / 1e9:.3f} GB: weights, gradients, EMA, Adam's moments in float32",
-        f"run        {cfg.train.max_steps} steps x {cfg.train.global_batch_size} images: {hours:.3g} GPU-hours{unrouted} "
+        f"state      {total * BYTES_PER_PARAMETER / 1e9:.3f} GB: weights, gradients, EMA, Adam's moments in float32",
+        f"run        {cfg.train.max_steps} steps x {cfg.train.global_batch_size} images: {hours} "
         f"at {cfg.hardware.mfu:.0%} of {cfg.hardware.peak_tflops:g} TFLOP/s",
     ])  # fmt: skip
 
 
 def gpu_hours(macs: int, cfg: DictConfig) -> float:
-    """Of cfg.train's steps at `macs` multiply-adds a forward pass, on hardware that reaches cfg.hardware.mfu of its peak.
+    """Of cfg.train's steps at `macs` a forward pass, on hardware that reaches cfg.hardware.mfu of its peak.
 
     Raises ValueError for hardware that does nothing.
     """

@@ -1,7 +1,8 @@
 """DDPM (arXiv 2006.11239) as official DiT has it: a network that predicts the noise at 1000 linear-beta steps.
 
-Seen as a denoiser at any noise level. Step k keeps x_k = sqrt(a_k) x + sqrt(1 - a_k) noise with a_k = prod(1 - beta); divided by
-sqrt(a_k) this is x + sigma_k noise with sigma_k = sqrt((1 - a_k) / a_k), from 0.01 to 157. So with x_t = x + sigma noise
+Seen as a denoiser at any noise level. Step k sees x_k = sqrt(a_k) x + sqrt(1 - a_k) noise, with a_k = prod(1 - beta);
+divided by sqrt(a_k) this is x + sigma_k noise, with sigma_k = sqrt((1 - a_k) / a_k) from 0.01 to 157. So for
+x_t = x + sigma noise
 
     D(x_t; sigma) = x_t - sigma eps(x_t / sqrt(1 + sigma^2), k),    sigma_k = sigma
 
@@ -53,7 +54,7 @@ class DDPM:
         return net(c_in * x_t, self.step_at(sigma), y)[:, : x_t.shape[1]].float()
 
     def step_at(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The step with noise level sigma, between two steps by their logarithms; the nearest end outside: (B,) -> (B,)."""
+        """Steps of noise levels, between two of them by logarithms, at the nearest end outside: (B,) -> (B,)."""
         self.log_sigma = self.log_sigma.to(sigma.device)
         wanted = sigma.log().clamp(self.log_sigma[0], self.log_sigma[-1])
         above = torch.searchsorted(self.log_sigma, wanted).clamp(1, len(self.log_sigma) - 1)

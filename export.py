@@ -65,7 +65,8 @@ def export_pt(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, ou
     args = {"layout": layout, "config": OmegaConf.to_yaml(config), "model": config.model.size}
     if layout == "sit":
         if run.objective.predicts != "velocity":
-            raise ValueError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {run.objective.predicts}")
+            found = f"{run.checkpoint} predicts {run.objective.predicts}"
+            raise ValueError(f"format=sit needs a flow (objective=rf); {found}")
         tensors = turn_time(tensors)
         args |= {"model": config.model.size.replace("DiT", "SiT"), "path_type": "Linear", "prediction": "velocity"}
     torch.save({"ema": tensors, "args": args, "step": run.step}, out)
@@ -73,9 +74,10 @@ def export_pt(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, ou
 
 def model_card(run: Run, config: DictConfig) -> str:
     """Markdown: what the network is, how it was trained, and each figure that the run folder has."""
+    model = run.model
     lines = [
         f"# {run.folder.name}, step {run.step}", "",
-        f"{config.model.size} for {config.data.name}: {run.model.in_channels} x {run.model.input_size} x {run.model.input_size}, "
+        f"{config.model.size} for {config.data.name}: {model.in_channels} x {model.input_size} x {model.input_size}, "
         f"{run.num_classes} classes; {run.weights} weights.", "",
         "    python sample.py ckpt=model.safetensors", "",
         "| | |", "|---|---|",
@@ -87,7 +89,7 @@ def model_card(run: Run, config: DictConfig) -> str:
     facts |= last_figures(run.folder / "metrics.jsonl", run.step) | scores(run)
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if "hardware" in run.config:
-        lines += ["", *(f"    {line}" for line in cost_table(run.model, run.config).splitlines())]
+        lines += ["", *(f"    {line}" for line in cost_table(model, run.config).splitlines())]
     return "\n".join(lines) + "\n"
 
 
@@ -96,9 +98,11 @@ def last_figures(log: Path, step: int) -> dict[str, str]:
     figures = {}
     for line in log.read_text().splitlines() if log.is_file() else ():
         values = json.loads(line)
-        if values["step"] <= step:
-            figures |= {k: f"{v:.4g} (step {values['step']})" for k, v in values.items() if k != "step" and v is not None}
-    return {name: value for name, value in figures.items() if name.startswith(("train/loss", "val/"))}
+        at = values.pop("step")
+        for name, value in values.items():
+            if at <= step and value is not None and name.startswith(("train/loss", "val/")):
+                figures[name] = f"{value:.4g} (step {at})"
+    return figures
 
 
 def scores(run: Run) -> dict[str, str]:

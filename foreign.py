@@ -6,10 +6,10 @@
     repa     REPA                           velocity, t = 1 is noise              rf.RectifiedFlow
     tread    TREAD                          EDM's F                               edm.EDM
 
-A file says its family by its layout, its arguments or its name (DiT-..., SiT-...); `ckpt=sit:FILE` says it for any other.
-SiT's flow runs backwards: v(x, t) = -v_SiT(x, 1 - t). Its weights are turned when they are read, so that what comes up is
-our flow itself: the signs of the last layer, and the first layer behind the time embedding, where cos((1 - t) w) and
-sin((1 - t) w) are a reflection of cos(t w) and sin(t w).
+A file says its family by its layout, its arguments or its name (DiT-..., SiT-...); `ckpt=sit:FILE` says it for any
+other. SiT's flow runs backwards: v(x, t) = -v_SiT(x, 1 - t). Its weights are turned when they are read, so that what
+comes up is our flow itself: the signs of the last layer, and the first layer behind the time embedding, where
+cos((1 - t) w) and sin((1 - t) w) are a reflection of cos(t w) and sin(t w).
 """
 
 import argparse
@@ -49,8 +49,8 @@ def read(
 ) -> tuple[DictConfig, dict[str, torch.Tensor], int]:
     """(config, tensors, step) of a .pt or .safetensors file: the config has model, objective, sampler and data.
 
-    weights: "ema" or "raw", where the file has both. family: None = as the file says. Raises ValueError for a file that is
-    damaged, needs code to load, is of another architecture, or does not say what its network predicts.
+    weights: "ema" or "raw", where the file has both. family: None = as the file says. Raises ValueError for a file that
+    is damaged, needs code to load, is of another architecture, or does not say what its network predicts.
     """
     if weights not in WEIGHTS_KEYS:
         raise ValueError(f"weights={weights!r}; needed: ema or raw")
@@ -79,25 +79,28 @@ def read_safetensors(path: Path) -> Content:
 
 
 def read_pt(path: Path, weights: str) -> Content:
-    """A file of torch.save: {model, ema, opt, args}, TREAD's {model_state_dict, ema_state_dict, ...}, or bare tensors."""
+    """A file of torch.save: {model, ema, args, ...}, TREAD's {model_state_dict, ema_state_dict, ...}, or bare tensors."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the one class that official files have, in `args`
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what official files have in `args`
             loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # torch raises a dozen kinds for what is none of its files
-        asked = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        asked = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
         if asked:
-            raise ValueError(f"{path} needs code to load ({asked.group(1)}), and none is run; needed: tensors only") from None
-        raise ValueError(f"{path} is damaged or no file of weights ({cli.one_line(error)[:120]})") from None
+            raise ValueError(f"{path} needs code to load ({asked.group(1)}), and none is run") from None
+        raise ValueError(f"{path} is damaged or no file of weights") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; needed: a state dict or a checkpoint with one")
-    known = {key for keys in WEIGHTS_KEYS.values() for key in keys if isinstance(loaded.get(key), dict)}
+    known = [key for keys in WEIGHTS_KEYS.values() for key in keys if isinstance(loaded.get(key), dict)]
     chosen = next((key for key in WEIGHTS_KEYS[weights] if key in known), None)
     if known and chosen is None:
-        raise ValueError(f"{path} has {', '.join(sorted(known))}, not {weights}; needed: weights={'raw' if weights == 'ema' else 'ema'}")
+        other = "raw" if weights == "ema" else "ema"
+        raise ValueError(f"{path} has {', '.join(known)}, not {weights}; needed: weights={other}")
     tensors = loaded[chosen] if chosen else loaded
-    strange = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
-    if strange or not tensors:
-        raise ValueError(f"{path} has no weights under a name that is known; it has {', '.join(map(str, list(loaded)[:6])) or 'nothing'}")
+    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        names = ", ".join(map(str, list(loaded)[:6])) or "nothing"
+        raise ValueError(f"{path} has no weights under a name that is known; it has {names}")
     if not known:
         return Content(our_names(tensors), {}, 0)
     args = loaded.get("args")
@@ -110,7 +113,8 @@ def read_pt(path: Path, weights: str) -> Content:
 
 def our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without what wrappers put before names: module., _orig_mod. anywhere, and model. of a preconditioner."""
-    return {re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", key).removeprefix("model."): value for key, value in tensors.items()}
+    wrappers = re.compile(r"(^|\.)((module|_orig_mod)\.)+")
+    return {wrappers.sub(r"\1", key).removeprefix("model."): value for key, value in tensors.items()}
 
 
 def family_of(content: Content, path: Path) -> str:
@@ -123,7 +127,8 @@ def family_of(content: Content, path: Path) -> str:
     if "path_type" in args:
         found = (str(args["path_type"]).lower(), str(args.get("prediction")).lower())
         if found != ("linear", "velocity"):
-            raise ValueError(f"{path} was trained with path_type {found[0]}, prediction {found[1]}; needed: linear, velocity")
+            path_type, prediction = found
+            raise ValueError(f"{path} has path_type {path_type}, prediction {prediction}; needed: linear, velocity")
         return "sit"
     named = re.match(r"(dit|sit)\b", str(args.get("model", path.name)).lower().replace("_", "-"))
     if named:
@@ -138,14 +143,18 @@ def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Raises ValueError, with the keys that differ, for anything but DiT's network."""
     if any(key.startswith(("decoder_", "mask_token")) for key in tensors):
         raise ValueError(
-            f"{path} is a MaskDiT: its decoder is a second network of another width, which is not built here; needed: a "
-            f"DiT, SiT, REPA or TREAD file"
+            f"{path} is a MaskDiT: its decoder is a second network of another width, which is not built here; "
+            f"needed: a DiT, SiT, REPA or TREAD file"
         )
     with torch.device("meta"):
         wanted = DiT(2, 2, 1, 4, max(num_blocks(tensors), 1), 1).state_dict().keys()
     missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or unknown:
-        lists = [f"{len(keys)} {what}: {', '.join(keys[:6])}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        lists = [
+            f"{len(keys)} {what}: {', '.join(keys[:6])}"
+            for what, keys in (("missing", missing), ("unknown", unknown))
+            if keys
+        ]
         raise ValueError(f"{path} is of another architecture than DiT; {'; '.join(lists)}")
 
 
@@ -190,7 +199,7 @@ def turn_time(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     channels = tensors["x_embedder.proj.weight"].shape[1]
     patch = tensors["x_embedder.proj.weight"].shape[2] ** 2
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = tensors[key].unflatten(0, (patch, -1)).clone()  # (p * p, C_out, ...): C channels of velocity, then any others
-        rows[:, :channels] *= -1
+        rows = tensors[key].unflatten(0, (patch, -1)).clone()  # (p * p, C_out, ...)
+        rows[:, :channels] *= -1  # the velocity's; a learned sigma has no sign to turn
         turned[key] = rows.flatten(0, 1)
     return turned

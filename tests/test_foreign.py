@@ -1,0 +1,332 @@
+"""Files of other projects come up as what they are; our own go out and back; what is not right is refused unread."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import cli
+import export
+import fid
+import rf
+import sample
+from ddpm import DDPM
+from dit import DiT
+from prepare import start_from
+from sample import load_run
+
+WIDTH, DEPTH = 128, 6  # the smallest width whose number of heads is known
+SMALL = dict(in_channels=1, num_classes=3, hidden_size=32, num_heads=2, learn_sigma=False)
+
+
+def network(**changes):
+    """A DiT of official names with random values everywhere."""
+    torch.manual_seed(0)
+    shape = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=WIDTH, depth=DEPTH, num_heads=4, num_classes=10)
+    net = DiT(**(shape | dict(learn_sigma=True) | changes))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return network()
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(1)
+    return torch.randn(3, 4, 8, 8), torch.tensor([0, 3, 10])
+
+
+def namespace(**values):
+    return argparse.Namespace(image_size=256, num_classes=1000, **values)
+
+
+SIT_ARGS = namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")
+
+
+def layouts(state):
+    """(file name, content, family) as each project writes it."""
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    compiled = {key.replace("blocks.1.", "blocks.1._orig_mod."): value for key, value in state.items()}
+    inner = {f"model.{key}": value for key, value in state.items()}
+    both = dict(model=wrapped, ema=state, opt={"state": {}, "param_groups": []})
+    heads = {"projectors.0.0.weight": torch.zeros(2, 2), "projectors.0.0.bias": torch.zeros(2)}
+    return {
+        "official DiT": ("DiT-XL-2-256x256.pt", state, "dit"),
+        "DiT in training": ("0400000.pt", both | dict(args=namespace(model="DiT-XL/2")), "dit"),
+        "fast-DiT": ("0050000.pt", both | dict(args=namespace(model="DiT-XL/2", feature_path="features")), "dit"),
+        "official SiT": ("SiT-XL-2-256x256.pt", state, "sit"),
+        "SiT in training": ("0400000.pt", both | dict(args=SIT_ARGS), "sit"),
+        "REPA": ("0400000.pt", dict(ema=state | heads, model=state | heads, args=SIT_ARGS, steps=400000), "repa"),
+        "TREAD": ("0400000.pt", dict(model_state_dict=inner, ema_state_dict=inner, step=400000), "tread"),
+        "compiled": ("SiT-B-2.pt", {f"_orig_mod.{key}": value for key, value in compiled.items()}, "sit"),
+        "safetensors": ("DiT-B-2.safetensors", state, "dit"),
+        "named by hand": ("weights.pth", state, "dit"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", layouts({}))
+def test_each_layout_loads_strictly_as_what_it_is(net, layout, tmp_path):
+    name, content, family = layouts(net.state_dict())[layout]
+    (save_file if name.endswith(".safetensors") else torch.save)(content, tmp_path / name)
+    prefix = "dit:" if layout == "named by hand" else ""
+    run = load_run(f"{prefix}{tmp_path / name}", device="cpu")
+    objective = {"dit": "DDPM", "sit": "RectifiedFlow", "repa": "RectifiedFlow", "tread": "EDM"}[family]
+    assert type(run.objective).__name__ == objective and run.model.num_classes == 10
+    assert bool(run.model.routes) == (family == "tread")
+    turned = ("t_embedder.mlp.0", "final_layer.linear") if family == "sit" else ()
+    for key, value in run.model.state_dict().items():
+        assert key.startswith(turned) or torch.equal(value, net.state_dict()[key]), key
+    assert run.step == (400000 if layout in ("TREAD", "REPA") else 0)
+
+
+def test_raw_and_ema_weights_are_told_apart(net, tmp_path):
+    other = {key: value + 1 for key, value in net.state_dict().items()}
+    torch.save(dict(model=other, ema=net.state_dict(), args=namespace(model="DiT-S/2")), tmp_path / "both.pt")
+    key = "final_layer.linear.bias"
+    for weights, shift in (("ema", 0), ("raw", 1)):
+        run = load_run(tmp_path / "both.pt", weights, device="cpu")
+        assert torch.equal(run.model.state_dict()[key], net.state_dict()[key] + shift)
+    torch.save(dict(model=other), tmp_path / "dit-raw.pt")
+    with pytest.raises(ValueError, match="has model, not ema"):
+        load_run(tmp_path / "dit-raw.pt", device="cpu")
+
+
+def test_sits_field_is_ours_with_sign_and_time_turned(net, tmp_path, x):
+    """SiT: x_s = s data + (1 - s) noise, v = data - noise; so v(x, t) = -v_SiT(x, 1 - t)."""
+    x, y = x
+    torch.save(net.state_dict(), tmp_path / "SiT-B-2.pt")
+    run = load_run(tmp_path / "SiT-B-2.pt", device="cpu")
+    for t in (0.0, 0.013, 0.3, 0.5, 0.77, 1.0):
+        expected = -net(x, torch.full((3,), 1 - t), y)[:, :4]
+        torch.testing.assert_close(run.objective.predict(run.model, x, torch.tensor(t), y), expected, rtol=0, atol=1e-6)
+
+
+def test_repas_field_is_ours(net, tmp_path, x):
+    x, y = x
+    torch.save(net.state_dict(), tmp_path / "repa.pt")
+    run = load_run(f"repa:{tmp_path / 'repa.pt'}", device="cpu")
+    t = torch.tensor([0.1, 0.5, 0.9])
+    assert torch.equal(run.objective.predict(run.model, x, t, y), net(x, t, y)[:, :4])
+
+
+def test_ddpm_denoises_an_exact_gaussian_at_every_noise_level():
+    """Data N(mu, s^2): the best eps is known, and so is the best denoiser."""
+    mu, s = 0.3, 0.7
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+
+    def eps(x_k, step, y):
+        a = kept[step.round().long()].view(-1, 1, 1, 1)
+        return ((1 - a).sqrt() * (x_k - a.sqrt() * mu) / (a * s**2 + 1 - a)).float()
+
+    sigma = ((1 - kept) / kept).sqrt()
+    torch.manual_seed(0)
+    x_t = mu + torch.randn(1000, 2, 2, 2) * (s**2 + sigma**2).sqrt().float().view(-1, 1, 1, 1)
+    got = DDPM().predict(eps, x_t, sigma, torch.zeros(1000))
+    s2 = sigma.view(-1, 1, 1, 1) ** 2
+    expected = (s**2 * x_t.double() + s2 * mu) / (s**2 + s2)
+    assert (got - expected).abs().max() < 1e-3
+    assert torch.equal(DDPM().step_at(sigma.float()).round(), torch.arange(1000.0))
+    between = DDPM().step_at(torch.tensor([1e-3, float((sigma[400] * sigma[401]).sqrt()), 1e3]))
+    torch.testing.assert_close(between, torch.tensor([0.0, 400.5, 999.0]), rtol=0, atol=1e-2)
+
+
+def test_ddpm_loss_is_the_error_of_the_noise():
+    objective, x, y = DDPM(), torch.randn(4000, 1, 2, 2), torch.zeros(4000, dtype=torch.int64)
+    loss = objective.loss(lambda x, t, y: torch.zeros_like(x), x, y, torch.Generator().manual_seed(0))
+    assert loss.shape == (4000,) and loss.mean().item() == pytest.approx(1, abs=0.05)
+    seen = []
+    objective.loss(lambda x, t, y: seen.append((x, t)) or torch.zeros_like(x), x, y, torch.Generator().manual_seed(0))
+    x_k, step = seen[0]
+    assert step.min() < 2 and step.max() > 997 and (step - step.round()).abs().max() < 1e-2
+    assert x_k.std().item() == pytest.approx(1, abs=0.02)  # variance is preserved: data and noise have 1
+
+
+@pytest.fixture(scope="module", params=["edm", "rf"])
+def trained(request, tmp_path_factory, few_latents):
+    """A run folder as training leaves it, without the training."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    config = cli.load_config("config", [
+        f"objective={request.param}", f"data.path={few_latents}", "data.input_size=8", "data.num_classes=3",
+        "model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2",
+    ])  # fmt: skip
+    OmegaConf.resolve(config)
+    model, ema = network(**SMALL), network(**SMALL)
+    for p in ema.parameters():
+        p.mul_(0.9)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"data": "none"}
+    checkpoint.save(folder, 7, model=model, ema=ema, optimizer=optimizer, state=state, config=OmegaConf.to_yaml(config))
+    (folder / "metrics.jsonl").write_text('{"step": 6, "train/loss": 0.5}\n{"step": 7, "val/loss_dense": 0.25}\n')
+    (folder / "eval" / "x").mkdir(parents=True)
+    scores = {"checkpoint_sha256": load_run(folder, device="cpu").sha256, "n": 100, "fd_mnist": 12.5, "seconds": 3}
+    (folder / "eval" / "x" / "metrics.json").write_text(json.dumps(scores))
+    return request.param, folder
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "dit", "sit"])
+def test_exports_come_back_bit_for_bit(trained, layout, tmp_path):
+    objective, folder = trained
+    out = tmp_path / ("out" if layout == "safetensors" else "out.pt")
+    arguments = [f"ckpt={folder}", f"out={out}", f"format={layout}"]
+    if (objective, layout) == ("edm", "sit"):
+        with pytest.raises(ValueError, match="needs a flow"):
+            export.main(arguments)
+        return
+    export.main(arguments)
+    ours, back = load_run(folder, device="cpu"), load_run(out, device="cpu")
+    assert type(back.objective) is type(ours.objective) and back.step == 7
+    assert back.model.routes == ours.model.routes
+    for key, value in ours.model.state_dict().items():
+        assert torch.equal(back.model.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="exists already"):
+        export.main(arguments)
+
+
+def test_sit_export_is_sits_flow(trained, tmp_path):
+    objective, folder = trained
+    if objective != "rf":
+        pytest.skip("a flow only")
+    export.main([f"ckpt={folder}", f"out={tmp_path / 'sit.pt'}", "format=sit"])
+    theirs = network(**SMALL)
+    theirs.load_state_dict(torch.load(tmp_path / "sit.pt", weights_only=True)["ema"])  # as SiT's sample.py does
+    ours = load_run(folder, device="cpu").model
+    x, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 3])
+    theirs, ours = theirs(x, torch.full((3,), 0.8), y), ours(x, torch.full((3,), 0.2), y)
+    torch.testing.assert_close(theirs, -ours, rtol=0, atol=1e-6)
+
+
+def test_export_has_its_config_and_a_card_with_the_runs_figures(trained, few_latents, tmp_path):
+    _, folder = trained
+    export.main([f"ckpt={folder}", f"out={tmp_path / 'out'}"])
+    card, config = (tmp_path / "out" / "README.md").read_text(), (tmp_path / "out" / "config.json").read_text()
+    assert "| train/loss | 0.5 (step 6) |" in card and "0.25 (step 7)" in card and "fd_mnist 12.5" in card
+    assert json.loads(config)["model"]["depth"] == 6
+    metadata_and_tensors = (tmp_path / "out" / "model.safetensors").read_bytes()
+    for text in (card, config, metadata_and_tensors.decode("latin1")):
+        assert str(few_latents) not in text and str(folder.parent) not in text  # nobody's machine
+    ema = load_file(checkpoint.latest(folder) / "ema.safetensors")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[key], ema[key]) for key in ema)
+
+
+def test_a_run_starts_from_weights_of_its_own_kind(trained):
+    _, folder = trained
+    model = network(**SMALL)
+    same = load_run(folder, device="cpu")
+    start_from(str(folder), model, same.objective)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="was trained as"):
+        start_from(str(folder), model, DDPM())
+    with pytest.raises(ValueError, match="is of another model"):
+        start_from(str(folder), network(**SMALL | dict(num_classes=4)), same.objective)
+
+
+class Planted:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def planted(folder):
+    mark, path = folder / "it ran", folder / "DiT-XL-2.pt"
+    torch.save({"ema": network().state_dict(), "args": Planted(mark)}, path)
+    torch.save(network().state_dict(), folder / "DiT-good.pt")
+    return path, mark
+
+
+COMMANDS = {
+    "sample": lambda path: sample.main([f"ckpt={path}", "seeds=0"]),
+    "rf": lambda path: rf.main(["sample_tread", f"ckpt={path}", "seeds=0"]),
+    "fid": lambda path: fid.main(["calc", f"ckpt={path}", "seeds=0-3"]),
+    "weak": lambda path: sample.main([f"ckpt={path.with_name('DiT-good.pt')}", "guidance=auto", f"weak_ckpt={path}"]),
+    "export": lambda path: export.main([f"ckpt={path}", f"out={path.parent / 'out'}"]),
+    "init_from": lambda path: start_from(str(path), network(), rf.RectifiedFlow()),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_pickle_runs(command, tmp_path, capsys):
+    path, mark = planted(tmp_path)
+    with cli.user_errors(), pytest.raises((ValueError, SystemExit)) as refusal:
+        COMMANDS[command](path)
+    told = str(refusal.value) + capsys.readouterr().err
+    assert "needs code to load" in told and "mkdir" in told
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # the plant is alive
+    assert mark.exists()
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path):
+    path, mark = planted(tmp_path)
+    command = [sys.executable, "-m", "checkpoint", "export", f"ckpt={path}", f"out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=Path(export.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+def broken_files(state):
+    """(file name, bytes or content, what the refusal says)."""
+    extra = {f"{key}_2": torch.zeros(1) for key in state if key.startswith("blocks.0.")}
+    fewer = {key: value for key, value in state.items() if not key.startswith("blocks.3.")}
+    wide = state | {"blocks.0.mlp.fc1.weight": torch.zeros(2 * WIDTH, WIDTH)}
+    vit = {key: torch.zeros(4, 4) for key in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight")}
+    mask = dict(ema={f"model.{key}": value for key, value in (state | {"mask_token": torch.zeros(1)}).items()})
+    narrow = network(hidden_size=64).state_dict()
+    score = namespace(model="SiT-XL/2", path_type="GVP", prediction="score")
+    return {
+        "empty": ("DiT-a.pt", b"", "damaged"),
+        "text": ("DiT-a.pt", b"hello", "damaged"),
+        "truncated": ("DiT-a.pt", None, "damaged"),
+        "empty safetensors": ("DiT-a.safetensors", b"", "damaged"),
+        "list": ("DiT-a.pt", [torch.zeros(1)], "holds a list"),
+        "no weights": ("DiT-a.pt", {"state": {"a": torch.zeros(1)}}, "no weights under a name"),
+        "unknown family": ("weights.pt", state, "ckpt=dit:FILE"),
+        "unknown keys": ("DiT-a.pt", state | extra, "10 unknown: blocks.0.adaLN_modulation.1.bias_2"),
+        "missing keys": ("DiT-a.pt", fewer, "missing: blocks.3.*unknown: blocks.5"),
+        "another network": ("DiT-a.pt", vit, "another architecture.*missing.*unknown: head.weight, patch_embed"),
+        "MaskDiT": ("a.pt", mask, "MaskDiT"),
+        "wrong width of the MLP": ("DiT-a.pt", wide, r"fc1.weight is \(256, 128\) in the file and \(512, 128\)"),
+        "unknown number of heads": ("DiT-a.pt", narrow, "width 64"),
+        "SiT of another path": ("a.pt", dict(ema=state, args=score), "path_type gvp"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", broken_files(network().state_dict()))
+def test_what_is_not_right_is_refused_in_one_line(net, case, tmp_path):
+    name, content, message = broken_files(net.state_dict())[case]
+    path = tmp_path / name
+    if content is None:
+        torch.save(net.state_dict(), path)
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_run(path, device="cpu")
+    assert path.name in str(refusal.value) and "\n" not in cli.one_line(refusal.value)
+
+
+def test_foreign_weights_are_sampled_and_guided(tmp_path):
+    path, out = tmp_path / "DiT-S-2.pt", tmp_path / "out"
+    torch.save(network(in_channels=1, learn_sigma=False).state_dict(), path)
+    sample.main([f"ckpt={path}", "seeds=0-1", "steps=2", "guidance=cfg", "scale=2", f"out={out}"])
+    assert len(list(out.rglob("*.png"))) == 3
+    with pytest.raises(ValueError, match="routes"):  # an official DiT was not trained with any
+        sample.main([f"ckpt={path}", "seeds=0", "guidance=sparse", f"out={tmp_path / 'sparse'}"])
