@@ -79,7 +79,7 @@ def read_safetensors(path: Path) -> Content:
 
 
 def read_pt(path: Path, weights: str) -> Content:
-    """A file of torch.save: {model, ema, args, ...}, TREAD's {model_state_dict, ema_state_dict, ...}, or bare tensors."""
+    """A file of torch.save: {model, ema, args}, TREAD's {model_state_dict, ema_state_dict}, or bare tensors."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # what official files have in `args`
             loaded = torch.load(path, map_location="cpu", weights_only=True)
