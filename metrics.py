@@ -95,8 +95,17 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         raise ValueError(f"mu, sigma, mu, sigma of shapes {shapes}; needed: (D,), (D, D), (D,), (D, D)")
     if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("mu or sigma has numbers that are not finite")
-    overlap = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+    overlap = _nuclear_norm(_factor(sigma1).T @ _factor(sigma2))
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap)
+
+
+def _nuclear_norm(matrix: torch.Tensor) -> torch.Tensor:
+    """Sum of singular values; where they lie close together, from the Gram matrix, which takes a third of the time."""
+    gram = matrix @ matrix.T if len(matrix) < matrix.shape[1] else matrix.T @ matrix
+    eigenvalues = torch.linalg.eigvalsh(gram)  # ascending
+    if eigenvalues[0] > 1e-9 * eigenvalues[-1]:
+        return eigenvalues.sqrt().sum()
+    return torch.linalg.svdvals(matrix).sum()
 
 
 def _factor(sigma: torch.Tensor) -> torch.Tensor:
