@@ -30,7 +30,7 @@ from sample import guidance_from, instantiate, load_run
 AT_LEAST = {
     "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0, "train.warmup_steps": 0,
     "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1, "train.save_every": 0,
-    "train.keep_last": 1, "train.max_hours": 0, "train.timeout_s": 1, "train.max_skipped": 0, "train.check_replicas_every": 0, "train.keep_every": 1, "preview.every": 0, "preview.num_images": 1, "data.num_workers": 0,
+    "train.keep_last": 1, "train.max_hours": 0, "train.timeout_s": 1, "train.max_skipped": 0, "train.check_replicas_every": 0, "train.keep_every": 1, "preview.every": 0, "eval.every": 0, "preview.num_images": 1, "data.num_workers": 0,
 }  # fmt: skip
 
 
@@ -94,8 +94,9 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
     if train.compile not in ("blocks", "off", False):  # YAML reads a bare off as false
         raise ValueError(f"train.compile={train.compile}; needed: blocks or off")
     train.compile = "blocks" if train.compile == "blocks" else "off"
-    train.precision = decide_precision(train.precision, dist.device)
-    guidance_from(cfg.preview.guidance)
+    train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
+    guidance_from(cfg.preview)
+    guidance_from(cfg.eval)
     return cfg
 
 
@@ -194,7 +195,7 @@ def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
 
 # What may differ between a run and its continuation without changing a number of it.
 HARMLESS = (
-    "run_name", "results_dir", "resume", "resume_allow", "preview", "wandb", "hardware", "sampler", "data.path",
+    "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "wandb", "hardware", "sampler", "data.path",
     "data.prepare", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
     "train.val_every", "train.val_samples", "train.save_every", "train.keep_last", "train.keep_every",
     "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",

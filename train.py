@@ -27,7 +27,11 @@ from torch import nn
 import checkpoint
 import cli
 import data
+import fid
+import scoreboard
+import scoring
 from cost import cost_table
+from features import Extractor
 from logger import Logger
 from prepare import (
     BatchPlan, State, batch_plan, build, claim_run_folder, compile_blocks, describe, find_resume, name_run, open_data,
@@ -35,6 +39,7 @@ from prepare import (
 )  # fmt: skip
 from processes import start_processes
 from randomness import normal, seeded_generator, uniform
+from reference import Reference
 from routing_module import Routing
 from sample import Run, generate, guidance_from, instantiate, save_grid
 from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper, roll_call
@@ -60,6 +65,7 @@ def train(cfg: DictConfig) -> int:
         return dry_run(cfg, dist, plan)
     resumed = find_resume(cfg, run_folder)
     latents, val_latents = open_data(cfg, dist)
+    tools = fid.tools(cfg.eval) if cfg.eval.every else None
 
     state, objective = build(cfg, dist, new=resumed is None)
     model = state.model
@@ -75,7 +81,7 @@ def train(cfg: DictConfig) -> int:
         log.say(describe(cfg, model, latents, plan, resumed, compiled))
         view = Run(state.ema, objective, instantiate(cfg.data.codec).to(dist.device), cfg, dist.device, cfg.train.precision)
         try:
-            return run_steps(cfg, dist, run_folder, plan, latents, val_latents, state, view, start_step, stopper, log)
+            return run_steps(cfg, dist, run_folder, plan, latents, val_latents, state, view, tools, start_step, stopper, log)
         except RuntimeError as error:
             if dist.num_processes == 1:
                 raise
@@ -110,7 +116,8 @@ def wrap(model: nn.Module) -> nn.Module:
 
 def run_steps(
     cfg: DictConfig, dist: PartialState, run_folder: Path, plan: BatchPlan, latents: data.Latents,
-    val_latents: data.Latents, state: State, view: Run, start_step: int, stopper: Stopper, log: Logger,
+    val_latents: data.Latents, state: State, view: Run, tools: tuple[Extractor, Reference] | None, start_step: int,
+    stopper: Stopper, log: Logger,
 ) -> int:  # fmt: skip
     """The loop -> exit code."""
     batches = iter(
@@ -126,6 +133,10 @@ def run_steps(
         if every(cfg.train.val_every, step) or (last and cfg.train.val_every):
             with log.pause():
                 log.write(step, validation_losses(view, val_latents, cfg, plan))
+        if tools and (every(cfg.eval.every, step) or last):
+            with log.pause(), log.survive("evaluation"):
+                view.step = step
+                log.write(step, evaluate(view, run_folder, cfg, *tools))
         if (every(cfg.preview.every, step) or (last and cfg.preview.every)) and dist.is_main_process:
             with log.pause(), log.survive("preview"):
                 preview(view, run_folder / "samples" / f"step_{step:07d}.png", cfg.preview)
@@ -254,11 +265,19 @@ def dump_bad_step(run_folder: Path, step: int, latents: data.Latents, plan: Batc
     return path
 
 
+def evaluate(view: Run, run_folder: Path, cfg: DictConfig, extractor: Extractor, reference: Reference) -> dict[str, float]:
+    """Generates and scores images on all processes, as fid.py does -> the log's values; metrics.json has the rest."""
+    result = scoring.evaluate(view, cfg.eval, extractor, reference)
+    if result:
+        scoring.write_metrics(result, run_folder / "eval" / fid.run_name(view, cfg.eval, extractor))
+    return {f"eval/{name}": result[name] for name in result if name.startswith(scoreboard.SCORES)}
+
+
 def preview(view: Run, path: Path, settings: DictConfig) -> None:
     """The grid of samples: EMA weights, the same seeds and labels each time."""
     seeds = range(settings.num_images)
     labels = torch.tensor([seed % view.num_classes for seed in seeds])
-    save_grid(torch.cat(list(generate(view, guidance_from(settings.guidance), seeds, labels))), path, columns=10)
+    save_grid(torch.cat(list(generate(view, guidance_from(settings), seeds, labels))), path, columns=10)
 
 
 def save(run_folder: Path, step: int, state: State, cfg: DictConfig, latents: data.Latents, dist: PartialState) -> None:

@@ -157,6 +157,29 @@ def test_a_preview_that_crashes_costs_a_warning_and_the_save_came_first(run, mon
     assert len(warnings) == 2 and all("ZeroDivisionError" in line for line in warnings)
 
 
+def test_scores_while_training_are_those_of_the_command_line(run, digits, capsys):
+    import fid
+
+    settings = [
+        f"data.path={digits}", "data.input_size=28", "data.num_classes=10", "model.size=DiT-XS/4", "train.max_steps=2",
+        f"eval.digits={digits}", "eval.seeds=0-29", "eval.steps=2", "guidance@eval=cfg", "eval.scale=2.0",
+    ]  # fmt: skip
+    code, folder = run("scored", "eval.every=2", *settings)
+    assert code == 0
+    in_training = next(line for line in numbers(folder) if "eval/fd_mnist" in line)
+    fid.main(["calc", f"ckpt={folder}", f"digits={digits}", "seeds=0-29", "steps=2", "guidance=cfg", "scale=2.0", f"out={folder}/out"])
+    offline = json.loads((folder / "out" / "metrics.json").read_text())
+    for name in ("fd_mnist", "class_accuracy"):
+        assert in_training[f"eval/{name}"] == pytest.approx(offline[name], rel=1e-9)
+    assert len(list((folder / "eval").glob("0000002-fd_mnist-*/metrics.json"))) == 1
+
+
+def test_an_evaluation_that_crashes_costs_a_warning_and_the_save_came_first(run, digits, capsys):
+    code, folder = run("crashing", "eval.every=7", f"eval.digits={digits}")  # the digit classifier refuses 8x8 images
+    assert code == 0 and latest(folder).name == "step_0000007"
+    assert [line for line in capsys.readouterr().err.splitlines() if "evaluation failed" in line and "28" in line]
+
+
 def test_the_log_is_complete_after_the_disk_was_full(run, monkeypatch, capsys):
     import builtins
     import errno
