@@ -1,0 +1,148 @@
+"""Guidance methods side by side on the embedded digits, with what they cost.
+
+    python scripts/guidance_grid.py picture     rows = methods and scales, columns = the same seeds: grid.png
+    python scripts/guidance_grid.py table       fd_mnist and class accuracy, mean of several sets of seeds: table.md, table.json
+    python scripts/guidance_grid.py map         fd_mnist over gamma_strong and gamma_weak at one scale: map.png, map.json
+
+Keys: configs/guidance_grid.yaml. GMACs are multiply-adds, what papers call GFLOPs. An interrupted call goes on where it was.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+import sample
+from features import load_extractor
+from guidance import Guidance
+from reference import digits_reference
+from scoring import evaluate
+
+METHODS = {
+    "CFG": {},
+    "independent condition": {"weak_label": "random"},
+    "sparse 0.2/0.7": {"gamma_strong": 0.2, "gamma_weak": 0.7, "weak_label": "same"},
+    "sparse 0.5/0.9": {"gamma_strong": 0.5, "gamma_weak": 0.9, "weak_label": "same"},
+    "sparse 0.2/0.7 + CFG": {"gamma_strong": 0.2, "gamma_weak": 0.7},
+}
+
+
+def rows(config: DictConfig) -> Iterator[tuple[str, Guidance]]:
+    """(method, settings): unguided, then each method at each scale."""
+    yield "none", Guidance()
+    for method, settings in METHODS.items():
+        for scale in config.scales:
+            yield method, Guidance(scale=float(scale), **settings)
+
+
+def picture(run: sample.Run, config: DictConfig, out: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    seeds = sample.parse_seeds(config.seeds)
+    labels = sample.labels_for(run.num_classes, seeds, "balanced")
+    strips = []
+    for method, guidance in rows(config):
+        images = torch.cat(list(sample.generate(run, guidance, seeds, labels, config.batch_size, steps=config.steps)))
+        name = method if not guidance.on else f"{method}, scale {guidance.scale:g}"
+        strips.append((f"{name}\n{run.calls} calls, {run.macs / 1e9:.1f} GMACs", torch.cat(list(images.cpu()), dim=2)))
+        print(strips[-1][0].replace("\n", ": "), flush=True)
+    width, margin = 0.36 * len(seeds), 2.2  # inches: of the images, of the text beside them
+    figure, axes = plt.subplots(len(strips), squeeze=False, figsize=(width + margin, 0.39 * len(strips)))
+    for axis, (name, strip) in zip(axes[:, 0], strips):
+        axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_axis_off()
+        axis.text(-6, strip.shape[1] / 2, name, ha="right", va="center", fontsize=6.5)
+    figure.subplots_adjust(left=margin / (width + margin), right=0.995, top=0.995, bottom=0.005, hspace=0.06)
+    figure.savefig(out / "grid.png", dpi=150)
+    print(out / "grid.png")
+
+
+def table(run: sample.Run, config: DictConfig, out: Path) -> None:
+    score, results = scorer(run, config, out), []
+    for method, guidance in rows(config):
+        scores = [score(guidance, repeat) for repeat in range(config.repeats)]
+        results.append({
+            "method": method, **asdict(guidance), "network_calls": run.calls, "gmacs_per_image": run.macs / 1e9,
+            "fd_mnist": [s["fd_mnist"] for s in scores], "class_accuracy": [s["class_accuracy"] for s in scores],
+        })  # fmt: skip
+        print(markdown(results[-1]), flush=True)
+    title = ["| method | scale | calls | GMACs | fd_mnist | class accuracy |", "|---|---|---|---|---|---|"]
+    (out / "table.md").write_text("\n".join(title + [markdown(result) for result in results]) + "\n")
+    (out / "table.json").write_text(json.dumps({"settings": OmegaConf.to_container(config), "rows": results}, indent=2) + "\n")
+    print(out / "table.md")
+
+
+def markdown(row: dict) -> str:
+    """A line of the table: mean, and half of the range where there are several numbers."""
+
+    def spread(values: list[float], digits: int) -> str:
+        text = f"{statistics.mean(values):.{digits}f}"
+        return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+    cells = [row["method"], f"{row['scale']:g}", str(row["network_calls"]), f"{row['gmacs_per_image']:.1f}"]
+    return "| " + " | ".join([*cells, spread(row["fd_mnist"], 2), spread(row["class_accuracy"], 3)]) + " |"
+
+
+def heat_map(run: sample.Run, config: DictConfig, out: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    gammas, score = [float(gamma) for gamma in config.gammas], scorer(run, config, out)
+    values = torch.full((len(gammas), len(gammas)), torch.nan)
+    for i, strong in enumerate(gammas):
+        for j, weak in enumerate(gammas):
+            if strong < weak:
+                values[i, j] = score(Guidance(config.scale, None, strong, weak, "same"), 0)["fd_mnist"]
+                print(f"gamma_strong {strong:g}, gamma_weak {weak:g}: fd_mnist {values[i, j]:.2f}", flush=True)
+    found = {"scale": config.scale, "n": config.n, "gammas": gammas, "fd_mnist": values.nan_to_num(-1).tolist()}
+    (out / "map.json").write_text(json.dumps(found, indent=2) + "\n")
+    figure, axis = plt.subplots(figsize=(4.4, 3.6))
+    image = axis.imshow(values.numpy(), origin="lower", cmap="viridis_r")
+    for i, j in values.isfinite().nonzero().tolist():
+        axis.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", color="white")
+    axis.set(xlabel="gamma_weak", ylabel="gamma_strong", title=f"fd_mnist, sparse guidance at scale {config.scale:g}")
+    axis.set_xticks(range(len(gammas)), gammas)
+    axis.set_yticks(range(len(gammas)), gammas)
+    figure.colorbar(image)
+    figure.tight_layout()
+    figure.savefig(out / "map.png", dpi=150)
+    print(out / "map.png")
+
+
+def scorer(run: sample.Run, config: DictConfig, out: Path):
+    """score(guidance, repeat) -> fd_mnist and class_accuracy of config.n images, each repeat of other seeds."""
+    extractor = load_extractor("mnist", device=run.device)
+    reference = digits_reference(extractor, config.digits)
+
+    def score(guidance: Guidance, repeat: int) -> dict:
+        seeds = f"{repeat * config.n}-{(repeat + 1) * config.n - 1}"
+        settings = asdict(guidance) | {"seeds": seeds, "labels": "balanced", "metrics": ["fd"]}
+        settings |= {"steps": config.steps, "batch_size": config.batch_size}
+        return evaluate(run, OmegaConf.create(settings), extractor, reference, out / "parts")
+
+    return score
+
+
+VERBS = {"picture": picture, "table": table, "map": heat_map}
+
+
+def main(argv: list[str]) -> None:
+    verb, overrides = cli.verb(argv or ["picture"], __doc__, tuple(VERBS))
+    config = cli.load_config("guidance_grid", overrides)
+    run = sample.load_run(config.ckpt or sample.SHIPPED / "mnist-tread-rf", config.weights, precision=config.precision)
+    out = Path(config.out) if config.out else (run.folder if config.ckpt else Path("runs/mnist-tread-rf")) / "guidance"
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{run.checkpoint}, {run.weights} weights of step {run.step}")
+    VERBS[verb](run, config, out)
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1:])
