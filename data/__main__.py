@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 import cli
 from data.convert import convert
 from data.inspect import as_text, inspect
-from data.latents import open_latents
 from data.manifest import read_manifest
 from data.publish import publish
 
@@ -56,16 +55,9 @@ def _index(folder: Path, settings: dict, changed: bool) -> None:
     """Writes meta.json for shards without one; holds the others against theirs."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
-    manifest = read_manifest(folder)
-    if manifest and changed:
-        raise ValueError(
-            f"{folder} has a meta.json that says these things; change it there, or remove it and index again"
-        )
-    if manifest:
-        for split in manifest["counts"]:
-            open_latents(folder, split=split)
-    else:
-        manifest = publish(folder, **settings)
+    if changed and read_manifest(folder):
+        raise ValueError(f"{folder} has a meta.json that says these things; remove it to index the shards anew")
+    manifest = publish(folder, **settings)
     print(f"{folder}: {_counts(manifest)}, sound")
 
 

@@ -19,12 +19,11 @@ from data import kinds
 from data.files import locked
 from data.formats import Source, open_source
 from data.kinds import Channels
+from data.manifest import FLIPS
 from data.order import Order
 from data.publish import claim, publish
 from data.scan import DTYPES
 from data.writer import shard_name, write_shard
-
-FLIPS = ("none", "both")
 
 
 def convert(
@@ -49,9 +48,7 @@ def convert(
     bytes depend neither on that nor on workers. Raises ValueError for a source that is unknown, damaged or lacks a kind
     or scale, and for a target that holds something else.
     """
-    for name, number in (("num_classes", num_classes), ("shard_size", shard_size), ("workers", workers)):
-        if number is not None and not (isinstance(number, int) and number > 0):
-            raise ValueError(f"{name}={number}; needed: a whole number, at least 1")
+    check_counts({"num_classes": num_classes, "shard_size": shard_size, "workers": workers})
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype}; needed: {', '.join(DTYPES)}, or null for what is stored")
     source = settle(open_source(source_path, format), kind, scale, bias, flip)
@@ -73,6 +70,13 @@ def convert(
         return publish(folder, num_classes=num_classes, **settings)
 
 
+def check_counts(counts: dict[str, int | None]) -> None:
+    """Raises ValueError for a setting that is neither null nor a whole number of at least 1."""
+    for name, number in counts.items():
+        if number is not None and not (isinstance(number, int) and number > 0):
+            raise ValueError(f"{name}={number}; needed: a whole number, at least 1")
+
+
 def settle(source: Source, kind: str | None, scale: Channels | None, bias: Channels | None, flip: str | None) -> Source:
     """The source with what the user knows better, complete; ValueError where something is missing or does not fit."""
     if kind is None and source.kind is None:
@@ -80,18 +84,10 @@ def settle(source: Source, kind: str | None, scale: Channels | None, bias: Chann
         looks, reason = kinds.guess_kind(torch.from_numpy(sample))
         raise ValueError(f"format {source.format} leaves the kind open: add kind=..., perhaps {looks} ({reason})")
     source.kind = kind or source.kind
-    kinds.check_kind(source.kind)
-    if source.kind == "sample_scaled":
-        if scale is not None or bias is not None:
-            raise ValueError("scale and bias are for the other kinds: in sample_scaled they are applied already")
-        source.scale = source.bias = None
-    else:
-        source.scale = source.scale if scale is None else scale
-        source.bias = bias if bias is not None else source.bias if source.bias is not None else 0.0
-        if source.scale is None:
-            raise ValueError(
-                f"{source.kind} latents need a scale, which the source does not have: add scale=... (and bias=...)"
-            )
+    if source.kind != "sample_scaled":  # else what the format has does not count
+        scale = source.scale if scale is None else scale
+        bias = source.bias if bias is None else bias
+    source.scale, source.bias = kinds.settled(source.kind, scale, bias)
     channels = kinds.model_shape(source.kind, source.array(0, False).shape)[0]
     kinds.check_channels("scale", source.scale, channels)
     kinds.check_channels("bias", source.bias, channels)

@@ -24,6 +24,18 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"unknown kind of latents {kind!r}; needed: one of {', '.join(KINDS)}")
 
 
+def settled(kind: str, scale: Channels | None, bias: Channels | None) -> tuple[Channels | None, Channels | None]:
+    """(scale, bias) as meta.json holds them; ValueError where kind, scale and bias do not go together."""
+    check_kind(kind)
+    if kind == "sample_scaled":
+        if scale is not None or bias is not None:
+            raise ValueError("scale and bias are for the other kinds: in sample_scaled they are applied already")
+        return None, None
+    if scale is None:
+        raise ValueError(f"latents of kind {kind} need a scale, and nothing says it: add scale=... (and bias=...)")
+    return scale, 0.0 if bias is None else bias
+
+
 def is_moments(kind: str) -> bool:
     return kind in ("moments_logvar", "mean_std")
 

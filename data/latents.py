@@ -69,11 +69,11 @@ class Latents:
         self.shape = kinds.model_shape(kind, index.shape)
         if kind != "sample_scaled" and manifest.get("scale") is None:
             raise ValueError(
-                f"{folder} holds {kind} and no meta.json says their scale; "
+                f"{folder} is to be read as {kind} and no meta.json says the scale; "
                 f"python -m data index {folder} kind={kind} scale=... writes one"
             )
         for key in ("scale", "bias"):
-            kinds.check_channels(f"{key} in {folder}/meta.json", manifest.get(key), self.shape[0])
+            kinds.check_channels(f"{key} of {folder}", manifest.get(key), self.shape[0])
         self.labels = index.entries.labels
         self.num_classes = manifest.get("num_classes") or int(self.labels.max()) + 1
         self.fingerprint = _fingerprint(index, kind, manifest.get("scale"), manifest.get("bias"))
@@ -116,7 +116,7 @@ class Latents:
             return
         entries, order = self._index.entries, np.sort(indices)
         for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
-            for part in np.split(run, np.flatnonzero(np.diff(entries.offsets[run]) < 0) + 1):  # where a shard ends
+            for part in np.split(run, np.flatnonzero(np.diff(entries.offsets[run]) <= 0) + 1):  # where a shard ends
                 start = int(entries.offsets[part[0]])
                 end = int(entries.offsets[part[-1]]) + int(entries.headers[part[-1]]) + self._row_bytes
                 with contextlib.suppress(OSError):
@@ -134,7 +134,7 @@ class Latents:
         return kinds.to_model_input(raw, self.kind, *self._scale_and_bias(raw.device), generators)
 
     def keys(self, indices: Sequence[int]) -> list[str]:
-        """The names of samples, read back from their shards; '?' where those are damaged."""
+        """The names of samples, read back from their shards; '?' where those are damaged or gone."""
         return [self._key(index) for index in indices]
 
     def _scale_and_bias(self, device: torch.device) -> tuple[float | torch.Tensor, float | torch.Tensor]:
@@ -160,7 +160,10 @@ class Latents:
         return f"{self._shard_name(index)}: sample {self._key(index)!r} at byte {entries.offsets[index]} {what}"
 
     def _key(self, index: int) -> str:
-        return split_name(member_name(self._file(self._shard(index)), int(self._index.entries.offsets[index])))[0]
+        try:
+            return split_name(member_name(self._file(self._shard(index)), int(self._index.entries.offsets[index])))[0]
+        except OSError:
+            return "?"
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._index.ends, index, side="right"))

@@ -94,12 +94,15 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches = iter(self.batches)
-        while (batch := self._next(batches)) is not None:
-            if isinstance(batch, str):
-                raise ValueError(batch)
-            raw, y, faults = batch
-            self.latents.report(faults)
-            yield raw, y
+        try:
+            while (batch := self._next(batches)) is not None:
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                raw, y, faults = batch
+                self.latents.report(faults)
+                yield raw, y
+        finally:
+            del batches  # ends the loader processes here, and not whenever the traceback is forgotten
 
     def _next(self, batches: Iterator) -> tuple | str | None:
         """The next batch, None at the end; OSError where a loader process was killed, which shows in many ways."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from data.files import atomic_file
 from data.kinds import check_kind
 
-SPLITS = ("train", "val")
+SPLITS, FLIPS = ("train", "val"), ("none", "both")
 FILE_NAME = "meta.json"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
 SHARD_KEYS = "name split n sha256".split()

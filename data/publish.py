@@ -5,9 +5,9 @@ from pathlib import Path
 
 from data.files import atomic_file
 from data.index import build_index, save_index
-from data.kinds import Channels
-from data.latents import Latents
-from data.manifest import SPLITS, split_shards, write_manifest
+from data.kinds import Channels, settled
+from data.latents import Latents, open_latents
+from data.manifest import FLIPS, SPLITS, read_manifest, split_shards, write_manifest
 from data.scan import file_sha256
 from data.stats import channel_stats
 
@@ -49,9 +49,18 @@ def publish(
 ) -> dict:
     """Writes (and returns) meta.json for the shards in a folder, and the index of each split.
 
+    Where there is a meta.json already, the shards are held against it, and the settings do not count.
     scale, bias: of z -> z * scale + bias (kinds.py); None for sample_scaled. num_classes: None = largest label + 1.
-    Raises ValueError where a shard is damaged or there is none.
+    Raises ValueError where a shard is damaged or there is none, and for settings that do not go together.
     """
+    scale, bias = settled(kind, scale, bias)
+    if flip not in FLIPS:
+        raise ValueError(f"flip={flip}; needed: {' or '.join(FLIPS)}")
+    known = read_manifest(folder)
+    if known:
+        for split in known["counts"]:
+            open_latents(folder, split=split)
+        return known
     manifest = {"shards": [], "shape": None, "dtype": None, "num_classes": num_classes}
     indices = {}
     for split in SPLITS:

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 from autoencoder import VAECodec
 from data import kinds
-from data.convert import FLIPS, entries, plan_shards
+from data.convert import check_counts, entries, plan_shards
 from data.images import Images, center_crop, open_images
+from data.manifest import FLIPS
 from data.publish import claim, publish
 from data.scan import DTYPES
 from data.writer import write_shard
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     for key, choices in CHOICES.items():
         if cfg[key] not in choices:
             raise ValueError(f"{key}={cfg[key]}; needed: {' or '.join(choices)}")
+    check_counts({key: cfg[key] for key in ("size", "shard_size", "batch_size", "num_threads")})
     # No process group: shards are dealt out by rank and met again as files, so nothing can time out.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     images = open_images(cfg.images)

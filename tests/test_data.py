@@ -1,5 +1,6 @@
 """The order, the loader and the reader: every sample once an epoch, the same batches on any number of processes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -208,7 +209,7 @@ def test_compvis_shards_without_a_manifest(tmp_path):
     assert numbers_in(raw) == [0, 1, 2, 10, 11, 12] and y.tolist() == [0, 3, 6] * 2
     assert (latents.num_classes, latents.kind, latents.meta) == (7, "sample_scaled", {})
     assert len(open_latents(tmp_path, split="val")) == 3
-    with pytest.raises(ValueError, match="no meta.json says their scale"):
+    with pytest.raises(ValueError, match="no meta.json says the scale"):
         open_latents(tmp_path, kind="sample_raw")
     before = latents.fingerprint
     assert data.__main__.main(["index", str(tmp_path), "num_classes=8"]) == 0
@@ -295,6 +296,15 @@ def test_what_open_refuses(tmp_path, uneven):
     ):
         with pytest.raises(ValueError, match=message):
             open_latents(path, **options)
+
+
+def test_copies_read_for_themselves(uneven):
+    """What a loader process that is not forked gets: the same samples, and files of its own."""
+    latents = open_latents(uneven)
+    latents.read([3])
+    twin = copy.deepcopy(latents)
+    del latents
+    assert numbers_in(twin.read([3, 50])[0]) == [3, 50] and twin.keys([50]) == ["0050"]
 
 
 # --- kinds and statistics -------------------------------------------------------------------------

@@ -319,6 +319,9 @@ def test_plan_takes_every_image_once():
     [
         ({}, "add kind=.*perhaps sample_scaled"),
         ({"kind": "sample_raw"}, "need a scale"),
+        ({"kind": "sample_raw", "scale": [1.0, 2.0]}, "a list of 4"),
+        ({"kind": "sample_raw", "scale": "large"}, "needed: a number"),
+        ({"kind": "sample_scaled", "workers": 0}, "workers=0; needed: a whole number"),
         ({"kind": "samples"}, "unknown kind"),
         ({"kind": "sample_scaled", "scale": 2.0}, "applied already"),
         ({"kind": "sample_scaled", "flip": "both"}, "flip=both"),
@@ -331,7 +334,7 @@ def test_plan_takes_every_image_once():
 def test_what_convert_refuses(tmp_path, options, message):
     write_npy(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
-        convert(str(tmp_path / "source"), str(tmp_path / "out"), workers=1, **options)
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), **{"workers": 1, **options})
 
 
 def test_damaged_sources_are_named(tmp_path):
@@ -358,3 +361,18 @@ def test_convert_command(tmp_path):
     done = subprocess.run([*command, "kind=sample_scaled", "dtype=float32"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "6 train entries of sample_scaled (4, 4, 4), 4 classes" in done.stdout
+
+
+def test_converting_again_does_not_bless_damage(tmp_path):
+    write_fastdit(tmp_path / "source")
+    arguments = str(tmp_path / "source"), str(tmp_path / "out")
+    convert(*arguments, shard_size=4, workers=1)
+    shard, other = tmp_path / "out/train-000000.tar", tmp_path / "out/train-000001.tar"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:700] + bytes(4) + sound[704:])  # inside the first array
+    with pytest.raises(ValueError, match="train-000000.tar: sample .* has changed"):
+        convert(*arguments, shard_size=4, workers=1)
+    shard.unlink()
+    other.unlink()
+    convert(*arguments, shard_size=4, workers=1)  # what is missing is written again, to the same bytes
+    assert shard.read_bytes() == sound
