@@ -5,7 +5,7 @@ stay inside a route, D width, H heads.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,20 +38,23 @@ def build(
     num_heads: int | None = None,                   # None = by `size`
 ) -> "DiT":
     """A DiT by its name. Raises ValueError for a name that is not one."""
+    return DiT(
+        input_size=input_size,
+        in_channels=in_channels,
+        num_classes=num_classes,
+        learn_sigma=learn_sigma,
+        routes=routes,
+        **named_shape(size, depth, hidden_size, num_heads),
+    )
+
+
+def named_shape(size: str, depth: int | None, hidden_size: int | None, num_heads: int | None) -> dict[str, int]:
+    """patch_size, depth, hidden_size and num_heads of a name; numbers that are given override it. Raises ValueError."""
     own = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads)
     name, _, patch = size.removeprefix("DiT-").partition("/")
     if name not in SIZES or not patch.isdigit():
         raise ValueError(f"model size {size!r}; needed: DiT-{{{','.join(SIZES)}}}/{{2,4,8}}, for example DiT-XL/2")
-    shape = SIZES[name] | {key: value for key, value in own.items() if value is not None}
-    return DiT(
-        input_size=input_size,
-        patch_size=int(patch),
-        in_channels=in_channels,
-        **shape,
-        num_classes=num_classes,
-        learn_sigma=learn_sigma,
-        routes=routes,
-    )
+    return SIZES[name] | {key: value for key, value in own.items() if value is not None} | {"patch_size": int(patch)}
 
 
 class DiT(nn.Module):
@@ -73,6 +76,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         routes: Sequence[Route | Mapping] = (),
+        block: Callable[[int, int, float], nn.Module] | None = None,  # of hidden_size, num_heads, mlp_ratio; None = Block
     ):
         super().__init__()
         if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
@@ -83,7 +87,7 @@ class DiT(nn.Module):
             raise ValueError(f"hidden_size {hidden_size} must be divisible by num_heads ({num_heads}) and by 4")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.num_classes, self.mlp_ratio = num_classes, mlp_ratio
+        self.num_classes = num_classes
         self.num_tokens = (input_size // patch_size) ** 2
         self.routes = resolve_routes(routes, depth)
 
@@ -91,7 +95,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size)[None])  # (1, N, D)
-        self.blocks = nn.ModuleList([Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -115,6 +119,7 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        where = self.positions(None)
 
         routes = iter(self.routes if routing is not None else ())
         route = next(routes, None)
@@ -122,16 +127,20 @@ class DiT(nn.Module):
             if route is not None and i == route.start_layer_idx:
                 full, keep_ids = tokens, self.draw_route(route, routing, tokens)
                 if keep_ids is not None:
-                    tokens = gather_tokens(tokens, keep_ids)  # (B, K, D)
-            tokens = block(tokens, c)
+                    tokens, where = gather_tokens(tokens, keep_ids), self.positions(keep_ids)  # (B, K, D)
+            tokens = block(tokens, c, *where)
             if route is not None and i == route.end_layer_idx:
                 if keep_ids is not None:
-                    tokens = scatter_tokens(tokens, keep_ids, full)  # (B, N, D)
+                    tokens, where = scatter_tokens(tokens, keep_ids, full), self.positions(None)  # (B, N, D)
                 route = next(routes, None)
 
         with torch.autocast(x.device.type, enabled=False):
             patches = self.final_layer(tokens.float(), c)  # (B, N, p * p * C_out)
         return unpatchify(patches, self.patch_size, self.out_channels)
+
+    def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """What blocks need to know of where their tokens lie, of all (None) or those kept (B, K): nothing, in DiT."""
+        return ()
 
     def draw_route(self, route: Route, routing: Routing, tokens: torch.Tensor) -> torch.Tensor | None:
         """keep_ids (B, K) for one route, or None where the ratio routes no token away."""
@@ -149,7 +158,9 @@ class DiT(nn.Module):
             ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
             for i in range(route.start_layer_idx, route.end_layer_idx + 1):
                 tokens[i] = num_kept(N, ratio)
-        per_token = int((4 + 2 * self.mlp_ratio) * D * D)
+        block = self.blocks[0]
+        matrices = [p for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2]
+        per_token = sum(matrix.numel() for matrix in matrices)  # (4 + 2 * mlp_ratio) D^2, in DiT
         blocks = sum(per_token * n + 2 * n * n * D + 6 * D * D for n in tokens)
         patch = self.patch_size**2
         embed = N * D * patch * self.in_channels + TIME_WIDTH * D + D * D
@@ -167,9 +178,10 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # (B, K, D), (B, D) -> (B, K, D)
+    def forward(self, x: torch.Tensor, c: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
+        """x (B, K, D), c (B, D), where: `DiT.positions` -> (B, K, D)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *where)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
@@ -183,14 +195,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, K, D)
-        B, K, D = x.shape
-        q, k, v = self.qkv(x).view(B, K, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, H, K, D/H)
-        if x.device.type == "cpu":
+        return self.attend(*self.split(x))
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:  # (B, K, D) -> q, k, v: (3, B, H, K, D/H)
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, K, D/H) -> (B, K, D)
+        if q.device.type == "cpu":
             # Flash attention's backward on CPU is slow at DiT's lengths; the plain form is faster and compiles.
             out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, K, D))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -221,7 +237,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, h, w) -> (B, N, D)
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # laid out as later, or block 0 is compiled apart
 
 
 class TimestepEmbedder(nn.Module):

@@ -2,7 +2,7 @@
 
     family   files                          the network's output                  comes up as
     dit      DiT, fast-DiT                  noise of 1000 linear-beta steps       ddpm.DDPM
-    sit      SiT                            velocity, t = 1 is data               rf.RectifiedFlow, turned (below)
+    sit      SiT, LightningDiT              velocity, t = 1 is data               rf.RectifiedFlow, turned (below)
     repa     REPA                           velocity, t = 1 is noise              rf.RectifiedFlow
     tread    TREAD                          EDM's F                               edm.EDM
 
@@ -25,15 +25,16 @@ from safetensors import SafetensorError, safe_open
 
 import cli
 from dit import SIZES, DiT, time_frequencies
+from lightningdit import LightningDiT
 
 OBJECTIVES = {
-    "dit": ["model=dit", "objective=ddpm"],
-    "sit": ["model=dit", "objective=rf", "objective.timesteps=uniform"],
-    "repa": ["model=dit", "objective=rf", "objective.timesteps=uniform"],
-    "tread": ["model=tread", "objective=edm"],
+    "dit": ["objective=ddpm"],
+    "sit": ["objective=rf", "objective.timesteps=uniform"],
+    "repa": ["objective=rf", "objective.timesteps=uniform"],
+    "tread": ["objective=edm"],
 }
 WEIGHTS_KEYS = {"ema": ("ema", "ema_state_dict"), "raw": ("model", "model_state_dict")}
-TRAINING_ONLY = ("projectors.",)  # REPA's heads, which sampling does not use
+UNUSED = ("projectors.", "feat_rope.")  # REPA's heads for training; LightningDiT's angles, which are made here
 
 
 class Content(NamedTuple):
@@ -55,7 +56,7 @@ def read(
     if weights not in WEIGHTS_KEYS:
         raise ValueError(f"weights={weights!r}; needed: ema or raw")
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path, weights)
-    tensors = {key: value for key, value in content.tensors.items() if not key.startswith(TRAINING_ONLY)}
+    tensors = {key: value for key, value in content.tensors.items() if not key.startswith(UNUSED)}
     check_keys(tensors, path)
     family = family or family_of(content, path)
     if family == "sit":
@@ -130,6 +131,8 @@ def family_of(content: Content, path: Path) -> str:
             path_type, prediction = found
             raise ValueError(f"{path} has path_type {path_type}, prediction {prediction}; needed: linear, velocity")
         return "sit"
+    if is_lightning(content.tensors):
+        return "sit"
     named = re.match(r"(dit|sit)\b", str(args.get("model", path.name)).lower().replace("_", "-"))
     if named:
         return named.group(1)
@@ -140,14 +143,18 @@ def family_of(content: Content, path: Path) -> str:
 
 
 def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raises ValueError, with the keys that differ, for anything but DiT's network."""
+    """Raises ValueError, with the keys that differ, for anything but DiT's network and LightningDiT's."""
     if any(key.startswith(("decoder_", "mask_token")) for key in tensors):
         raise ValueError(
             f"{path} is a MaskDiT: its decoder is a second network of another width, which is not built here; "
             f"needed: a DiT, SiT, REPA or TREAD file"
         )
+    depth = max(num_blocks(tensors), 1)
     with torch.device("meta"):
-        wanted = DiT(2, 2, 1, 4, max(num_blocks(tensors), 1), 1).state_dict().keys()
+        if is_lightning(tensors):
+            wanted = LightningDiT(2, 2, 1, 4, depth, 1, qk_norm=has_qk_norm(tensors)).state_dict().keys()
+        else:
+            wanted = DiT(2, 2, 1, 4, depth, 1).state_dict().keys()
     missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or unknown:
         lists = [
@@ -156,6 +163,14 @@ def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
             if keys
         ]
         raise ValueError(f"{path} is of another architecture than DiT; {'; '.join(lists)}")
+
+
+def is_lightning(tensors: dict[str, torch.Tensor]) -> bool:
+    return "blocks.0.mlp.w12.weight" in tensors
+
+
+def has_qk_norm(tensors: dict[str, torch.Tensor]) -> bool:
+    return "blocks.0.attn.q_norm.weight" in tensors
 
 
 def num_blocks(tensors: dict[str, torch.Tensor]) -> int:
@@ -173,13 +188,14 @@ def config_of(family: str, tensors: dict[str, torch.Tensor], path: Path) -> Dict
             f"{path} has width {width} and {outputs} outputs for {channels} channels; needed: a width of DiT's "
             f"({', '.join(map(str, sizes))}), which tells the number of heads, and one or two outputs a channel"
         )
+    model = "lightningdit" if is_lightning(tensors) else "tread" if family == "tread" else "dit"
     config = cli.load_config("config", [
-        *OBJECTIVES[family],
+        f"model={model}", *OBJECTIVES[family],
         f"data={'mnist' if channels in (1, 3) else 'folder'}",  # pixels, or latents of SD's autoencoder
         f"data.channels={channels}", f"data.input_size={side * patch}",
         f"data.num_classes={tensors['y_embedder.embedding_table.weight'].shape[0] - 1}",
         f"model.size=DiT-{sizes[width]}/{patch}", f"model.depth={num_blocks(tensors)}",
-        f"model.learn_sigma={outputs == 2 * channels}",
+        f"model.learn_sigma={outputs == 2 * channels}", *["model.qk_norm=true"] * has_qk_norm(tensors),
     ])  # fmt: skip
     OmegaConf.resolve(config)
     return OmegaConf.masked_copy(config, ["model", "objective", "sampler", "data"])

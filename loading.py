@@ -15,7 +15,8 @@ from routing_module import Routing
 
 # What a config that came with a checkpoint may build: ours, and nothing else.
 ALLOWED_TARGETS = {
-    "dit.build", "edm.EDM", "rf.RectifiedFlow", "ddpm.DDPM", "autoencoder.PixelCodec", "autoencoder.VAECodec",
+    "dit.build", "lightningdit.build", "edm.EDM", "rf.RectifiedFlow", "ddpm.DDPM",
+    "autoencoder.PixelCodec", "autoencoder.VAECodec",
 }  # fmt: skip
 
 

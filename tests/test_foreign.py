@@ -20,6 +20,7 @@ import rf
 import sample
 from ddpm import DDPM
 from dit import DiT
+from lightningdit import LightningDiT
 from prepare import start_from
 from sample import load_run
 
@@ -89,6 +90,21 @@ def test_each_layout_loads_strictly_as_what_it_is(net, layout, tmp_path):
     for key, value in run.model.state_dict().items():
         assert key.startswith(turned) or torch.equal(value, net.state_dict()[key]), key
     assert run.step == (400000 if layout in ("TREAD", "REPA") else 0)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_lightningdit_files_are_flows_turned(qk_norm, tmp_path, x):
+    x, y = x
+    torch.manual_seed(0)
+    net = LightningDiT(8, 1, 4, WIDTH, DEPTH, 4, num_classes=10, qk_norm=qk_norm).eval().requires_grad_(False)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    angles = {"module.feat_rope.freqs_cos": torch.zeros(64, 32), "module.feat_rope.freqs_sin": torch.zeros(64, 32)}
+    torch.save(dict(model=state, ema=state | angles), tmp_path / "lightningdit-xl-imagenet256-64ep.pt")
+    run = load_run(tmp_path / "lightningdit-xl-imagenet256-64ep.pt", device="cpu")
+    expected = -net(x, torch.full((3,), 0.7), y)
+    torch.testing.assert_close(run.objective.predict(run.model, x, torch.tensor(0.3), y), expected, rtol=0, atol=1e-6)
 
 
 def test_raw_and_ema_weights_are_told_apart(net, tmp_path):
