@@ -3,8 +3,8 @@
 import contextlib
 import hashlib
 import json
-import logging
 import os
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,6 @@ from randomness import Generators
 
 MAX_OPEN_SHARDS = 256
 ON_ERROR = ("stop", "skip")
-
-log = logging.getLogger(__name__)
 
 
 def open_latents(
@@ -63,7 +61,7 @@ class Latents:
     def __init__(self, folder: Path, manifest: dict, index: Index, kind: str, on_error: str):
         kinds.check_kind(kind)
         if kind != manifest.get("kind", kind):
-            log.warning("warning: data.kind=%s overrides %s of %s/meta.json", kind, manifest["kind"], folder)
+            warn(f"data.kind={kind} overrides {manifest['kind']} of {folder}/meta.json")
         self.folder, self.meta, self.kind, self.on_error = folder, manifest, kind, on_error
         self.stored_shape, self.dtype = index.shape, getattr(torch, index.dtype)
         self.shape = kinds.model_shape(kind, index.shape)
@@ -127,7 +125,7 @@ class Latents:
         for fault in dict.fromkeys(faults):
             if fault not in self.faults:
                 self.faults.append(fault)
-                log.warning("warning: left out (data.on_error=skip): %s", fault)
+                warn(f"left out (data.on_error=skip): {fault}")
 
     def to_model_input(self, raw: torch.Tensor, generators: Generators = None) -> torch.Tensor:
         """raw (B, *stored_shape), any device -> x (B, C, h, w) float32 there, scaled; moments are drawn afresh."""
@@ -185,6 +183,11 @@ class Latents:
     def __del__(self):
         for fd in self.__dict__.get("_files", {}).values():
             os.close(fd)
+
+
+def warn(line: str) -> None:
+    """To stderr, and not to a logger, which a launcher's settings may have switched off."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _fingerprint(index: Index, *about: object) -> str:

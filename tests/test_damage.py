@@ -82,23 +82,23 @@ def damaged(tmp_path):
     return make
 
 
-def check_stopped_and_skipped(folder: Path, message: str, caplog) -> None:
+def check_stopped_and_skipped(folder: Path, message: str, capfd) -> None:
     """`stop` names the fault in one line; `skip` reads what is left, and says and counts what is not."""
     with pytest.raises(ValueError, match=message) as error:
         open_latents(folder)
     assert "\n" not in str(error.value)
     latents = open_latents(folder, on_error="skip")
     assert numbers_in(latents.read(range(len(latents)))[0]) == [0, 2, 3, 4]
-    assert len(latents.faults) == 1 and latents.faults[0] in caplog.text
+    assert len(latents.faults) == 1 and latents.faults[0] in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("defect", BAD_SAMPLES)
-def test_bad_sample_is_named(damaged, defect, caplog, tmp_path, monkeypatch):
+def test_bad_sample_is_named(damaged, defect, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     members, message = BAD_SAMPLES[defect]
     folder = damaged(members)
     at = tarfile.open(folder / "train-000000.tar").getmembers()[2].offset_data
-    check_stopped_and_skipped(folder, rf"train-000000.tar: sample '0001' at byte {at} .*{message}", caplog)
+    check_stopped_and_skipped(folder, rf"train-000000.tar: sample '0001' at byte {at} .*{message}", capfd)
     assert inspect(folder)["wrong"] == open_latents(folder, on_error="skip").faults
     assert os.listdir(tmp_path) == ["damaged"]
 
@@ -123,20 +123,20 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("name", CRAFTED)
-def test_crafted_members_are_refused(damaged, name, caplog, tmp_path):
+def test_crafted_members_are_refused(damaged, name, capfd, tmp_path):
     member, message = CRAFTED[name]
-    check_stopped_and_skipped(damaged([member]), f"train-000000.tar: member .* at byte .*{message}", caplog)
+    check_stopped_and_skipped(damaged([member]), f"train-000000.tar: member .* at byte .*{message}", capfd)
     assert os.listdir(tmp_path) == ["damaged"]
 
 
-def test_absurd_size_is_refused(damaged, caplog):
+def test_absurd_size_is_refused(damaged, capfd):
     folder = damaged([("0001.latent.npy", npy(array_of(1)))])
     info = tarfile.TarInfo("0001.latent.npy")
     info.size = 7 << 30
     contents = (folder / "train-000000.tar").read_bytes()
     at = contents.index(b"0001.latent.npy")
     (folder / "train-000000.tar").write_bytes(contents[:at] + info.tobuf(tarfile.USTAR_FORMAT) + contents[at + 512 :])
-    check_stopped_and_skipped(folder, "claims 7516192768 bytes", caplog)
+    check_stopped_and_skipped(folder, "claims 7516192768 bytes", capfd)
 
 
 def test_truncation_anywhere_is_seen(tmp_path):
@@ -205,7 +205,7 @@ def test_bit_flip_is_seen_wherever_it_happens(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_sample_that_turns_bad_is_replaced_and_counted(tmp_path, num_workers, caplog):
+def test_sample_that_turns_bad_is_replaced_and_counted(tmp_path, num_workers, capfd):
     folder = write_set(tmp_path / "set")
     latents, skipping = open_latents(folder), open_latents(folder, on_error="skip")
     shard = folder / "train-000002.tar"
@@ -215,7 +215,7 @@ def test_sample_that_turns_bad_is_replaced_and_counted(tmp_path, num_workers, ca
     stream = [n for raw, y in make_loader(skipping, **settings) for n in numbers_in(raw)]
     expected = Order(TOTAL, seed=0)(np.arange(2 * TOTAL))
     assert stream == [22 if i in (20, 21) else i for i in expected]  # never a shorter epoch, and the same for everybody
-    assert len(skipping.faults) == 2 and caplog.text.count("has changed since it was indexed") == 2
+    assert len(skipping.faults) == 2 and capfd.readouterr().err.count("has changed since it was indexed") == 2
     with pytest.raises(ValueError, match="sample '002[01]' at byte") as error:
         list(make_loader(latents, **settings))
     assert "\n" not in str(error.value)
