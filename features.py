@@ -92,7 +92,7 @@ class Inception(nn.Module):
 
     def __init__(self, state: dict[str, torch.Tensor]):
         super().__init__()
-        self.net = inception.build(state, ("2048", "logits_unbiased"))
+        self.net = inception.build(state, ["2048", "logits_unbiased"])
         self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         self.spatial = None
 
@@ -142,7 +142,7 @@ def dinov2_weights(path: str | Path | None) -> Path:
 
 
 class MnistClassifier(nn.Module):
-    """Three convolutions and two linear layers, 93,482 parameters; the features are the 64 numbers before the last layer.
+    """Three convolutions, two linear layers, 93,482 parameters; the features are the 64 numbers before the last layer.
 
     Input is 28 x 28; the grey value is the mean over channels. Raises ValueError for images of another size.
     """
@@ -153,7 +153,9 @@ class MnistClassifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(
-            *_conv(1, 32), nn.MaxPool2d(2), *_conv(32, 64), nn.MaxPool2d(2), *_conv(64, 64), nn.MaxPool2d(2),
+            *_conv(1, 32), nn.MaxPool2d(2),
+            *_conv(32, 64), nn.MaxPool2d(2),
+            *_conv(64, 64), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(64 * 3 * 3, 64), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(64, 10)

@@ -30,7 +30,7 @@ import sample
 import scoreboard
 from features import Extractor, load_extractor
 from images import open_images
-from metrics import FeatureStats, frechet_distance  # noqa: F401: fid.frechet_distance is what users import
+from metrics import FeatureStats, frechet_distance  # noqa: F401  fid.frechet_distance is what users import
 from processes import start_processes
 from randomness import seeded_generator
 from reference import (
@@ -42,14 +42,25 @@ from reference import (
     reference_from,
     write_reference,
 )
-from scoring import choose_metrics, describe_scoring, distance_name, evaluate, measure, score, share, with_progress, write_metrics
+from scoring import (
+    choose_metrics,
+    describe_scoring,
+    distance_name,
+    evaluate,
+    measure,
+    score,
+    share,
+    with_progress,
+    write_metrics,
+)
 
 USAGE = """
 python fid.py calc ckpt=RUN | images=FOLDER|ZIP|TAR|NPZ [key=value ...]          keys: configs/fid.yaml
 python fid.py ref images=FOLDER|ZIP|TAR|NPZ | from=NPZ out=FILE.npz [key=value]  keys: configs/fid_ref.yaml
 """
-SCORING_KEYS = {
-    "ckpt", "images", "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "metrics", "batch_size", "out",
+SCORING_KEYS = {                                    # all others say how to generate
+    "ckpt", "images", "batch_size", "out",
+    "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "metrics",
 }  # fmt: skip
 
 
@@ -102,7 +113,8 @@ def check(config: DictConfig, given: set[str]) -> None:
     if (config.ckpt is None) == (config.images is None):
         raise ValueError("needed: ckpt=RUN or images=FOLDER|ZIP|TAR|NPZ, one of the two")
     if config.images is not None and given - SCORING_KEYS:
-        raise ValueError(f"{', '.join(sorted(given - SCORING_KEYS))}: only with ckpt=; images=... are scored as they are")
+        names = ", ".join(sorted(given - SCORING_KEYS))
+        raise ValueError(f"{names}: only with ckpt=; images=... are scored as they are")
     extractor, reference = tools(config)
     check_extractor(reference, extractor)
     choose_metrics(config.metrics, extractor, reference)
@@ -132,7 +144,7 @@ def reference_of(ref: str | None, digits: str, extractor: Extractor) -> Referenc
 
 
 def calc_row(config: DictConfig, alone: bool) -> dict:
-    """Generates or reads, scores, writes metrics.json; its contents with "folder", "run" and "guidance", for the table."""
+    """Generates or reads, scores, writes metrics.json; what it holds, and "folder", "run" and "guidance"."""
     started, (extractor, reference) = time.time(), tools(config)
     if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision)
@@ -184,12 +196,12 @@ def ref(config: DictConfig) -> None:
         if config.features:
             made = make_reference(config["from"], config, config.features)
             if made.extractor != reference.extractor:
-                raise ValueError(f"{config['from']} is for {reference.extractor}, extractor={made.extractor}; needed: the same")
+                raise ValueError(f"{config['from']} is for extractor={reference.extractor}, not {made.extractor}")
             reference = replace(reference, features=made.features, extractor_sha256=made.extractor_sha256)
     if start_processes().is_main_process:
         write_reference(Path(config.out), reference)
         kept = 0 if reference.features is None else len(reference.features)
-        print(f"{config.out}: {len(reference.mu)} {reference.extractor} features, of {kept} images for precision and recall")
+        print(f"{config.out}: {len(reference.mu)} {reference.extractor} features, and those of {kept} single images")
 
 
 def make_reference(source: str, config: DictConfig, wanted: int) -> Reference:

@@ -41,8 +41,8 @@ class Images:
 def open_images(path: str | Path) -> Images:
     """Images of a folder (searched through), a zip or a tar, in the order of their names, or of an .npz.
 
-    Grey images become three equal channels, which is logged. Raises ValueError where there are no images, and, when they
-    are read, for what is not 8-bit grey or RGB and for mixed sizes.
+    Grey images become three equal channels, which is logged. Raises ValueError where there are no images, and, when
+    they are read, for what is not 8-bit grey or RGB and for mixed sizes.
     """
     path = Path(path)
     return _open_array(path) if path.suffix == ".npz" else _open_files(path)
@@ -55,7 +55,7 @@ def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
             return {key: arrays[key] for key in keys if key in arrays}
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
         if "allow_pickle" in str(error):
-            raise ValueError(f"{path} holds pickled objects, which are never read; needed: an .npz of plain arrays") from None
+            raise ValueError(f"{path} holds pickled objects, which are never read; needed: plain arrays") from None
         raise ValueError(f"{path} is damaged or no .npz file ({error})") from None
 
 
@@ -74,7 +74,7 @@ def _open_array(path: Path) -> Images:
 
 
 def _map_array(path: Path, key: str) -> np.ndarray | None:
-    """An array of an .npz as it lies in the file, so that 50,000 images (10 GB) take no memory; a compressed one is read."""
+    """An array of an .npz as it lies in the file: 50,000 images (10 GB) take no memory. A compressed one is read."""
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{key}.npy" not in archive.namelist():

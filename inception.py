@@ -7,7 +7,7 @@ numbers are taken and the script is left alone.
 
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -30,7 +30,8 @@ A = {
     "tower_1.conv_1": "branch3x3dbl_2", "tower_1.conv_2": "branch3x3dbl_3", "tower_2.conv": "branch_pool",
 }  # fmt: skip
 B = {
-    "conv": "branch3x3", "tower.conv": "branch3x3dbl_1", "tower.conv_1": "branch3x3dbl_2", "tower.conv_2": "branch3x3dbl_3",
+    "conv": "branch3x3",
+    "tower.conv": "branch3x3dbl_1", "tower.conv_1": "branch3x3dbl_2", "tower.conv_2": "branch3x3dbl_3",
 }  # fmt: skip
 C = {
     "conv": "branch1x1", "tower.conv": "branch7x7_1", "tower.conv_1": "branch7x7_2", "tower.conv_2": "branch7x7_3",
@@ -69,7 +70,7 @@ def find_weights(path: str | Path | None) -> Path:
             torch.hub.download_url_to_file(URL, str(cached), hash_prefix=STATE_DICT)
         except (OSError, RuntimeError):
             raise ValueError(
-                f"no Inception weights: they could not be downloaded; put {URL} at {cached}, or give extractor_weights=FILE"
+                f"no Inception weights, and no download: put {URL} at {cached}, or give extractor_weights=FILE"
             ) from None
     return cached
 
@@ -81,26 +82,26 @@ def read_weights(path: Path, sha256: str | None = None) -> tuple[dict[str, torch
     """
     found = checkpoint.sha256(path)
     if found not in ({sha256} if sha256 else TRUE_WEIGHTS):
-        raise ValueError(
-            f"{path} has sha256 {found}; needed: {sha256 or f'{STATE_DICT} (torch-fidelity) or {TORCHSCRIPT} (NVIDIA)'}"
-        )
+        needed = sha256 or f"{STATE_DICT} (torch-fidelity) or {TORCHSCRIPT} (NVIDIA)"
+        raise ValueError(f"{path} has sha256 {found}; needed: {needed}")
     try:
         if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
             return dict(_translate(torch.jit.load(path, map_location="cpu").state_dict())), found
         return torch.load(path, map_location="cpu", weights_only=True), found
     except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} holds no Inception weights, or cannot be read without running code ({type(error).__name__})") from None
+        reason = f"not to be read without running code ({type(error).__name__})"
+        raise ValueError(f"{path} holds no Inception weights, or is {reason}") from None
 
 
-def build(state: dict[str, torch.Tensor], layers: Sequence[str]) -> torch.nn.Module:
-    """torch-fidelity's network with these weights; it gives a tuple of `layers`. Raises ValueError where they do not fit."""
+def build(state: dict[str, torch.Tensor], layers: list[str]) -> torch.nn.Module:
+    """torch-fidelity's network with these weights, giving a tuple of `layers`. Raises ValueError if they do not fit."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     own_bytes = io.BytesIO()  # the constructor unpickles whatever file it is given: it gets what we have just written
     torch.save(state, own_bytes)
     own_bytes.seek(0)
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", list(layers), feature_extractor_weights_path=own_bytes)
+        return FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=own_bytes)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(f"these are not Inception's weights: {' '.join(str(error).split())[:200]}") from None
 

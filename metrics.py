@@ -84,10 +84,10 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians; mu (D,), sigma (D, D), float64.
 
-    tr (S1 S2)^(1/2) is the sum of the singular values of F1' F2, where S = F F': the error stays that of one rounding, where
-    the roots of eigenvalues of S1 S2 (or SciPy's sqrtm) turn a rounding of 1e-16 into 1e-8. Negative eigenvalues beyond
-    rounding, which no covariance has, are clamped and logged. Raises ValueError for shapes that differ and for numbers that
-    are not finite.
+    tr (S1 S2)^(1/2) is the sum of the singular values of F1' F2, where S = F F': the error stays that of one rounding,
+    where roots of eigenvalues of S1 S2 (or SciPy's sqrtm) turn a rounding of 1e-16 into 1e-8. Negative eigenvalues
+    beyond rounding, which no covariance has, are clamped and logged. Raises ValueError for shapes that differ and for
+    numbers that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (torch.from_numpy(np.asarray(a, np.float64)) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
@@ -122,7 +122,7 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
 
 
 def inception_score(logits: torch.Tensor, split_size: int = 5000) -> tuple[float, float]:
-    """Mean and standard deviation over splits of `split_size` images, one split where there are fewer; logits (N, K)."""
+    """Mean and standard deviation over splits of `split_size` images, at least one split; logits (N, K)."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     scores = isc_features_to_metric(logits, splits=max(1, len(logits) // split_size), shuffle=False)
@@ -132,18 +132,18 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> tuple[float
 def precision_recall(generated: torch.Tensor, real: torch.Tensor, k: int = 3, rows: int = 1000) -> tuple[float, float]:
     """Share of generated (N, D) inside the k-neighbourhoods of real (M, D), and the other way round.
 
-    Distances are made in blocks of `rows`, N * rows numbers at a time. Both sets need more than k images, else ValueError.
+    Distances are made in blocks of `rows`, N * rows numbers at a time. Raises ValueError for k images or fewer.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
     if min(len(generated), len(real)) <= k:
-        raise ValueError(f"{len(generated)} against {len(real)} images; precision and recall need more than {k} of each")
+        raise ValueError(f"{len(generated)} against {len(real)} images; precision and recall need more than {k}")
     centre = real.mean(0)  # distances stay, and rounding of |a|^2 + |b|^2 - 2ab shrinks
     return calculate_precision_recall_part(generated - centre, real - centre, neighborhood=k, batch_size=rows)
 
 
 def kernel_distance(generated: torch.Tensor, real: torch.Tensor, subsets: int = 100) -> tuple[float, float]:
-    """Mean and standard deviation of the squared MMD with the cubic kernel over random subsets of at most 1,000 images."""
+    """Mean and standard deviation of the squared MMD, cubic kernel, over random subsets of at most 1,000 images."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(1000, len(generated), len(real))

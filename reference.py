@@ -1,4 +1,4 @@
-"""What samples are compared with: statistics of real images in one extractor's features, kept as an .npz of plain arrays.
+"""What samples are compared with: statistics of real images in an extractor's features, as an .npz of plain arrays.
 
     mu (D,), sigma (D, D)            float64, with N - 1
     mu_s (2023,), sigma_s            the same of Inception's spatial features, for sFID
@@ -72,7 +72,7 @@ def write_reference(path: Path, reference: Reference) -> None:
 
 
 def read_reference(path: str | Path) -> Reference:
-    """Raises ValueError where mu or sigma is missing, of the wrong shape or not finite, and for damaged or pickled files."""
+    """Raises ValueError for mu or sigma missing, misshapen or not finite, and for damaged or pickled files."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no reference {path}; needed: an .npz by `python fid.py ref`, or ADM's VIRTUAL_*.npz")
@@ -91,11 +91,13 @@ def read_reference(path: str | Path) -> Reference:
 
 def check_extractor(reference: Reference, extractor: Extractor) -> None:
     """Raises ValueError for a reference made with other features than `extractor`'s."""
-    made_with, needed = (reference.extractor, reference.extractor_sha256), (extractor.name, extractor.sha256)
-    if made_with[0] != needed[0] or (made_with[1] not in (None, needed[1]) and not {made_with[1], needed[1]} <= inception.TRUE_WEIGHTS):
+    made_with, sha256 = reference.extractor, reference.extractor_sha256
+    same_weights = sha256 in (None, extractor.sha256) or {sha256, extractor.sha256} <= inception.TRUE_WEIGHTS
+    if made_with != extractor.name or not same_weights:
         raise ValueError(
-            f"{reference.source} was made with {made_with[0]} ({str(made_with[1])[:8]}), "
-            f"the extractor is {needed[0]} ({needed[1][:8]}); needed: one and the same"
+            f"{reference.source} was made with {made_with} ({str(sha256)[:8]}), "
+            f"the extractor is {extractor.name} ({extractor.sha256[:8]}); needed: one and the same"
         )
     if len(reference.mu) != extractor.num_features:
-        raise ValueError(f"{reference.source} has {len(reference.mu)} features; {extractor.name} gives {extractor.num_features}")
+        given = f"{extractor.name} gives {extractor.num_features}"
+        raise ValueError(f"{reference.source} has {len(reference.mu)} features; {given}")

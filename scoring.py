@@ -1,7 +1,7 @@
 """Images into scores: `score` for features of any images, `evaluate` for a run, which generates them first.
 
-Training and the command line share this code. On several processes each takes the block of images that `share` names, one
-message adds the statistics up, and the first process makes the scores of them.
+Training and the command line share this code. On several processes each takes the block of images that `share` names,
+one message adds the statistics up, and the first process makes the scores of them.
 """
 
 import dataclasses
@@ -59,7 +59,8 @@ def share(n: int) -> range:
     state = start_processes()
     if n < max(2, state.num_processes):
         raise ValueError(f"{n} images on {state.num_processes} processes; needed: at least 2, and one each")
-    return range(n * state.process_index // state.num_processes, n * (state.process_index + 1) // state.num_processes)
+    first, after = (n * i // state.num_processes for i in (state.process_index, state.process_index + 1))
+    return range(first, after)
 
 
 def measure(
@@ -113,27 +114,33 @@ def score(
     measured = measure(batches, extractor, spatial="sfid" in metrics, logits="is" in metrics or with_classes, keep=keep)
     if not start_processes().is_main_process:
         return {}
-    stats, spatial = measured.stats, measured.spatial
-    assert stats.count == n, f"{stats.count} images, {n} were announced"
+    assert measured.stats.count == n, f"{measured.stats.count} images, {n} were announced"
     if n <= extractor.num_features:
         log.warning("%d images are too few for %d features: distances come out too large", n, extractor.num_features)
-    scores = {}
-    if "fd" in metrics:
-        scores[distance_name(extractor, n)] = frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma)
-    if "sfid" in metrics:
-        name = "s" + distance_name(extractor, n)
-        scores[name] = frechet_distance(spatial.mu, spatial.sigma, reference.mu_s, reference.sigma_s)
-    if "is" in metrics:
-        scores["inception_score"], scores["inception_score_std"] = inception_score(measured.logits)
-    if keep is not None:
-        pool = measured.pool.to(extractor.device)
-        real = torch.from_numpy(reference.features).to(pool)
-    if "pr" in metrics:
-        scores["precision"], scores["recall"] = precision_recall(pool, real)
-    if "kid" in metrics:
-        scores["kid"], scores["kid_std"] = kernel_distance(pool, real)
+    scores = scores_of(measured, metrics, reference, distance_name(extractor, n), extractor.device)
     if with_classes:
         scores["class_accuracy"] = (measured.logits.argmax(1) == labels).double().mean().item()
+    return scores
+
+
+def scores_of(
+    measured: Measured, metrics: Sequence[str], reference: Reference, distance: str, device: torch.device
+) -> dict[str, float]:
+    """The metrics by name. distance: what the Frechet distance is called here."""
+    scores, stats, spatial = {}, measured.stats, measured.spatial
+    if "fd" in metrics:
+        scores[distance] = frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma)
+    if "sfid" in metrics:
+        scores[f"s{distance}"] = frechet_distance(spatial.mu, spatial.sigma, reference.mu_s, reference.sigma_s)
+    if "is" in metrics:
+        scores["inception_score"], scores["inception_score_std"] = inception_score(measured.logits)
+    if measured.pool is not None:
+        generated = measured.pool.to(device)
+        real = torch.from_numpy(reference.features).to(generated)
+    if "pr" in metrics:
+        scores["precision"], scores["recall"] = precision_recall(generated, real)
+    if "kid" in metrics:
+        scores["kid"], scores["kid_std"] = kernel_distance(generated, real)
     return scores
 
 
@@ -163,7 +170,7 @@ def distance_name(extractor: Extractor, n: int) -> str:
 def evaluate(
     run: sample.Run, settings: DictConfig, extractor: Extractor, reference: Reference, parts: Path | None = None
 ) -> dict:
-    """Generates images with a run and scores them: what metrics.json holds; on all processes but the first an empty dict.
+    """Generates images with a run and scores them: what metrics.json holds; on processes but the first an empty dict.
 
     settings: keys of configs/fid.yaml: the guidance, seeds, labels, steps, batch_size, metrics.
     parts: a folder that keeps the features of each finished batch, so that a call cut short goes on where it was.

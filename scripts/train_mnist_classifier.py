@@ -1,7 +1,7 @@
 """Trains the digit classifier behind `fd_mnist` and `class_accuracy`: python scripts/train_mnist_classifier.py
 
-4,500 real digits with light augmentation, 20 epochs, about 40 s on two cores; then its accuracy on 500 digits it has never
-seen. Writes assets/mnist_classifier.safetensors.
+4,500 real digits with light augmentation, 20 epochs, about 40 s on two cores; then its accuracy on 500 digits that it
+has never seen. Writes assets/mnist_classifier.safetensors.
 """
 
 import math
@@ -70,7 +70,8 @@ def main() -> None:
         right = net(images).logits.argmax(1) == labels
     MNIST_WEIGHTS.parent.mkdir(exist_ok=True)
     save_file(net.state_dict(), MNIST_WEIGHTS)
-    print(f"{right.float().mean():.4f} of {len(labels)} unseen digits, {time.time() - started:.0f} s: {MNIST_WEIGHTS.name}")
+    seconds = time.time() - started
+    print(f"{right.float().mean():.4f} of {len(labels)} unseen digits, {seconds:.0f} s: {MNIST_WEIGHTS.name}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def test_classifier_refuses_other_sizes(classifier):
 
 
 def test_training_script_learns_in_two_epochs(digits, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_mnist_classifier", ROOT / "scripts" / "train_mnist_classifier.py")
+    path = ROOT / "scripts" / "train_mnist_classifier.py"
+    spec = importlib.util.spec_from_file_location("train_mnist_classifier", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "EPOCHS", 2)

@@ -1,8 +1,10 @@
 """Scores against independent computations in float64, and the command line."""
 
+import itertools
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -98,10 +100,10 @@ def test_statistics_do_not_depend_on_batches_order_or_split():
         assert parts[0].count == 1000
         np.testing.assert_allclose(parts[0].mu, mu, rtol=0, atol=1e-9)
         np.testing.assert_allclose(parts[0].sigma, sigma, rtol=0, atol=1e-9)
+    lonely = FeatureStats(32)
+    lonely.update(shuffled[:1])
     with pytest.raises(ValueError, match="at least 2"):
-        stats = FeatureStats(32)
-        stats.update(shuffled[:1])
-        stats.sigma
+        _ = lonely.sigma
 
 
 class Given(torch.nn.Module):
@@ -112,7 +114,8 @@ class Given(torch.nn.Module):
 
 def made_features(n: int, seed: int) -> features.Features:
     rng = np.random.default_rng(seed)
-    return features.Features(*map(torch.from_numpy, (gaussian(n, 16, seed), rng.normal(size=(n, 10)), gaussian(n, 20, seed))))
+    arrays = gaussian(n, 16, seed), rng.normal(size=(n, 10)), gaussian(n, 20, seed)
+    return features.Features(*map(torch.from_numpy, arrays))
 
 
 def score_made(path: Path) -> dict:
@@ -122,9 +125,8 @@ def score_made(path: Path) -> dict:
     starts = range(rows.start, rows.stop, 7)
     batches = (features.Features(*(t[start : min(start + 7, rows.stop)] for t in generated)) for start in starts)
     extractor = features.Extractor("inception", Given(), "made", torch.device("cpu"))
-    reference = Reference(
-        *moments(real.pool.numpy()), *moments(real.spatial.numpy()), real.pool.numpy(), extractor_sha256="made"
-    )
+    pool, spatial = real.pool.numpy(), real.spatial.numpy()
+    reference = Reference(*moments(pool), *moments(spatial), pool, extractor_sha256="made")
     result = scoring.score(batches, 101, extractor, reference)
     if result:
         path.write_text(json.dumps(result))
@@ -147,8 +149,8 @@ def test_scores_are_those_of_the_features(tmp_path):
 
 def test_two_processes_score_as_one(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
-    script = f"import sys; from pathlib import Path; from tests.test_fid import score_made; score_made(Path({str(tmp_path / 'two.json')!r}))"
-    (tmp_path / "two.py").write_text(script)
+    call = f"score_made(Path({str(tmp_path / 'two.json')!r}))"
+    (tmp_path / "two.py").write_text(f"from pathlib import Path\nfrom tests.test_fid import score_made\n{call}\n")
     done = subprocess.run(
         [sys.executable, *launcher, str(tmp_path / "two.py")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
@@ -205,7 +207,8 @@ def test_kernel_distance_is_the_unbiased_mmd():
 
 def test_reference_survives_the_disk(tmp_path):
     mu, sigma = moments(gaussian(50, 8, 0))
-    before = Reference(mu, sigma, features=np.ones((5, 8), np.float32), n=50, extractor="mnist", extractor_sha256="ab")
+    single = np.ones((5, 8), np.float32)
+    before = Reference(mu, sigma, features=single, n=50, extractor="mnist", extractor_sha256="ab")
     write_reference(tmp_path / "r.npz", before)
     after = read_reference(tmp_path / "r.npz")
     for name in ("mu", "sigma", "features"):
@@ -250,9 +253,10 @@ def calc(*overrides: str) -> dict:
 
 
 def test_folder_zip_and_npz_score_alike(pictures, digits, tmp_path, capsys):
+    settings = [f"digits={digits}", "batch_size=16", "metrics=[fd,pr]"]
     results = [
-        calc(f"images={pictures / name}", f"digits={digits}", f"out={tmp_path / str(i)}", "batch_size=16", "metrics=[fd,pr]")
-        for i, name in enumerate(("folder", "images.zip", "images.npz", "compressed.npz"))
+        calc(f"images={pictures / name}", f"out={tmp_path / name}", *settings)
+        for name in ("folder", "images.zip", "images.npz", "compressed.npz")
     ]
     assert "fd_mnist" in capsys.readouterr().out
     for result in results[1:]:
@@ -262,14 +266,17 @@ def test_folder_zip_and_npz_score_alike(pictures, digits, tmp_path, capsys):
     assert len(results[0]["extractor_sha256"]) == 64 and results[0]["commit"]
 
 
-def test_real_digits_score_well_and_noise_badly(digits, tmp_path):
-    images, _ = features.digits("val", digits)
-    np.savez(tmp_path / "real.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    real = calc(f"images={tmp_path / 'real.npz'}", f"digits={digits}", f"out={tmp_path / 'real'}", "metrics=[fd,pr]")
-    np.savez(tmp_path / "noise.npz", arr_0=noise(500, 28).permute(0, 2, 3, 1).numpy())
-    bad = calc(f"images={tmp_path / 'noise.npz'}", f"digits={digits}", f"out={tmp_path / 'noise'}", "metrics=[fd,pr]")
-    assert real["fd_mnist"] < 5 < 200 < bad["fd_mnist"]
-    assert real["precision"] > 0.7 and real["recall"] > 0.7 and bad["precision"] < 0.05
+def test_real_digits_score_well_and_noise_badly(digits, tmp_path, monkeypatch, capsys):
+    """The table of scripts/sanity_scores.py, without a run."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "mnist").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "scripts" / "sanity_scores.py"))["main"](None)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    half, unseen, noisy = ([float(cell) for cell in row[2:5]] for row in rows)
+    for distance, precision, recall in (half, unseen):
+        assert distance < 2 and precision > 0.7 and recall > 0.7
+    assert noisy[0] > 200 and noisy[1] < 0.05
 
 
 def test_grey_images_are_repeated_and_said(tmp_path, digits, caplog):
@@ -326,7 +333,7 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("case", BAD_IMAGES)
 def test_bad_images_get_one_line(case, tmp_path, digits):
     make, message = BAD_IMAGES[case]
-    path = tmp_path / ("images" if "folder" in case or make in (mixed_sizes, alpha, no_image) else "images.npz")
+    path = tmp_path / ("images" if case in ("empty folder", "no image", "mixed sizes", "alpha") else "images.npz")
     make(path)
     with pytest.raises(cli.USER_ERRORS, match=message) as error:
         fid.main(["calc", f"images={path}", f"digits={digits}", f"out={tmp_path / 'out'}"])
@@ -351,8 +358,9 @@ def test_bad_references_get_one_line(case, tmp_path, pictures):
     arrays, message = BAD_REFERENCES[case]
     if arrays is not None:
         np.savez(tmp_path / "ref.npz", **arrays)
+    images, reference = pictures / "images.npz", tmp_path / "ref.npz"
     with pytest.raises(cli.USER_ERRORS, match=message) as error:
-        fid.main(["calc", f"images={pictures / 'images.npz'}", f"ref={tmp_path / 'ref.npz'}", f"out={tmp_path / 'out'}"])
+        fid.main(["calc", f"images={images}", f"ref={reference}", f"out={tmp_path / 'out'}"])
     assert "\n" not in cli.one_line(error.value)
 
 
@@ -390,10 +398,10 @@ def trained(tmp_path_factory, digits):
     """A run folder with two checkpoints of a tiny model of digits, hardly trained."""
     root = tmp_path_factory.mktemp("runs")
     overrides = [
-        "run_name=tiny", f"results_dir={root}", f"data.path={digits}", "model.depth=6", "model.hidden_size=32",
-        "model.num_heads=2", "train.max_steps=2", "train.global_batch_size=8", "train.warmup_steps=0", "train.decay_steps=0",
+        "run_name=tiny", f"results_dir={root}", f"data.path={digits}", "sampler.num_steps=2", "preview.every=0",
+        "model.depth=6", "model.hidden_size=32", "model.num_heads=2",
+        "train.max_steps=2", "train.global_batch_size=8", "train.warmup_steps=0", "train.decay_steps=0",
         "train.compile=off", "train.precision=fp32", "train.save_every=1", "train.val_every=0", "train.keep_last=2",
-        "preview.every=0", "sampler.num_steps=2",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -434,11 +442,12 @@ def test_scoring_cut_short_goes_on_where_it_was(trained, digits, tmp_path, monke
     assert not (tmp_path / "cut" / "parts").exists()
 
 
-def test_killed_and_started_again(trained, digits, tmp_path):
+def test_killed_and_started_again(trained, digits, tmp_path, monkeypatch):
     """SIGKILL at some batch of 160 images: finished batches stay untouched and the numbers are those of one go."""
     out = tmp_path / "killed"
-    command = [sys.executable, "fid.py", "calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-159", "batch_size=10", "steps=4", "metrics=[fd]"]
-    process = subprocess.Popen([*command, f"out={out}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    settings = [f"ckpt={trained}", f"digits={digits}", "seeds=0-159", "batch_size=10", "steps=4", "metrics=[fd]"]
+    command = [sys.executable, "fid.py", "calc", *settings, f"out={out}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not (finished := list(out.glob("parts/*/*.safetensors"))) and time.time() < deadline:
         time.sleep(0.02)
@@ -446,28 +455,30 @@ def test_killed_and_started_again(trained, digits, tmp_path):
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*/*.safetensors")}
     assert 0 < len(finished) < 16
-    kept = tmp_path / "kept"
-    read_part = scoring.read_part
-    read = []
-    scoring.read_part = lambda path, device: read.append((path.name, path.stat().st_mtime_ns)) or read_part(path, device)
-    try:
-        again = calc(*command[3:], f"out={out}")
-    finally:
-        scoring.read_part = read_part
-    assert dict(read) == finished
-    once = calc(*command[3:], f"out={kept}")
+    read, read_part = {}, scoring.read_part
+
+    def watched(path, device):
+        read[path.name] = path.stat().st_mtime_ns
+        return read_part(path, device)
+
+    monkeypatch.setattr(scoring, "read_part", watched)
+    again = calc(*settings, f"out={out}")
+    assert read == finished
+    once = calc(*settings, f"out={tmp_path / 'once'}")
     assert again["fd_mnist"] == pytest.approx(once["fd_mnist"], rel=1e-9)
     assert again["class_accuracy"] == once["class_accuracy"]
 
 
 def test_metrics_json_says_what_the_number_depends_on(trained, digits):
-    fid.main(["calc", f"ckpt={trained}", f"digits={digits}", "seeds=5-40", "guidance=sparse", "steps=3", "labels=balanced"])
+    settings = ["seeds=5-40", "guidance=sparse", "steps=3", "labels=balanced"]
+    fid.main(["calc", f"ckpt={trained}", f"digits={digits}", *settings])
     (path,) = trained.glob("eval/*sparse*/metrics.json")
     assert path.parent.name.startswith("0000002-fd_mnist-sparse")
     result = json.loads(path.read_text(), parse_constant=pytest.fail)  # plain JSON: no Infinity
     expected = {
-        "n": 36, "seeds": "5-40", "labels": "balanced", "weights": "ema", "step": 2, "rounding": "nearest", "weak_label": "same",
-        "codec": {"_target_": "autoencoder.PixelCodec"}, "extractor": "mnist", "reference_n": 4500, "processes": 1,
+        "n": 36, "seeds": "5-40", "labels": "balanced", "weights": "ema", "step": 2, "weak_label": "same",
+        "codec": {"_target_": "autoencoder.PixelCodec"}, "rounding": "nearest",
+        "extractor": "mnist", "reference_n": 4500, "processes": 1,
     }  # fmt: skip
     assert result | expected == result
     assert result["gamma_strong"] < result["gamma_weak"] and result["sampler"]["num_steps"] == 3
@@ -478,15 +489,12 @@ def test_metrics_json_says_what_the_number_depends_on(trained, digits):
 
 
 def test_several_rows_make_a_table_and_a_plot(trained, digits, tmp_path, capsys):
-    fid.main([
-        "calc", f"ckpt={trained}/checkpoints/step_*", f"digits={digits}", f"out={tmp_path}", "weights=ema,raw", "guidance=none,cfg",
-        "seeds=0-19", "steps=1", "metrics=[fd]",
-    ])  # fmt: skip
+    where = [f"ckpt={trained}/checkpoints/step_*", f"digits={digits}", f"out={tmp_path}"]
+    fid.main(["calc", *where, "weights=ema,raw", "guidance=none,cfg", "seeds=0-19", "steps=1", "metrics=[fd]"])
     header, *rows = (tmp_path / "scores.csv").read_text().splitlines()
     assert header.startswith("run,step,weights,guidance,n,fd_mnist,class_accuracy") and len(rows) == 8
-    assert {tuple(row.split(",")[:4]) for row in rows} == {
-        ("tiny", step, weights, f"{guidance}-steps1") for step in "12" for weights in ("ema", "raw") for guidance in ("unguided", "cfg1.5")
-    }
+    settings = itertools.product(["tiny"], ["1", "2"], ["ema", "raw"], ["unguided-steps1", "cfg1.5-steps1"])
+    assert {tuple(row.split(",")[:4]) for row in rows} == set(settings)
     assert len(list(tmp_path.glob("*/metrics.json"))) == 8
     assert Image.open(tmp_path / "scores.png").size[0] > 400
     assert capsys.readouterr().out.count("unguided-steps1") == 4
@@ -509,8 +517,8 @@ def two_folders(tmp_path_factory):
 def test_scores_equal_torch_fidelitys_command(two_folders, tmp_path):
     weights, sha256 = write_made_weights(tmp_path)
     theirs = subprocess.run(
-        [sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--json", "--silent", "--isc", "--fid", "--isc-splits", "1",
-         "--no-samples-shuffle", "--no-cache", "--feature-extractor-weights-path", str(weights),
+        [sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--json", "--silent", "--isc", "--fid",
+         "--isc-splits", "1", "--no-samples-shuffle", "--no-cache", "--feature-extractor-weights-path", str(weights),
          "--input1", str(two_folders / "a"), "--input2", str(two_folders / "b")],
         capture_output=True, text=True,
     )  # fmt: skip
@@ -518,7 +526,8 @@ def test_scores_equal_torch_fidelitys_command(two_folders, tmp_path):
     theirs = json.loads(theirs.stdout)
     made = [f"extractor_weights={weights}", f"extractor_sha256={sha256}", "extractor=inception", "batch_size=4"]
     fid.main(["ref", f"images={two_folders / 'b'}", f"out={tmp_path / 'ref.npz'}", *made])
-    ours = calc(f"images={two_folders / 'a'}", f"ref={tmp_path / 'ref.npz'}", f"out={tmp_path / 'out'}", "metrics=[fd,is]", *made)
+    scored = [f"images={two_folders / 'a'}", f"ref={tmp_path / 'ref.npz'}", f"out={tmp_path / 'out'}"]
+    ours = calc(*scored, "metrics=[fd,is]", *made)
     assert ours["fd_inception"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     made_reference = read_reference(tmp_path / "ref.npz")

@@ -1,0 +1,56 @@
+"""Scores where the answer is known, as a Markdown table: python scripts/sanity_scores.py [RUN]
+
+Real digits against other real digits, noise, and, where a run or checkpoint is named, 1,000 of its samples.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
+import fid  # noqa: E402
+import sample  # noqa: E402
+from features import digits, load_extractor  # noqa: E402
+from metrics import FeatureStats  # noqa: E402
+from randomness import seeded_generator  # noqa: E402
+from reference import Reference, digits_reference, reference_from  # noqa: E402
+
+COLUMNS = ("n", "fd_mnist", "precision", "recall", "class_accuracy")
+
+
+def main(ckpt: str | None) -> None:
+    extractor = load_extractor("mnist")
+    train, train_labels = digits("train")
+    unseen, unseen_labels = digits("val")
+    reference = digits_reference(extractor)
+
+    def show(name: str, scores: dict) -> None:
+        cells = [scores.get(column, "") for column in COLUMNS]
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else f"{cell}" for cell in cells]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+    def score(name: str, images: torch.Tensor, labels: torch.Tensor | None, against: Reference) -> None:
+        batches = map(extractor, images.split(250))
+        show(name, {"n": len(images), **fid.score(batches, len(images), extractor, against, labels=labels)})
+
+    print(f"| images | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
+    half = extractor(train[0::2]).pool
+    stats = FeatureStats(extractor.num_features)
+    stats.update(half)
+    half_reference = reference_from(stats, None, half, extractor, "half")
+    score("one half of the digits, against the other", train[1::2], train_labels[1::2], half_reference)
+    score("500 digits that the classifier has not seen", unseen, unseen_labels, reference)
+    if ckpt is not None:
+        config = cli.load_config("fid", [f"ckpt={ckpt}", "metrics=[fd,pr]"])
+        show("samples of the run", fid.evaluate(sample.load_run(ckpt), config, extractor, reference))
+    noise = torch.randint(0, 256, (1000, 3, 28, 28), generator=seeded_generator("sanity noise"), dtype=torch.uint8)
+    score("noise", noise, None, reference)
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1] if len(sys.argv) > 1 else None)
