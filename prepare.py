@@ -153,10 +153,13 @@ def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.L
 
 def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[State, object]:
     """(state, objective) before the first step; `new` ones start from cfg.init_from, if any. Raises ValueError."""
+    starts_elsewhere = new and cfg.init_from is not None
+    if starts_elsewhere:
+        checkpoint.find(cfg.init_from)
     torch.manual_seed(cfg.seed)  # initial weights; the training maths never uses the global generator
     model = instantiate(cfg.model).to(dist.device)
     objective = instantiate(cfg.objective)
-    if new and cfg.init_from is not None:
+    if starts_elsewhere:
         start_from(cfg.init_from, model, objective)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, cfg)

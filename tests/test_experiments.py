@@ -1,0 +1,88 @@
+"""Every row of the paper's tables is one command, and each of them starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import cli
+import cost
+import train as training
+from prepare import build
+from processes import start_processes
+
+SIZES = {"S": 12, "B": 12, "L": 24, "XL": 28}
+PUBLISHED = {f"{model} {size}/2": f"{overrides} model.size=DiT-{size}/2" for model, overrides in {
+    "DiT": "experiment=imagenet256 model=dit objective=ddpm",
+    "DiT + TREAD": "experiment=imagenet256 model=tread",
+    "SiT": "experiment=imagenet256 model=dit objective=rf objective.timesteps=uniform",
+    "SiT + TREAD": "experiment=imagenet256 model=tread objective=rf objective.timesteps=uniform",
+}.items() for size in SIZES}  # fmt: skip
+ROWS = PUBLISHED | {
+    "LightningDiT XL/1": "experiment=lightningdit model=lightningdit",
+    "LightningDiT XL/1 + TREAD": "experiment=lightningdit",
+    "DiT + TREAD, 160 epochs": "experiment=imagenet256 train.max_steps=800000",
+    "DiT + TREAD, 680 epochs": "experiment=imagenet256 train.max_steps=3400000",
+    "DiT + TREAD (F)": "experiment=finetune init_from=null",
+}
+SMALL = ["model.depth=6", "model.hidden_size=64", "model.num_heads=2", "train.global_batch_size=2", "train.precision=fp32"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_each_row_dry_runs(row, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "open_data", None)  # no data is asked for
+    overrides = [*ROWS[row].split(), *SMALL, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
+    assert training.train(cli.load_config("config", overrides)) == 0
+    out = capsys.readouterr().out
+    assert "GPU-hours" in out and "dry run    one step" in out and "nan" not in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_each_row_has_the_papers_setting(row):
+    cfg = cli.load_config("config", ROWS[row].split())
+    with torch.device("meta"):
+        model = training.instantiate(cfg.model)
+    size = row.split("/")[0].split()[-1]
+    assert len(model.blocks) == SIZES.get(size, 28)
+    routes = [(r.selection_ratio, r.start_layer_idx, r.end_layer_idx) for r in model.routes]
+    assert routes == ([(0.5, 2, len(model.blocks) - 4)] if "TREAD" in row and "(F)" not in row else [])
+    assert model.num_tokens == 256 and model.num_classes == 1000
+    train = cfg.train
+    expected = (80000, 1024, 2e-4) if "Lightning" in row else (400000, 256, 1e-4)
+    if row in PUBLISHED or "Lightning" in row:
+        assert (train.max_steps, train.global_batch_size, train.lr) == expected
+    assert (train.ema_decay, train.label_dropout, train.decay_steps, cfg.optimizer.weight_decay) == (0.9999, 0.1, 0, 0)
+    epochs = {"160 epochs": 160, "680 epochs": 680, "(F)": 60}
+    for name, number in epochs.items():
+        if row.endswith(name):
+            assert train.max_steps * 256 / 1_281_167 == pytest.approx(number, rel=2e-3)
+
+
+def test_finetuning_is_dense_slow_and_from_the_routed_run():
+    cfg = cli.load_config("config", ["experiment=finetune", "results_dir=runs", "data.path=x"])
+    OmegaConf.resolve(cfg)
+    assert cfg.train.lr == 1e-5 and cfg.init_from == "runs/imagenet256-tread-edm" and not cfg.model.routes
+    with pytest.raises(ValueError, match="imagenet256-tread-edm"):  # which is not there: nothing starts from scratch
+        build(cfg, start_processes(), new=True)
+
+
+def test_a_dry_run_from_the_command_line(tmp_path):
+    root = Path(training.__file__).parent
+    command = [sys.executable, "train.py", *ROWS["DiT + TREAD XL/2"].split(), *SMALL, "train.dry_run=true", f"results_dir={tmp_path}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "dry run" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_routing_saves_gpu_hours_as_predicted():
+    hours = {}
+    for row in ("DiT XL/2", "DiT + TREAD XL/2"):
+        cfg = cli.load_config("config", ROWS[row].split())
+        with torch.device("meta"):
+            model = training.instantiate(cfg.model)
+        hours[row] = cost.gpu_hours(model.macs(training.Routing()), cfg)
+    assert hours["DiT + TREAD XL/2"] / hours["DiT XL/2"] == pytest.approx(0.5828, abs=5e-4)
