@@ -1,8 +1,8 @@
 """Images at rest, as uint8 batches (B, 3, H, W): a folder, a zip, a tar, or an .npz with `arr_0` (uint8, NHWC)."""
 
 import io
-import logging
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,6 @@ from data.tree import Tree, open_tree
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 DECODERS = 8                                        # threads; Pillow decodes without the interpreter's lock
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Images:
 def open_images(path: str | Path) -> Images:
     """Images of a folder (searched through), a zip or a tar, in the order of their names, or of an .npz.
 
-    Grey images become three equal channels, which is logged. Raises ValueError where there are no images, and, when
+    Grey images become three equal channels, which is said. Raises ValueError where there are no images, and, when
     they are read, for what is not 8-bit grey or RGB and for mixed sizes.
     """
     path = Path(path)
@@ -129,7 +127,7 @@ def _decode(tree: Tree, name: str, path: Path) -> Image.Image:
 
 
 def _say_grey(path: Path) -> None:
-    log.warning("%s: grey images, repeated to three channels", path)
+    print(f"warning: {path} holds grey images, repeated to three channels", file=sys.stderr)
 
 
 def _size(image: Image.Image) -> str:

@@ -7,7 +7,6 @@ one message adds the statistics up, and the first process makes the scores of th
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import subprocess
 import sys
@@ -41,8 +40,6 @@ from processes import start_processes
 from reference import Reference, check_extractor
 
 METRICS = ("fd", "sfid", "is", "pr", "kid")
-
-log = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
@@ -116,7 +113,8 @@ def score(
         return {}
     assert measured.stats.count == n, f"{measured.stats.count} images, {n} were announced"
     if n <= extractor.num_features:
-        log.warning("%d images are too few for %d features: distances come out too large", n, extractor.num_features)
+        few = f"{n} images are too few for {extractor.num_features} features: distances come out too large"
+        print(f"warning: {few}", file=sys.stderr)
     scores = scores_of(measured, metrics, reference, distance_name(extractor, n), extractor.device)
     if with_classes:
         scores["class_accuracy"] = (measured.logits.argmax(1) == labels).double().mean().item()
