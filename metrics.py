@@ -127,7 +127,7 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> tuple[float
     return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
 
 
-def precision_recall(generated: torch.Tensor, real: torch.Tensor, k: int = 3, rows: int = 1000) -> tuple[float, float]:
+def precision_recall(generated: torch.Tensor, real: torch.Tensor, k: int = 3, rows: int = 500) -> tuple[float, float]:
     """Share of generated (N, D) inside the k-neighbourhoods of real (M, D), and the other way round.
 
     Distances are made in blocks of `rows`, N * rows numbers at a time. Raises ValueError for k images or fewer.
