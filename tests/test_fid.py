@@ -25,7 +25,6 @@ import metrics
 import sample
 import scoring
 from metrics import FeatureStats, frechet_distance
-from processes import start_processes
 from reference import Reference, read_reference, write_reference
 from tests.made_inception import noise, write_made_weights
 
@@ -129,8 +128,6 @@ def score_made(path: Path) -> dict:
     result = scoring.score(batches, 101, extractor, reference)
     if result:
         path.write_text(json.dumps(result))
-    start_processes().wait_for_everyone()
-    start_processes().destroy_process_group()
     return result
 
 
@@ -144,19 +141,6 @@ def test_scores_are_those_of_the_features(tmp_path):
     assert (result["precision"], result["recall"]) == metrics.precision_recall(generated.pool, real.pool)
     assert (result["inception_score"], result["inception_score_std"]) == metrics.inception_score(generated.logits)
     assert (result["kid"], result["kid_std"]) == metrics.kernel_distance(generated.pool, real.pool)
-
-
-def test_two_processes_score_as_one(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
-    call = f"score_made(Path({str(tmp_path / 'two.json')!r}))"
-    (tmp_path / "two.py").write_text(f"from pathlib import Path\nfrom tests.test_fid import score_made\n{call}\n")
-    done = subprocess.run(
-        [sys.executable, *launcher, str(tmp_path / "two.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = score_made(tmp_path / "one.json"), json.loads((tmp_path / "two.json").read_text())
-    assert two.keys() == one.keys() and two == pytest.approx(one, rel=1e-9, abs=1e-9)
 
 
 # ---- Inception score, precision and recall, KID
@@ -498,6 +482,29 @@ def test_several_rows_make_a_table_and_a_plot(trained, digits, tmp_path, capsys)
     assert len(list(tmp_path.glob("*/metrics.json"))) == 8
     assert Image.open(tmp_path / "scores.png").size[0] > 400
     assert capsys.readouterr().out.count("unguided-steps1") == 4
+
+
+def test_two_processes_score_as_one(trained, digits, tmp_path):
+    """Given features, and a run whose images the two share; each settings' numbers are those of one process."""
+    settings = ["calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-30", "batch_size=4"]
+    (tmp_path / "two.py").write_text(
+        "from pathlib import Path\nimport fid\nfrom tests.test_fid import score_made\n"
+        f"score_made(Path({str(tmp_path / 'made2.json')!r}))\nfid.main({[*settings, f'out={tmp_path}/2']!r})\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "two.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = score_made(tmp_path / "made1.json"), json.loads((tmp_path / "made2.json").read_text())
+    assert two.keys() == one.keys() and two == pytest.approx(one, rel=1e-9, abs=1e-9)
+
+    fid.main([*settings, f"out={tmp_path / '1'}"])
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name in ("fd_mnist", "precision", "recall", "class_accuracy", "network_calls"):
+        assert two[name] == pytest.approx(one[name], rel=1e-6)
 
 
 # ---- Inception, with made weights: what torch-fidelity's own command says
