@@ -1,5 +1,6 @@
 """Every row of the paper's tables is one command, and each of them starts."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,16 @@ ROWS = PUBLISHED | {
 SMALL = ["model.depth=6", "model.hidden_size=64", "model.num_heads=2", "train.global_batch_size=2"]
 
 
+@functools.cache
+def config(row):
+    return cli.load_config("config", ROWS[row].split())
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_each_row_dry_runs(row, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "open_data", None)  # no data is asked for
-    overrides = [*ROWS[row].split(), *SMALL, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
-    assert training.train(cli.load_config("config", overrides)) == 0
+    overrides = [*SMALL, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
+    assert training.train(OmegaConf.merge(config(row), OmegaConf.from_dotlist(overrides))) == 0
     out = capsys.readouterr().out
     assert "GPU-hours" in out and "dry run    one step" in out and "nan" not in out
     assert not list(tmp_path.iterdir())
@@ -43,7 +49,7 @@ def test_each_row_dry_runs(row, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_each_row_has_the_papers_setting(row):
-    cfg = cli.load_config("config", ROWS[row].split())
+    cfg = config(row)
     with torch.device("meta"):
         model = training.instantiate(cfg.model)
     size = row.split("/")[0].split()[-1]
@@ -81,7 +87,7 @@ def test_a_dry_run_from_the_command_line(tmp_path):
 def test_routing_saves_gpu_hours_as_predicted():
     hours = {}
     for row in ("DiT XL/2", "DiT + TREAD XL/2"):
-        cfg = cli.load_config("config", ROWS[row].split())
+        cfg = config(row)
         with torch.device("meta"):
             model = training.instantiate(cfg.model)
         hours[row] = cost.gpu_hours(model.macs(training.Routing()), cfg)
