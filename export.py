@@ -4,7 +4,8 @@
     format=dit           a .pt in the layout of official DiT: {"ema": ..., "args": ...}
     format=sit           a .pt that official SiT samples from as it is: our flow with its time and sign turned
 
-All three go back into ckpt=, bit for bit: each carries the config beside the weights.
+All three go back into ckpt=: each carries the config beside the weights. dtype=float16 halves the file and rounds the
+weights, which are loaded as float32 again; without it they go back bit for bit.
 """
 
 import json
@@ -23,17 +24,20 @@ from scoreboard import SCORES
 from scoring import finite
 
 KEPT = ["model", "objective", "sampler", "data", "train", "optimizer", "seed"]  # of the config; not where files lay
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def main(overrides: list[str]) -> None:
     settings = cli.load_config("export", overrides)
     if settings.format not in ("safetensors", "dit", "sit"):
         raise ValueError(f"format={settings.format}; needed: safetensors, dit or sit")
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"dtype={settings.dtype}; needed: {', '.join(DTYPES)}")
     out = Path(settings.out)
     if out.exists():
         raise ValueError(f"out={out} exists already")
     run = load_run(settings.ckpt, settings.weights, device="cpu")
-    tensors = {key: value.contiguous() for key, value in run.model.state_dict().items()}
+    tensors = {key: value.to(DTYPES[settings.dtype]).contiguous() for key, value in run.model.state_dict().items()}
     config = portable_config(run.config)
     out.parent.mkdir(parents=True, exist_ok=True)
     if settings.format == "safetensors":

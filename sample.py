@@ -32,6 +32,14 @@ from solvers import flow_time, solve
 SHIPPED = Path(__file__).resolve().parent / "assets"
 
 
+def load_given(ckpt: str | None, shipped: str, weights: str = "ema", *, precision: str = "fp32") -> Run:
+    """The run of `ckpt`; where that is None, the one in assets/ called `shipped`, with runs/<shipped> as its folder."""
+    run = load_run(ckpt or SHIPPED / shipped, weights, precision=precision)
+    if ckpt is None:
+        run.folder = Path("runs") / shipped
+    return run
+
+
 load_cached = lru_cache(maxsize=1)(load_run)  # scores generate batch by batch
 
 
@@ -195,9 +203,7 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     """The command line. shipped: the run in assets/ that serves where no ckpt is given."""
     config, dist = cli.load_config("sample", overrides), start_processes()
     seeds, guidance = parse_seeds(config.seeds), guidance_from(config)
-    run = load_run(config.ckpt or SHIPPED / shipped, config.weights, precision=config.precision)
-    if config.ckpt is None:
-        run.folder = Path("runs") / shipped  # assets/ is for reading
+    run = load_given(config.ckpt, shipped, config.weights, precision=config.precision)
     run.config.sampler = config.get("sampler") or run.config.sampler
     if config.steps is not None:
         run.config.sampler.num_steps = config.steps

@@ -1,10 +1,11 @@
 """Guidance methods side by side on the embedded digits, with what they cost.
 
-    python scripts/guidance_grid.py picture     rows = methods and scales, columns = the same seeds: grid.png
-    python scripts/guidance_grid.py table       fd_mnist and class accuracy, mean of several sets of seeds: table.md, table.json
-    python scripts/guidance_grid.py map         fd_mnist over gamma_strong and gamma_weak at one scale: map.png, map.json
+    python scripts/guidance_grid.py picture   rows = methods and scales, columns = the same seeds: grid.png
+    python scripts/guidance_grid.py table     fd_mnist, class accuracy over several sets of seeds: table.md, table.json
+    python scripts/guidance_grid.py map       fd_mnist over gamma_strong and gamma_weak at one scale: map.png, map.json
 
-Keys: configs/guidance_grid.yaml. GMACs are multiply-adds, what papers call GFLOPs. An interrupted call goes on where it was.
+Keys: configs/guidance_grid.yaml. GMACs are multiply-adds, what papers call GFLOPs. Interrupted scoring goes on where it
+was.
 """
 
 import json
@@ -76,7 +77,8 @@ def table(run: sample.Run, config: DictConfig, out: Path) -> None:
         print(markdown(results[-1]), flush=True)
     title = ["| method | scale | calls | GMACs | fd_mnist | class accuracy |", "|---|---|---|---|---|---|"]
     (out / "table.md").write_text("\n".join(title + [markdown(result) for result in results]) + "\n")
-    (out / "table.json").write_text(json.dumps({"settings": OmegaConf.to_container(config), "rows": results}, indent=2) + "\n")
+    found = {"settings": OmegaConf.to_container(config), "rows": results}
+    (out / "table.json").write_text(json.dumps(found, indent=2) + "\n")
     print(out / "table.md")
 
 
@@ -136,8 +138,8 @@ VERBS = {"picture": picture, "table": table, "map": heat_map}
 def main(argv: list[str]) -> None:
     verb, overrides = cli.verb(argv or ["picture"], __doc__, tuple(VERBS))
     config = cli.load_config("guidance_grid", overrides)
-    run = sample.load_run(config.ckpt or sample.SHIPPED / "mnist-tread-rf", config.weights, precision=config.precision)
-    out = Path(config.out) if config.out else (run.folder if config.ckpt else Path("runs/mnist-tread-rf")) / "guidance"
+    run = sample.load_given(config.ckpt, "mnist-tread-rf", config.weights, precision=config.precision)
+    out = Path(config.out) if config.out else run.folder / "guidance"
     out.mkdir(parents=True, exist_ok=True)
     print(f"{run.checkpoint}, {run.weights} weights of step {run.step}")
     VERBS[verb](run, config, out)

@@ -1,7 +1,7 @@
 """Which tokens bypass which blocks: `python scripts/show_routes.py`, keys in configs/show_routes.yaml.
 
-A row a seed: the image with the bypassing tokens darkened, for each route, and the whole network, blocks from bottom to top,
-tokens from left to right. The masks are those that the strong branch of sampling draws for this seed.
+A row a seed: the image; for each route, the image with the tokens that bypass it darkened; and the whole network,
+blocks from bottom to top, tokens from left to right. The masks are those that sampling's strong branch draws.
 """
 
 import sys
@@ -42,7 +42,7 @@ def through_blocks(run: sample.Run, kept: list[torch.Tensor]) -> torch.Tensor:
 
 
 def darkened(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, H, W), bool (B, N) -> the same with the patches of other tokens tinted and darkened: (B, H, W, 3)."""
+    """uint8 (B, 3, H, W), bool (B, N) -> the same with the other tokens' patches darkened and tinted: (B, H, W, 3)."""
     side, (height, width) = int(mask.shape[1] ** 0.5), images.shape[2:]
     patches = mask.view(-1, 1, side, side).repeat_interleave(height // side, 2).repeat_interleave(width // side, 3)
     tint = torch.tensor([70, 20, 90]).view(1, 3, 1, 1)
@@ -56,7 +56,7 @@ def main(overrides: list[str]) -> None:
         print(__doc__.strip())
         return
     config = cli.load_config("show_routes", overrides)
-    run = sample.load_run(config.ckpt or sample.SHIPPED / "mnist-tread-rf")
+    run = sample.load_given(config.ckpt, "mnist-tread-rf")
     if not run.model.routes:
         raise ValueError(f"{run.checkpoint} has no routes to show; needed: a model trained with them (model=tread)")
     seeds = sample.parse_seeds(config.seeds)
@@ -79,7 +79,7 @@ def main(overrides: list[str]) -> None:
         axes[row, -1].title.set_fontsize(8)
         for axis in axes[row, :-1]:
             axis.set_axis_off()
-    out = Path(config.out) if config.out else (run.folder if config.ckpt else Path("runs/mnist-tread-rf")) / "routes.png"
+    out = Path(config.out) if config.out else run.folder / "routes.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(out, dpi=120)

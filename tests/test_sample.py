@@ -178,6 +178,29 @@ def test_weights_of_either_objective_run_on_either_sampler(runs, tmp_path):
         assert np.abs(made[0] - made[1]).mean() < 4 < np.abs(made[0] - made[0][::-1]).mean()
 
 
+def test_bf16_weights_are_what_autocast_rounds_to(runs):
+    run, rounded = load_run(runs["rf"]), load_run(runs["rf"], precision="bf16")
+    run.precision = "bf16"
+    assert torch.equal(latents(run, [0, 1]), latents(rounded, [0, 1]))
+    assert rounded.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert rounded.model.final_layer.linear.weight.dtype == torch.float32
+
+
+def test_without_ckpt_the_shipped_run_serves(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "SHIPPED", tmp_path / "assets")
+    export = ["export", f"ckpt={runs['rf']}", f"out={tmp_path / 'assets' / 'mnist-tread-rf'}", "dtype=float16"]
+    checkpoint.main(export)
+    monkeypatch.chdir(tmp_path)
+    rf.main(["sample_tread", "seeds=0-5"])
+    said = capsys.readouterr().out
+    assert "mnist-tread-rf/model.safetensors" in said and "step 2" in said
+    (made,) = (tmp_path / "runs" / "mnist-tread-rf" / "samples").iterdir()
+    assert len(list((made / "images").rglob("*.png"))) == 6
+    shipped, own = (load_run(path) for path in (tmp_path / "assets" / "mnist-tread-rf", runs["rf"]))
+    assert all(p.dtype == torch.float32 for p in shipped.model.parameters())
+    assert (latents(shipped, [0, 1]) - latents(own, [0, 1])).abs().max() < 0.01
+
+
 def test_weak_branch_of_the_runs_own_early_checkpoint(runs):
     run = load_run(runs["rf"])
     weak = sample.load_weak(run, Guidance(1.5, weak_label="same", weak_ckpt="earliest"))

@@ -1,0 +1,60 @@
+"""What sparse guidance costs beside classifier-free guidance, counted and measured: `python scripts/guidance_cost.py`.
+
+One guided prediction of a network with random weights, the two methods in turn, medians; see configs/guidance_cost.yaml.
+Classifier-free guidance runs as one batch of both branches, sparse guidance as two.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+import dit
+import sample
+from guidance import Guidance
+from loading import round_linears
+from processes import start_processes
+from rf import RectifiedFlow
+
+
+def main(overrides: list[str]) -> None:
+    if set(overrides) & {"-h", "--help"}:
+        print(__doc__.strip())
+        return
+    config = cli.load_config("guidance_cost", overrides)
+    methods = {
+        "classifier-free": Guidance(1.5),
+        "sparse": Guidance(1.5, None, config.gamma_strong, config.gamma_weak, "same"),
+    }
+    route = {"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -4}
+    net = dit.build(config.size, input_size=32, in_channels=4, num_classes=1000, learn_sigma=True, routes=[route])
+    if config.precision == "bf16":
+        round_linears(net)
+    device = start_processes().device
+    run = sample.Run(net.to(device).eval(), RectifiedFlow(), None, OmegaConf.create(), device, config.precision)
+    seeds = range(config.batch_size)
+    labels, seconds, macs = sample.labels_for(1000, seeds, "random"), {name: [] for name in methods}, {}
+    for repeat in range(config.repeats + 1):
+        for name, guidance in methods.items():
+            started = time.perf_counter()
+            sample.generate_latents(run, guidance, seeds, labels, {"num_steps": 1}).sum().item()  # waits for the device
+            if repeat:  # the first one warms up
+                seconds[name].append(time.perf_counter() - started)
+            macs[name] = run.macs
+    for name in methods:
+        print(f"{name:16} {macs[name] / 1e9:7.2f} GMACs an image, {statistics.median(seconds[name]):.3f} s a batch")
+    counted = macs["sparse"] / macs["classifier-free"]
+    measured = statistics.median(a / b for a, b in zip(seconds["sparse"], seconds["classifier-free"]))
+    where = f"{config.size}, batch {config.batch_size}, {config.precision}, {device.type}"
+    print(f"sparse / classifier-free: counted {counted:.3f}, measured {measured:.3f} ({where})")
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1:])
