@@ -7,28 +7,36 @@ started again by the same command, and must end in the golden run's weights, EMA
 import argparse
 import json
 import os
+import pickle  # to plant it; nothing here reads one
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import cli  # noqa: E402
 import data  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
+from images import open_images  # noqa: E402
+from reference import read_reference  # noqa: E402
 from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN  # noqa: E402
 
+Row = tuple[str, str, str, bool]  # what, what was found, what is needed, whether it is
 SAVE_EVERY = 5
 SMALL = [
     "model.size=DiT-XS/4", "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=16", "train.compile=off",
@@ -134,7 +142,7 @@ def kill_somewhere(job: Job, process: int, rng: random.Random, inside_save: bool
     return hit
 
 
-def kills(results: Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+def kills(results: Path, count: int, rng: random.Random) -> list[Row]:
     """R1, R2: `count` SIGKILLs, half of them inside a save."""
     steps = 4 * count
     golden = Job(results, "golden_kills", f"train.max_steps={steps}")
@@ -160,14 +168,14 @@ def kills(results: Path, count: int, rng: random.Random) -> list[tuple[str, str,
     code = job.run()
     difference = max_difference(golden, job)
     return [
-        ("R1 SIGKILLs survived", f"{killed if code == 0 else 0} of {count}, {in_save} inside a save", "all"),
-        ("R1 torn checkpoints accepted", str(torn), "0"),
-        ("R1 steps lost, most", str(lost), f"<= {SAVE_EVERY}"),
-        ("R2 max abs difference to the golden run", f"{difference:g}", "0"),
+        ("R1 SIGKILLs survived", f"{killed if code == 0 else 0} of {count}, {in_save} inside a save", "all", code == 0),
+        ("R1 torn checkpoints accepted", str(torn), "0", torn == 0),
+        ("R1 steps lost, most", str(lost), f"<= {SAVE_EVERY}", lost <= SAVE_EVERY),
+        ("R2 max abs difference to the golden run", f"{difference:g}", "0", difference == 0),
     ]
 
 
-def signals(results: Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+def signals(results: Path, count: int, rng: random.Random) -> list[Row]:
     """R3, R8: SIGTERM, SIGUSR1 and SIGINT in turn."""
     job, lost, slowest, ok = Job(results, "signals", "train.max_steps=100000"), 0, 0.0, 0
     for i in range(count):
@@ -180,10 +188,10 @@ def signals(results: Path, count: int, rng: random.Random) -> list[tuple[str, st
         slowest = max(slowest, time.monotonic() - sent)
         lost = max(lost, job.last_logged() - job.last_saved())
     return [
-        ("R3 signals answered by save and exit code 75", f"{ok} of {count}", "all"),
-        ("R3 steps lost, most", str(lost), "0"),
-        ("R3 signal to exit, slowest s", f"{slowest:.2f}", "< 30"),
-        ("R8 from the command to the first new step, s", f"{recovery_seconds(job):.1f}", "<= 15"),
+        ("R3 signals answered by save and exit code 75", f"{ok} of {count}", "all", ok == count),
+        ("R3 steps lost, most", str(lost), "0", lost == 0),
+        ("R3 signal to exit, slowest s", f"{slowest:.2f}", "< 30", slowest < 30),
+        ("R8 from the command to the first new step, s", f"{(seconds := recovery_seconds(job)):.1f}", "<= 15", seconds <= 15),
     ]
 
 
@@ -198,7 +206,7 @@ def recovery_seconds(job: Job) -> float:
     return seconds
 
 
-def storm(results: Path, steps: int, rng: random.Random) -> list[tuple[str, str, str]]:
+def storm(results: Path, steps: int, rng: random.Random) -> list[Row]:
     """R9: a fault about every 50 steps (kills, signals, a damaged newest checkpoint), against an undisturbed run."""
     golden = Job(results, "golden_storm", f"train.max_steps={steps}")
     assert golden.run() == 0, golden.log.read_text()
@@ -219,13 +227,14 @@ def storm(results: Path, steps: int, rng: random.Random) -> list[tuple[str, str,
         if kind == "damage":
             file = rng.choice(list(checkpoint.complete_checkpoints(job.folder)[-1].iterdir()))
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    goodput, difference = steps / job.executed, max_difference(golden, job)
     return [
-        (f"R9 goodput, {faults} faults in {steps} steps", f"{steps / job.executed:.3f}", ">= 0.90"),
-        ("R9 max abs difference to the golden run", f"{max_difference(golden, job):g}", "0"),
+        (f"R9 goodput, {faults} faults in {steps} steps", f"{goodput:.3f}", ">= 0.90", goodput >= 0.9),
+        ("R9 max abs difference to the golden run", f"{difference:g}", "0", difference == 0),
     ]
 
 
-def processes(results: Path) -> list[tuple[str, str, str]]:
+def processes(results: Path) -> list[Row]:
     """R4: a dead and a hung process of two."""
     rows = []
     for number, what, bar, timeout in ((signal.SIGKILL, "dead", 10, 600), (signal.SIGSTOP, "hung", 15, 10)):
@@ -244,11 +253,11 @@ def processes(results: Path) -> list[tuple[str, str, str]]:
         if number == signal.SIGSTOP:
             os.kill(victim, signal.SIGKILL)
         launched.communicate()
-        rows.append((f"R4 {what} process of two, named after s", f"{seconds:.1f}" if named else "not named", f"<= {bar}"))
+        rows.append((f"R4 {what} process of two, named after s", f"{seconds:.1f}" if named else "not named", f"<= {bar}", bool(named) and seconds <= bar))
     return rows
 
 
-def bad_numbers(results: Path) -> list[tuple[str, str, str]]:
+def bad_numbers(results: Path) -> list[Row]:
     """R5: from step 10 on one weight's gradient is infinite; what is saved and logged after it?"""
     job = Job(results, "infinite", "train.max_steps=40", "train.log_every=7")
     step = train.train_step
@@ -263,10 +272,11 @@ def bad_numbers(results: Path) -> list[tuple[str, str, str]]:
     train.train_step = step
     saved = sum(checkpoint.step_of(path) >= 10 for path in checkpoint.complete_checkpoints(job.folder))
     found = f"{saved}, exit code {code}"
-    return [("R5 checkpoints from the first bad value on", found, f"0, exit code {EXIT_NOT_FINITE}")]
+    good = saved == 0 and code == EXIT_NOT_FINITE
+    return [("R5 checkpoints from the first bad value on", found, f"0, exit code {EXIT_NOT_FINITE}", good)]
 
 
-def damaged_shards(results: Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+def damaged_shards(results: Path, count: int, rng: random.Random) -> list[Row]:
     """R6: a shard cut at random offsets, and single bits flipped in its latents."""
     folder, found = results / "damaged", 0
     for i in range(count):
@@ -285,10 +295,57 @@ def damaged_shards(results: Path, count: int, rng: random.Random) -> list[tuple[
                 latents.read(range(start, min(start + 500, len(latents))))
         except ValueError:
             found += 1
-    return [("R6 damaged shards detected", f"{found} of {count}", "all")]
+    return [("R6 damaged shards detected", f"{found} of {count}", "all", found == count)]
 
 
-def mismatches(results: Path) -> list[tuple[str, str, str]]:
+class Canary:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def planted_code(results: Path) -> list[Row]:
+    """R7: code in place of weights, images, references, latents and settings, offered to all that opens such a file."""
+    sung, folder = results / "canary", results / "planted"
+    folder.mkdir()
+    canary = Canary(sung)
+    payload, objects = pickle.dumps(canary), np.array([canary], dtype=object)
+    (folder / "bare.pt").write_bytes(payload)
+    torch.save({"model": canary}, folder / "archive.pt")
+    (folder / "weights.safetensors").write_bytes(payload)
+    np.savez(folder / "arrays.npz", arr_0=objects, mu=objects, sigma=objects)
+    np.save(folder / "one.latent.npy", objects)
+    with tarfile.open(folder / "train-000000.tar", "w") as tar:
+        tar.add(folder / "one.latent.npy", "one.latent.npy")
+        (folder / "one.cls").write_text("0")
+        tar.add(folder / "one.cls", "one.cls")
+    checkpointed = Job(results, "planted_run", "train.max_steps=1")
+    assert checkpointed.run() == 0
+    newest = checkpoint.latest(checkpointed.folder)
+    (newest / "config.yaml").write_text((newest / "config.yaml").read_text().replace("dit.build", "os.mkdir"))
+    (newest / "manifest.json").write_text(json.dumps({"files": {
+        p.name: {"bytes": p.stat().st_size, "sha256": checkpoint.sha256(p)} for p in newest.iterdir() if p.name != "manifest.json"
+    }}))  # fmt: skip
+    offers = [
+        *[partial(sample.load_run, folder / name) for name in ("bare.pt", "archive.pt", "weights.safetensors")],
+        partial(sample.load_run, checkpointed.folder), partial(open_images, folder / "arrays.npz"),
+        partial(read_reference, folder / "arrays.npz"), lambda: data.open_latents(folder).read([0]),
+    ]  # fmt: skip
+    refused = 0
+    for offer in offers:
+        try:
+            offer()
+        except ValueError:
+            refused += 1
+    good = refused == len(offers) and not sung.exists()
+    return [("R7 planted code run, of what was refused", f"{int(sung.exists())}, {refused} of {len(offers)}", "0, all", good)]
+
+
+def mismatches(results: Path) -> list[Row]:
     """R10: one setting at a time is changed between a run and its continuation."""
     changes = (
         "model.depth=7", "model.hidden_size=64", "model.routes=[]", "objective=rf", "objective.P_std=1", "optimizer.weight_decay=0.1",
@@ -297,7 +354,7 @@ def mismatches(results: Path) -> list[tuple[str, str, str]]:
     )  # fmt: skip
     assert Job(results, "mismatch", "train.max_steps=5").run() == 0
     refused = sum(Job(results, "mismatch", "train.max_steps=10", change).run() == 2 for change in changes)
-    return [("R10 changed settings refused", f"{refused} of {len(changes)}", "all")]
+    return [("R10 changed settings refused", f"{refused} of {len(changes)}", "all", refused == len(changes))]
 
 
 def main() -> None:
@@ -312,15 +369,17 @@ def main() -> None:
         data.prepare_mnist(results / "mnist")
         rows = kills(results, count, rng)
         rows += signals(results, 6 if arguments.quick else 20, rng)
-        rows += processes(results)
+        rows += [] if arguments.quick else processes(results)  # the tests have them too
+        rows += planted_code(results)
         rows += bad_numbers(results)
         rows += damaged_shards(results, 6 if arguments.quick else 50, rng)
         rows += storm(results, steps, rng)
         rows += mismatches(results)
     width = max(len(row[0]) for row in rows)
-    for what, found, bar in rows:
-        print(f"{what:<{width}}  {found:>28}   needed: {bar}")
+    for what, found, bar, good in rows:
+        print(f"{what:<{width}}  {found:>28}   needed: {bar}{'' if good else '   MISSED'}")
     print(f"{time.monotonic() - started:.0f} s")
+    sys.exit(not all(row[3] for row in rows))
 
 
 if __name__ == "__main__":

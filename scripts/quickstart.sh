@@ -5,6 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 run=runs/quickstart
 accelerate launch train.py model=tread run_name=quickstart "$@"
-python sample.py ckpt=$run guidance=cfg seeds=0-99
-python fid.py calc ckpt=$run guidance=cfg n=1000 labels=balanced
+python sample.py ckpt=$run guidance=cfg scale=2.0 steps=18 seeds=0-99
+python fid.py calc ckpt=$run guidance=cfg scale=2.0 steps=18 seeds=0-999 labels=balanced
 python scripts/summary.py $run
