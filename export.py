@@ -1,7 +1,7 @@
 """`python -m checkpoint export`: a run's weights for others to use.
 
     format=safetensors   a folder: model.safetensors, config.json and README.md, a model card with the run's own figures
-    format=dit           a .pt in the layout of official DiT: {"ema": ..., "args": ...}
+    format=dit           a .pt in official DiT's layout, {"ema": ..., "args": ...}, predicting what it was trained for
     format=sit           a .pt that official SiT samples from as it is: our flow with its time and sign turned
 
 All three go back into ckpt=: each carries the config beside the weights. dtype=float16 halves the file and rounds the
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import checkpoint
 import cli
 from cost import cost_table
-from foreign import turn_time
+from foreign import CONFIG_KEY, turn_time
 from loading import Run, load_run
 from scoreboard import SCORES
 from scoring import finite
@@ -57,7 +57,7 @@ def portable_config(config: DictConfig) -> DictConfig:
 
 def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path) -> None:
     out.mkdir()
-    metadata = {"config": OmegaConf.to_yaml(config), "layout": "dit", "step": str(run.step), "format": "pt"}
+    metadata = {CONFIG_KEY: OmegaConf.to_yaml(config), "layout": "dit", "step": str(run.step), "format": "pt"}
     save_file(tensors, out / "model.safetensors", metadata)
     facts = finite({"step": run.step, "weights": run.weights, **OmegaConf.to_container(config)})
     (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -66,7 +66,7 @@ def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig
 
 def export_pt(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path, layout: str) -> None:
     """Raises ValueError where SiT's layout is asked for a network that is no flow."""
-    args = {"layout": layout, "config": OmegaConf.to_yaml(config), "model": config.model.size}
+    args = {"layout": layout, CONFIG_KEY: OmegaConf.to_yaml(config), "model": config.model.size}
     if layout == "sit":
         if run.objective.predicts != "velocity":
             found = f"{run.checkpoint} predicts {run.objective.predicts}"

@@ -22,9 +22,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
+from yaml import YAMLError
 
 import cli
-from dit import SIZES, DiT, time_frequencies
+from dit import SIZES, TIME_WIDTH, DiT, time_frequencies
 from lightningdit import LightningDiT
 
 OBJECTIVES = {
@@ -34,6 +35,7 @@ OBJECTIVES = {
     "tread": ["objective=edm"],
 }
 WEIGHTS_KEYS = {"ema": ("ema", "ema_state_dict"), "raw": ("model", "model_state_dict")}
+CONFIG_KEY = "tread_config"  # under which our exports carry theirs, as YAML
 UNUSED = ("projectors.", "feat_rope.")  # REPA's heads for training; LightningDiT's angles, which are made here
 
 
@@ -59,14 +61,8 @@ def read(
     tensors = {key: value for key, value in content.tensors.items() if not key.startswith(UNUSED)}
     check_keys(tensors, path)
     family = family or family_of(content, path)
-    if family == "sit":
-        tensors = turn_time(tensors)
-    if "config" in content.args:
-        try:
-            return OmegaConf.create(content.args["config"]), tensors, content.step
-        except (OmegaConfBaseException, ValueError) as error:
-            raise ValueError(f"{path}: its config is damaged ({cli.one_line(error)})") from None
-    return config_of(family, tensors, path), tensors, content.step
+    config = own_config(content, path) or config_of(family, tensors, path)
+    return config, turn_time(tensors) if family == "sit" else tensors, content.step
 
 
 def read_safetensors(path: Path) -> Content:
@@ -99,7 +95,7 @@ def read_pt(path: Path, weights: str) -> Content:
         other = "raw" if weights == "ema" else "ema"
         raise ValueError(f"{path} has {', '.join(known)}, not {weights}; needed: weights={other}")
     tensors = loaded[chosen] if chosen else loaded
-    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not tensors or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
         names = ", ".join(map(str, list(loaded)[:6])) or "nothing"
         raise ValueError(f"{path} has no weights under a name that is known; it has {names}")
     if not known:
@@ -112,6 +108,19 @@ def read_pt(path: Path, weights: str) -> Content:
     return Content(our_names(tensors), args, step)
 
 
+def own_config(content: Content, path: Path) -> DictConfig | None:
+    """The config that our exports carry. None = a file of others. Raises ValueError for one that is damaged."""
+    if CONFIG_KEY not in content.args:
+        return None
+    try:
+        config = OmegaConf.create(content.args[CONFIG_KEY])
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path}: its config is damaged ({cli.one_line(error)})") from None
+    if not isinstance(config, DictConfig) or not {"model", "objective", "sampler", "data"} <= config.keys():
+        raise ValueError(f"{path}: its config is damaged; needed: model, objective, sampler and data")
+    return config
+
+
 def our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without what wrappers put before names: module., _orig_mod. anywhere, and model. of a preconditioner."""
     wrappers = re.compile(r"(^|\.)((module|_orig_mod)\.)+")
@@ -121,9 +130,9 @@ def our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def family_of(content: Content, path: Path) -> str:
     """Whose convention the output follows. Raises ValueError where nothing says it."""
     args = content.args
-    if args.get("layout") in OBJECTIVES:
+    if str(args.get("layout")) in OBJECTIVES:
         return args["layout"]
-    if any(key.startswith("projectors.") for key in content.tensors):
+    if "enc_type" in args or any(key.startswith("projectors.") for key in content.tensors):
         return "repa"
     if "path_type" in args:
         found = (str(args["path_type"]).lower(), str(args.get("prediction")).lower())
@@ -143,7 +152,10 @@ def family_of(content: Content, path: Path) -> str:
 
 
 def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raises ValueError, with the keys that differ, for anything but DiT's network and LightningDiT's."""
+    """Raises ValueError, with the keys that differ, for anything but DiT's network and LightningDiT's.
+
+    Of the shapes, only those that the rest of this file relies on; `load_strictly` compares all of them.
+    """
     if any(key.startswith(("decoder_", "mask_token")) for key in tensors):
         raise ValueError(
             f"{path} is a MaskDiT: its decoder is a second network of another width, which is not built here; "
@@ -152,10 +164,10 @@ def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
     depth = max(num_blocks(tensors), 1)
     with torch.device("meta"):
         if is_lightning(tensors):
-            wanted = LightningDiT(2, 2, 1, 4, depth, 1, qk_norm=has_qk_norm(tensors)).state_dict().keys()
+            wanted = LightningDiT(2, 2, 1, 4, depth, 1, qk_norm=has_qk_norm(tensors)).state_dict()
         else:
-            wanted = DiT(2, 2, 1, 4, depth, 1).state_dict().keys()
-    missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+            wanted = DiT(2, 2, 1, 4, depth, 1).state_dict()
+    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unknown:
         lists = [
             f"{len(keys)} {what}: {', '.join(keys[:6])}"
@@ -163,6 +175,10 @@ def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
             if keys
         ]
         raise ValueError(f"{path} is of another architecture than DiT; {'; '.join(lists)}")
+    for key, like in wanted.items():
+        found = tuple(tensors[key].shape)
+        if len(found) != like.ndim or key == "t_embedder.mlp.0.weight" and found[1] != TIME_WIDTH:
+            raise ValueError(f"{path} is of another architecture than DiT; {key} has the shape {found}")
 
 
 def is_lightning(tensors: dict[str, torch.Tensor]) -> bool:
@@ -181,12 +197,12 @@ def config_of(family: str, tensors: dict[str, torch.Tensor], path: Path) -> Dict
     """The config that builds the network of these tensors, with what its family says about the output."""
     width, channels, patch = tensors["x_embedder.proj.weight"].shape[:3]
     side = math.isqrt(tensors["pos_embed"].shape[1])
-    outputs = tensors["final_layer.linear.weight"].shape[0] // patch**2
+    outputs = tensors["final_layer.linear.weight"].shape[0] / patch**2
     sizes = {shape["hidden_size"]: name for name, shape in SIZES.items()}
     if width not in sizes or outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"{path} has width {width} and {outputs} outputs for {channels} channels; needed: a width of DiT's "
-            f"({', '.join(map(str, sizes))}), which tells the number of heads, and one or two outputs a channel"
+            f"{path} has width {width} and {outputs:g} outputs for {channels} channels at patch {patch}; needed: one of "
+            f"DiT's widths ({', '.join(map(str, sizes))}), which tell the heads, and one or two outputs a channel"
         )
     model = "lightningdit" if is_lightning(tensors) else "tread" if family == "tread" else "dit"
     config = cli.load_config("config", [

@@ -50,10 +50,11 @@ def x():
 
 
 def namespace(**values):
-    return argparse.Namespace(image_size=256, num_classes=1000, **values)
+    return argparse.Namespace(image_size=256, config="settings.yaml", **values)
 
 
 SIT_ARGS = namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")
+REPA_ARGS = namespace(model="SiT-XL/2", path_type="linear", prediction="v", enc_type="dinov2-vit-b")
 
 
 def layouts(state):
@@ -69,7 +70,8 @@ def layouts(state):
         "fast-DiT": ("0050000.pt", both | dict(args=namespace(model="DiT-XL/2", feature_path="features")), "dit"),
         "official SiT": ("SiT-XL-2-256x256.pt", state, "sit"),
         "SiT in training": ("0400000.pt", both | dict(args=SIT_ARGS), "sit"),
-        "REPA": ("0400000.pt", dict(ema=state | heads, model=state | heads, args=SIT_ARGS, steps=400000), "repa"),
+        "REPA without heads": ("0400000.pt", both | dict(args=REPA_ARGS), "repa"),
+        "REPA": ("0400000.pt", dict(ema=state | heads, args=REPA_ARGS, steps=400000), "repa"),
         "TREAD": ("0400000.pt", dict(model_state_dict=inner, ema_state_dict=inner, step=400000), "tread"),
         "compiled": ("SiT-B-2.pt", {f"_orig_mod.{key}": value for key, value in compiled.items()}, "sit"),
         "safetensors": ("DiT-B-2.safetensors", state, "dit"),
@@ -210,10 +212,9 @@ def test_exports_come_back_bit_for_bit(trained, layout, tmp_path):
         export.main(arguments)
 
 
+@pytest.mark.parametrize("trained", ["rf"], indirect=True)
 def test_sit_export_is_sits_flow(trained, tmp_path):
-    objective, folder = trained
-    if objective != "rf":
-        pytest.skip("a flow only")
+    _, folder = trained
     export.main([f"ckpt={folder}", f"out={tmp_path / 'sit.pt'}", "format=sit"])
     theirs = network(**SMALL)
     theirs.load_state_dict(torch.load(tmp_path / "sit.pt", weights_only=True)["ema"])  # as SiT's sample.py does
@@ -302,6 +303,7 @@ def broken_files(state):
     wide = state | {"blocks.0.mlp.fc1.weight": torch.zeros(2 * WIDTH, WIDTH)}
     vit = {key: torch.zeros(4, 4) for key in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight")}
     mask = dict(ema={f"model.{key}": value for key, value in (state | {"mask_token": torch.zeros(1)}).items()})
+    patches, times = "x_embedder.proj.weight", "t_embedder.mlp.0.weight"
     narrow = network(hidden_size=64).state_dict()
     score = namespace(model="SiT-XL/2", path_type="GVP", prediction="score")
     return {
@@ -317,6 +319,10 @@ def broken_files(state):
         "another network": ("DiT-a.pt", vit, "another architecture.*missing.*unknown: head.weight, patch_embed"),
         "MaskDiT": ("a.pt", mask, "MaskDiT"),
         "wrong width of the MLP": ("DiT-a.pt", wide, r"fc1.weight is \(256, 128\) in the file and \(512, 128\)"),
+        "wrong patch": ("SiT-a.pt", state | {patches: torch.zeros(WIDTH, 4, 4, 4)}, "2 outputs .* patch 4"),
+        "no convolution": ("SiT-a.pt", state | {patches: torch.zeros(WIDTH, 16)}, "proj.weight has the shape"),
+        "wrong time embedding": ("SiT-a.pt", state | {times: torch.zeros(WIDTH, 8)}, "mlp.0.weight has the shape"),
+        "wrong grid": ("SiT-a.pt", state | {"pos_embed": torch.zeros(1, 15, WIDTH)}, "pos_embed is"),
         "unknown number of heads": ("DiT-a.pt", narrow, "width 64"),
         "SiT of another path": ("a.pt", dict(ema=state, args=score), "path_type gvp"),
     }  # fmt: skip
