@@ -12,7 +12,7 @@ import json
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
         results = list(
             pool.map(lambda name: scan.checked(folder / name, described.get(name), shard_entries(before, name)), shards)
         )
-    columns = zip(*(astuple(entries) for entries, _ in results))
+    columns = zip(*(vars(entries).values() for entries, _ in results))
     return Index(
         shards=shards,
         ends=np.cumsum([len(entries) for entries, _ in results], dtype=np.int64),
@@ -132,7 +132,7 @@ def _write_cache(path: Path, index: Index, stamp: str) -> None:
     about = {"stamp": stamp, "shards": index.shards, "shape": index.shape, "dtype": index.dtype, "faults": index.faults}
     with atomic_file(path) as file:
         np.savez(
-            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, **asdict(index.entries)
+            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, **vars(index.entries)
         )
 
 

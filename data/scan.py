@@ -3,11 +3,12 @@
 A shard is a tar of `<key>.latent.npy` and `<key>.cls` pairs; members of other kinds are passed over, none is unpickled.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import zlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -40,7 +41,7 @@ class Entries:
         return len(self.offsets)
 
     def __getitem__(self, which: np.ndarray | slice) -> "Entries":
-        return Entries(*(column[which] for column in astuple(self)))
+        return Entries(*(column[which] for column in vars(self).values()))
 
 
 @dataclass
@@ -122,8 +123,9 @@ def first_array(paths: list[Path]) -> tuple[tuple[int, ...], str]:
         with open(path, "rb") as file:
             for member in members(file, []):
                 if split_name(member.name)[1] == ARRAY:
-                    return npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))[:2]
-    return (), DTYPES[0]  # the scan will find every one of them without samples
+                    with contextlib.suppress(ValueError):  # the scan will name it
+                        return npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))[:2]
+    return (), DTYPES[0]  # the scan will find no sample in them
 
 
 def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
