@@ -13,6 +13,7 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+import cli
 from guard import FiniteGuard
 from prepare import BatchPlan
 
@@ -24,7 +25,7 @@ class Logger:
         self.dist, self.path = dist, run_folder / "metrics.jsonl"
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
         self.started, self.waited, self.paused = time.perf_counter(), 0.0, 0.0
-        self.skipped, self.unwritten = 0.0, ""
+        self.skipped, self.unwritten, self.told = 0.0, "", set()
         self.wandb = None
         if dist.is_main_process and cfg.wandb.mode != "disabled":
             with self.survive("wandb"):
@@ -80,12 +81,14 @@ class Logger:
         return int(first_bad) if skipped > (0 if guard.mode == "stop" else max_skipped) else 0
 
     @contextmanager
-    def survive(self, what: str) -> Iterator[None]:
-        """What fails inside costs a warning, not the run."""
+    def survive(self, what: str, once: bool = False) -> Iterator[None]:
+        """What fails inside costs a warning, not the run; with `once`, only the first failure is told."""
         try:
             yield
         except Exception as error:
-            self.warn(f"{what} failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+            if not (once and what in self.told):
+                self.warn(f"{what} failed: {type(error).__name__}: {cli.one_line(error)}")
+            self.told.add(what)
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -101,7 +104,7 @@ class Logger:
         except OSError as error:  # kept, and written with the next line
             self.warn(f"{self.path}: {error.strerror}; training goes on")
         if self.wandb is not None:
-            with self.survive("wandb"):
+            with self.survive("wandb", once=True):
                 self.wandb.log({"train/step": step, **values})
         shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in values.items() if value is not None]
         self.say(f"step {step}  " + "  ".join(shown))

@@ -154,6 +154,34 @@ def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
     assert done.stdout.count("at step 2 the weights of processes [1] differ") == 2
 
 
+def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp_path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import os, sys, torch\nsys.path.insert(0, sys.argv[1])\nimport cli, train\nstep = train.train_step\n"
+        "def poisoned(state, objective, latents, batches, number, plan, cfg):\n"
+        "    if number == 6 and plan.rank == 1:\n"
+        "        state.model.final_layer.linear.bias.register_hook(lambda grad: grad * torch.inf)\n"
+        "    return step(state, objective, latents, batches, number, plan, cfg)\n"
+        "train.train_step = poisoned\n"
+        "sys.exit(train.train(cli.load_config('config', sys.argv[2:])))\n"
+    )
+    keys = [*settings[0], "run_name=poisoned", "train.save_every=5", "train.log_every=10"]
+    done = subprocess.run([*torchrun(29653), str(script), str(ROOT), *keys], capture_output=True, text=True, timeout=120)
+    assert "exitcode  : 3" in done.stderr and "a gradient of step 6 was not finite" in done.stdout, done.stderr
+    assert latest(settings[1] / "poisoned").name == "step_0000005"
+    assert (settings[1] / "poisoned" / "nonfinite_step_0000006.json").is_file()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(golden, settings):
+    job = start(torchrun(29654), *settings[0], "run_name=world", "train.max_steps=30", "train.val_every=30")
+    assert job.communicate(timeout=120) and job.returncode == 0
+    job = start([sys.executable], *settings[0], "run_name=world")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0 and "= 1 processes x 16" in out, err
+    for a, b in zip(numbers(settings[1] / "world"), numbers(golden[0]), strict=True):
+        assert a == pytest.approx(b, rel=1e-3), a["step"]
+
+
 def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):
     job = start([sys.executable], *settings[0], "run_name=hours", "train.max_hours=1e-6")
     out, err = job.communicate(timeout=60)
