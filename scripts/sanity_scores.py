@@ -1,6 +1,9 @@
-"""Scores where the answer is known, as a Markdown table: python scripts/sanity_scores.py [RUN]
+"""Scores where the answer is known, as a Markdown table.
 
-Real digits against other real digits, noise, and, where a run or checkpoint is named, 1,000 of its samples.
+    python scripts/sanity_scores.py
+    python scripts/sanity_scores.py ckpt=runs/mnist-tread-edm guidance=cfg scale=2.0
+
+Real digits against other real digits, noise, and, where there are keys of `fid.py calc`, what a run generates by them.
 """
 
 import sys
@@ -22,7 +25,7 @@ from reference import Reference, digits_reference, reference_from  # noqa: E402
 COLUMNS = ("n", "fd_mnist", "precision", "recall", "class_accuracy")
 
 
-def main(ckpt: str | None) -> None:
+def main(overrides: list[str]) -> None:
     extractor = load_extractor("mnist")
     train, train_labels = digits("train")
     unseen, unseen_labels = digits("val")
@@ -44,13 +47,14 @@ def main(ckpt: str | None) -> None:
     half_reference = reference_from(stats, None, half, extractor, "half")
     score("one half of the digits, against the other", train[1::2], train_labels[1::2], half_reference)
     score("500 digits that the classifier has not seen", unseen, unseen_labels, reference)
-    if ckpt is not None:
-        config = cli.load_config("fid", [f"ckpt={ckpt}", "metrics=[fd,pr]"])
-        show("samples of the run", fid.evaluate(sample.load_run(ckpt), config, extractor, reference))
+    if overrides:
+        config = cli.load_config("fid", ["metrics=[fd,pr]", *overrides])
+        run = sample.load_run(config.ckpt, config.weights, precision=config.precision)
+        show(f"samples of {run.folder.name}", fid.evaluate(run, config, extractor, reference))
     noise = torch.randint(0, 256, (1000, 3, 28, 28), generator=seeded_generator("sanity noise"), dtype=torch.uint8)
     score("noise", noise, None, reference)
 
 
 if __name__ == "__main__":
     with cli.user_errors():
-        main(sys.argv[1] if len(sys.argv) > 1 else None)
+        main(sys.argv[1:])

@@ -254,7 +254,7 @@ def test_real_digits_score_well_and_noise_badly(digits, tmp_path, monkeypatch, c
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "mnist").symlink_to(digits)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(ROOT / "scripts" / "sanity_scores.py"))["main"](None)
+    runpy.run_path(str(ROOT / "scripts" / "sanity_scores.py"))["main"]([])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     half, unseen, noisy = ([float(cell) for cell in row[2:5]] for row in rows)
     for distance, precision, recall in (half, unseen):
