@@ -21,6 +21,7 @@ class DDPM:
     """Prediction of the noise. num_steps, beta_start, beta_end: the linear schedule that the network was made for."""
 
     predicts = "denoised"
+    sigma_data = 1.0  # latents should be about as wide as the noise at its start
     sample = staticmethod(edm_sampler)
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):

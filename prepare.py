@@ -144,8 +144,6 @@ def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.L
         )
     if train.num_classes > cfg.data.num_classes:
         raise ValueError(f"{cfg.data.path} has {train.num_classes} classes, the model has data.num_classes={cfg.data.num_classes}")
-    if len(train) < cfg.train.global_batch_size:
-        raise ValueError(f"{cfg.data.path} has {len(train)} samples, fewer than train.global_batch_size={cfg.train.global_batch_size}")
     if not data.has_split(cfg.data.path, "val"):
         return train, train
     return train, data.open_latents(cfg.data.path, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)

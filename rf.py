@@ -21,6 +21,7 @@ class RectifiedFlow:
     """timesteps: how t is drawn in training: "uniform" (SiT) or "logit_normal" (2403.03206: sigmoid of N(0, 1))."""
 
     predicts = "velocity"
+    sigma_data = 1.0  # latents should be about as wide as the noise
     sample = staticmethod(flow_sampler)
 
     def __init__(self, timesteps: str = "logit_normal"):

@@ -79,6 +79,8 @@ def train(cfg: DictConfig) -> int:
             state.net = wrap(model)
         log = Logger(cfg, run_folder, start_step, dist)
         log.say(describe(cfg, model, latents, plan, resumed, compiled))
+        if dist.is_main_process and (warning := data.scale_warning(latents, objective.sigma_data)):
+            log.warn(warning)
         view = Run(state.ema, objective, instantiate(cfg.data.codec).to(dist.device), cfg, dist.device, cfg.train.precision)
         try:
             return run_steps(cfg, dist, run_folder, plan, latents, val_latents, state, view, tools, start_step, stopper, log)
@@ -152,7 +154,7 @@ def run_steps(
         stop = stopper.should_stop(step)
         last = stop or step == cfg.train.max_steps
         if every(cfg.train.log_every, step) or every(cfg.train.save_every, step) or last:
-            bad_step = log.train(step, grad_norm, lr, plan, state.guard, cfg.train.max_skipped)
+            bad_step = log.train(step, grad_norm, lr, plan, state.guard, cfg.train.max_skipped, len(latents.faults))
             if bad_step:
                 dump = dump_bad_step(run_folder, bad_step, latents, plan, cfg) if dist.is_main_process else None
                 log.close(f"error: a gradient of step {bad_step} was not finite; nothing was updated; samples in {dump}")

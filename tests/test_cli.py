@@ -73,7 +73,6 @@ TRAIN = {
     "train.lr=null": "train.lr=None; needed: a number",
     "train.max_steps=0": "train.max_steps=0; needed: at least 1",
     "train.global_batch_size=30 train.micro_batch_size=7": "is not processes (1) x",
-    "train.global_batch_size=64": "fewer than train.global_batch_size=64",
     "train.precision=fp16": "precision 'fp16'",
     "train.compile=yes": "needed: blocks or off",
     "train.on_nonfinite=ignore": "needed: stop or skip",
