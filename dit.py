@@ -1,7 +1,7 @@
-"""DiT (arXiv 2212.09748): a transformer over latent patches with adaLN-Zero conditioning, and TREAD's routes through it.
+"""DiT (arXiv 2212.09748): a transformer over latent patches, conditioned by adaLN-Zero, with TREAD's routes through it.
 
-State-dict keys are the official ones. Shapes: B batch, C channels, N = (input_size / patch_size)^2 tokens, K tokens that
-stay inside a route, D width, H heads.
+State-dict keys are the official ones. Shapes: B batch, C channels, N = (input_size / patch_size)^2 tokens, K tokens
+that stay inside a route, D width, H heads.
 """
 
 import math
@@ -58,10 +58,11 @@ def named_shape(size: str, depth: int | None, hidden_size: int | None, num_heads
 
 
 class DiT(nn.Module):
-    """net(x, t, y, *, routing=None): x (B, C, h, w), t (B,) in the objective's own units, y (B,) int64 -> (B, C_out, h, w).
+    """net(x, t, y, *, routing=None): x (B, C, h, w), t (B,) in the objective's units, y (B,) int64 -> (B, C_out, h, w).
 
-    y is 0..num_classes-1, or num_classes for "no label". routing=None is dense; `Routing(...)` switches the model's routes
-    on. `training` decides nothing. Raises ValueError for sizes that do not divide and for routes that do not fit.
+    y is 0..num_classes-1, or num_classes for "no label". routing=None is dense; `Routing(...)` switches the model's
+    routes on. `training` decides nothing. Raises ValueError for sizes that do not divide and routes that do not fit.
+    block: what makes a block of (hidden_size, num_heads, mlp_ratio); None = `Block`.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         routes: Sequence[Route | Mapping] = (),
-        block: Callable[[int, int, float], nn.Module] | None = None,  # of hidden_size, num_heads, mlp_ratio; None = Block
+        block: Callable[[int, int, float], nn.Module] | None = None,
     ):
         super().__init__()
         if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
-            raise ValueError("input_size, patch_size, in_channels, hidden_size, depth, num_heads and num_classes must be at least 1")
+            raise ValueError("each of DiT's sizes, from input_size to num_classes, must be at least 1")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
@@ -180,7 +181,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, c: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
         """x (B, K, D), c (B, D), where: `DiT.positions` -> (B, K, D)."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *where)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 

@@ -58,7 +58,7 @@ class LightningDiT(DiT):
         qk_norm: bool = False,
     ):
         if hidden_size % (4 * num_heads):
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads ({num_heads}): two rotary axes")
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads, {num_heads}: two axes")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             routes, block=partial(LightningBlock, qk_norm=qk_norm),
