@@ -1,9 +1,12 @@
 """Every test runs from the repository root, on few threads, without the network."""
 
+import io
 import os
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,25 +25,26 @@ def digits(tmp_path_factory):
     return path
 
 
+def write_shard(path, arrays, labels):
+    """A tar in CompVis's layout: <key>.latent.npy and <key>.cls."""
+    with tarfile.open(path, "w") as tar:
+        for i, (array, label) in enumerate(zip(arrays, labels)):
+            content = io.BytesIO()
+            np.save(content, array)
+            for name, data in ((f"{path.stem[-1]}{i:04d}.latent.npy", content.getvalue()), (f"{path.stem[-1]}{i:04d}.cls", str(label).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
 @pytest.fixture(scope="session")
 def few_latents(tmp_path_factory):
     """50 made latents of 3 classes, (1, 8, 8), in two shards of CompVis's layout: three steps of 16 make an epoch."""
-    import io
-    import tarfile
-
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("few")
-    rng = np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
     for shard, count in enumerate((30, 20)):
-        with tarfile.open(folder / f"train-{shard:06d}.tar", "w") as tar:
-            for i in range(count):
-                array = io.BytesIO()
-                np.save(array, ((i % 3 - 1) * 0.6 + rng.normal(0, 0.1, (1, 8, 8))).astype(np.float32))
-                for name, content in ((f"{shard}{i:04d}.latent.npy", array.getvalue()), (f"{shard}{i:04d}.cls", str(i % 3).encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        labels = [i % 3 for i in range(count)]
+        arrays = [((y - 1) * 0.6 + rng.normal(0, 0.1, (1, 8, 8))).astype(np.float32) for y in labels]
+        write_shard(folder / f"train-{shard:06d}.tar", arrays, labels)
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -12,6 +13,7 @@ import train as training
 from checkpoint import latest, read_tensors
 from guard import FiniteGuard
 from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper
+from tests.conftest import write_shard
 
 COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -264,24 +266,12 @@ def test_other_data_is_refused(run, tiny_overrides, digits, tmp_path):
         run("data", f"data.path={other}")
 
 
-def test_latents_of_another_scale_are_told_at_the_start(run, few_latents, tmp_path, capsys):
-    import io
-    import tarfile
-
-    import numpy as np
-
-    folder = tmp_path / "unscaled"
-    folder.mkdir()
-    with tarfile.open(folder / "train-000000.tar", "w") as tar:
-        for i in range(20):
-            array = io.BytesIO()
-            np.save(array, np.random.default_rng(i).normal(0, 5, (1, 8, 8)).astype(np.float32))
-            for name, content in ((f"{i:04d}.latent.npy", array.getvalue()), (f"{i:04d}.cls", b"0")):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    run("unscaled", f"data.path={folder}", "train.max_steps=1")
-    assert "standard deviation 5" in capsys.readouterr().err
+def test_latents_of_another_scale_are_told_at_the_start(run, tmp_path, capsys):
+    arrays = np.random.default_rng(0).normal(0, 5, (20, 1, 8, 8)).astype(np.float32)
+    write_shard(tmp_path / "train-000000.tar", arrays, [0] * 20)
+    run("unscaled", f"data.path={tmp_path}", "train.max_steps=1")
+    err = capsys.readouterr().err
+    assert "have standard deviation" in err and "the objective expects about 0.5" in err
 
 
 def test_resume_null_needs_a_new_name(run):
