@@ -86,6 +86,10 @@ def generate(
     labels = labels_for(run.num_classes, seeds, "random") if labels is None else labels
     if len(labels) and not 0 <= labels.min() <= labels.max() < run.num_classes:
         raise ValueError(f"labels {labels.min()}..{labels.max()}; the model has classes 0..{run.num_classes - 1}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}; needed: at least 1")
+    if (guidance.cfg_channels or 0) > run.model.in_channels:
+        raise ValueError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.in_channels}")
     sampler = OmegaConf.to_container(run.config.sampler) | ({} if steps is None else {"num_steps": steps})
     batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     return (run.codec.decode(generate_latents(run, guidance, seeds[b], labels[b], sampler, weak=weak)) for b in batches)
@@ -164,7 +168,12 @@ def parse_seeds(seeds: str | int | Sequence) -> list[int]:
 def guidance_from(config: DictConfig) -> Guidance:
     """The guidance keys of a config (configs/guidance/none.yaml), checked."""
     settings = {field.name: config[field.name] for field in fields(Guidance)}
+    for name in ("scale_end", "gamma_strong_end", "gamma_weak_end", "cfg_channels"):
+        if not isinstance(settings[name], (int, float, type(None))):
+            raise ValueError(f"{name}={settings[name]}; needed: a number or null")
     if settings["interval"] is not None:
+        if not isinstance(settings["interval"], Sequence) or isinstance(settings["interval"], str):
+            raise ValueError(f"interval={settings['interval']}; needed: [lo, hi] or null")
         settings["interval"] = tuple(float(t) for t in settings["interval"])
     return Guidance(**settings)
 

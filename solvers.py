@@ -134,8 +134,9 @@ def sigma_range(discretization: str, sigma_min: float | None, sigma_max: float |
 
 def noise_levels(num_steps: int, discretization: str, low: float, high: float, rho: float = 7.0) -> torch.Tensor:
     """Noise levels from high to low (Table 1, "Time steps"): (num_steps,) float64. Raises ValueError."""
-    if num_steps < 1 or not rho > 0:
-        raise ValueError(f"num_steps {num_steps}, rho {rho:g}; needed: num_steps >= 1 and rho > 0")
+    check_steps(num_steps)
+    if not rho > 0:
+        raise ValueError(f"rho {rho:g}; needed: above 0")
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     if discretization == "edm":
         return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
@@ -209,9 +210,9 @@ def flow_sampler(
     where the device has it. Raises ValueError for settings that name nothing.
     """
     choose("solver", solver, ("euler", "heun", "sde"))
-    t_steps = t_start * flow_times(num_steps, shift, last_step if solver == "sde" else None)
-    if not 0 < t_start <= 1:
+    if not 0 < float(t_start) <= 1:
         raise ValueError(f"t_start {t_start}; needed: in (0, 1]")
+    t_steps = t_start * flow_times(num_steps, shift, last_step if solver == "sde" else None)
     x = noise.to(state_dtype(noise.device)) * t_start
     for t, t_next in zip(t_steps, t_steps[1:]):
         step, velocity = t_next - t, predict(x, t)
@@ -229,8 +230,9 @@ def flow_sampler(
 
 def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = None) -> torch.Tensor:
     """Times 1..0, equal steps before the shift, the last of length `last_step` if given: (num_steps + 1,) float64."""
-    if num_steps < 1 or not 0 < shift < math.inf:
-        raise ValueError(f"num_steps {num_steps}, shift {shift}; needed: num_steps >= 1 and shift > 0")
+    check_steps(num_steps)
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift {shift:g}; needed: above 0")
     if last_step is None or num_steps == 1:
         t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     elif not 0 < last_step < 1:
@@ -255,6 +257,11 @@ def times(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
 def state_dtype(device: torch.device) -> torch.dtype:
     """What a sampler keeps its state in: float64, which Apple's GPUs lack."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_steps(num_steps: int) -> None:
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps {num_steps}; needed: a whole number of at least 1")
 
 
 def choose(name: str, value: str, choices) -> None:

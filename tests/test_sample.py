@@ -20,25 +20,12 @@ import gallery
 import rf
 import sample
 from guidance import Guidance
-from loading import instantiate, load_run
+from loading import load_run
+from tests.made_runs import make_run
 
 SPARSE = Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="random")
 PYTHON = [sys.executable]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def make_run(folder, overrides, steps=(1,)):
-    """A run folder with checkpoints of random weights: what sampling reads, without the training."""
-    config = cli.load_config("config", [*overrides, f"run_name={folder.name}"])
-    OmegaConf.resolve(config)
-    torch.manual_seed(0)
-    net = instantiate(config.model)
-    for step in steps:
-        for parameter in net.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        optimizer = torch.optim.AdamW(net.parameters())
-        checkpoint.save(folder, step, model=net, ema=net, optimizer=optimizer, state={}, config=OmegaConf.to_yaml(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -129,17 +116,18 @@ def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
 
 
 def test_killed_and_started_again(runs, tmp_path):
-    call = ["rf.py", "sample", f"ckpt={runs['rf']}", "seeds=0-39", "batch_size=1", "steps=20", f"out={tmp_path / 'out'}"]
-    process = subprocess.Popen([*PYTHON, *call], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    call = ["sampler=rf", f"ckpt={runs['rf']}", "seeds=0-39", "batch_size=1", "steps=20"]
+    out = tmp_path / "out"
+    process = subprocess.Popen([*PYTHON, "sample.py", *call, f"out={out}"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
-    while not gallery.image_path(tmp_path / "out", 1).exists() and time.time() < deadline:
+    while not gallery.image_path(out, 1).exists() and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < len(gallery.missing(tmp_path / "out", range(40))) < 40
-    sample.main(["sampler=rf", *call[2:]])
-    sample.main(["sampler=rf", *call[2:-1], f"out={tmp_path / 'undisturbed'}"])
-    assert np.array_equal(images(tmp_path / "out", range(40)), images(tmp_path / "undisturbed", range(40)))
+    assert 0 < len(gallery.missing(out, range(40))) < 40
+    for folder in (out, tmp_path / "undisturbed"):
+        sample.main([*call, f"out={folder}"])
+    assert np.array_equal(images(out, range(40)), images(tmp_path / "undisturbed", range(40)))
 
 
 def test_labels_are_balanced_random_or_one_class(runs, tmp_path):
@@ -173,7 +161,8 @@ def test_weights_of_either_objective_run_on_either_sampler(runs, tmp_path):
         made = []
         for sampler in ("edm", "rf"):
             out = tmp_path / f"{name}-{sampler}"
-            sample.main([f"ckpt={runs[name]}", f"sampler={sampler}", "sampler.solver=heun", "steps=60", "seeds=0-3", f"out={out}"])
+            call = [f"ckpt={runs[name]}", f"sampler={sampler}", "sampler.solver=heun", "steps=60", "seeds=0-3"]
+            sample.main([*call, f"out={out}"])
             made.append(images(out, range(4)).astype(float))
         assert np.abs(made[0] - made[1]).mean() < 4 < np.abs(made[0] - made[0][::-1]).mean()
 
@@ -211,30 +200,50 @@ def test_weak_branch_of_the_runs_own_early_checkpoint(runs):
 
 
 def test_every_setting_has_its_own_folder_name():
+    routed = dict(gamma_strong=0.2, gamma_weak=0.7)
     settings = [
         Guidance(), Guidance(gamma_strong=0.3), Guidance(1.5), Guidance(2.5), Guidance(1.5, weak_label="random"),
-        Guidance(1.5, scale_end=2.0), Guidance(1.5, (0.2, 0.6)), Guidance(1.5, cfg_channels=3), SPARSE,
-        Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="same"), Guidance(1.5, gamma_weak=0.7, weak_label="same"),
-        Guidance(1.5, gamma_weak=0.7, gamma_weak_end=0.0, weak_label="same"), Guidance(1.5, gamma_weak=0.7),
-        Guidance(1.5, weak_label="same", weak_ckpt="earliest"), Guidance(1.5, weak_ckpt="runs/a"), Guidance(1.5, weak_ckpt="runs/b"),
+        Guidance(1.5, scale_end=2.0), Guidance(1.5, (0.2, 0.6)), Guidance(1.5, cfg_channels=3), SPARSE, Guidance(1.5, **routed),
+        Guidance(1.5, weak_label="same", gamma_weak=0.7), Guidance(1.5, weak_label="same", gamma_weak=0.7, gamma_weak_end=0.0),
+        Guidance(1.5, weak_label="same", weak_ckpt="earliest"), Guidance(1.5, weak_ckpt="a"), Guidance(1.5, weak_ckpt="b"),
     ]  # fmt: skip
     names = [sample.settings_name(guidance, steps) for guidance in settings for steps in (None, 20)]
     assert len(set(names)) == len(names) and not any("/" in name for name in names)
-    assert sample.settings_name(settings[9], None) == "sparse1.5-0.2-0.7"
+    assert sample.settings_name(Guidance(1.5, weak_label="same", **routed), None) == "sparse1.5-0.2-0.7"
 
 
 BAD = [
-    ("rf", ["class_idx=3"], "class 0..2"), ("rf", ["labels=some"], "balanced, random or a class"), ("rf", ["seeds=9-1"], "0-63"),
-    ("rf", ["guidance=sparse", "gamma_weak=1.0"], r"\[0, 1\)"), ("rf", ["guidance=sparse", "gamma_strong=0.8"], "gamma_strong <"),
-    ("rf", ["guidance=cfg", "scale=-1"], "scale"), ("rf", ["guidance=cfg", "scale=high"], "number"),
-    ("rf", ["guidance=cfg", "interval=[0.9,0.1]"], "interval"), ("rf", ["guidance=cfg", "interval=[0.9]"], "interval"),
-    ("rf", ["guidance=apg"], "one of"), ("rf", ["gama_weak=0.5"], "unknown key .gama_weak"), ("rf", ["sampler=dpm"], "one of"),
-    ("dense", ["guidance=sparse"], "trained with routes"), ("dense", ["guidance=auto"], "no earlier checkpoint"),
-    ("rf", ["guidance=auto", "weak_ckpt={large}"], "latents"), ("rf", ["guidance=auto", "weak_ckpt={edm}"], "predictions"),
-    ("rf", ["guidance=auto", "weak_ckpt=nowhere"], "no such"), ("edm", ["sampler=rf", "sampler.t_start=1"], "t_start"),
-    ("rf", ["sampler=edm", "sampler.solver=rk4"], "heun, euler"), ("rf", ["sampler=edm", "sampler.shift=2"], "unknown key"),
-    ("rf", ["steps=0"], "num_steps"), ("rf", ["weights=best"], "ema or raw"), ("rf", ["precision=fp16"], "fp32 or bf16"),
-]  # fmt: skip
+    ("rf", ["class_idx=3"], "class 0..2"),
+    ("rf", ["labels=some"], "balanced, random or a class"),
+    ("rf", ["seeds=9-1"], "0-63"),
+    ("rf", ["guidance=sparse", "gamma_weak=1.0"], r"\[0, 1\)"),
+    ("rf", ["guidance=sparse", "gamma_strong=0.8"], "gamma_strong <"),
+    ("rf", ["guidance=cfg", "scale=-1"], "scale"),
+    ("rf", ["guidance=cfg", "scale=high"], "number"),
+    ("rf", ["guidance=cfg", "interval=[0.9,0.1]"], "interval"),
+    ("rf", ["guidance=cfg", "interval=[0.9]"], "interval"),
+    ("rf", ["guidance=cfg", "interval=0.9"], "interval"),
+    ("rf", ["guidance=cfg", "scale_end=high"], "scale_end"),
+    ("rf", ["guidance=cfg", "cfg_channels=few"], "cfg_channels"),
+    ("rf", ["guidance=cfg", "cfg_channels=9"], "cfg_channels"),
+    ("rf", ["guidance=apg"], "one of"),
+    ("rf", ["gama_weak=0.5"], "unknown key .gama_weak"),
+    ("rf", ["guidance=auto", "weak_ckpt={large}"], "latents"),
+    ("rf", ["guidance=auto", "weak_ckpt={edm}"], "predictions"),
+    ("rf", ["guidance=auto", "weak_ckpt=nowhere"], "no such"),
+    ("rf", ["sampler=dpm"], "one of"),
+    ("rf", ["sampler=edm", "sampler.solver=rk4"], "heun, euler"),
+    ("rf", ["sampler=edm", "sampler.shift=2"], "unknown key"),
+    ("rf", ["sampler=edm", "sampler.sigma_min=low"], "low"),
+    ("rf", ["batch_size=0"], "batch_size"),
+    ("rf", ["steps=0"], "num_steps"),
+    ("rf", ["steps=few"], "steps"),
+    ("rf", ["weights=best"], "ema or raw"),
+    ("rf", ["precision=fp16"], "fp32 or bf16"),
+    ("edm", ["sampler=rf", "sampler.t_start=1"], "t_start"),
+    ("dense", ["guidance=sparse"], "trained with routes"),
+    ("dense", ["guidance=auto"], "no earlier checkpoint"),
+]
 
 
 @pytest.mark.parametrize("name, overrides, needed", BAD)
