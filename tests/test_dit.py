@@ -1,6 +1,7 @@
 """The backbone is the published one: keys, counts, arithmetic, initialisation."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 import cost
+from ddpm import DDPM
 from dit import SIZES, Block, DiT, build, unpatchify
+from edm import EDM
 from lightningdit import LightningBlock, LightningDiT, rotary_angles, rotate
+from rf import RectifiedFlow
 from routing_module import Routing, draw_keep_ids, gather_tokens
 
 
@@ -275,3 +279,15 @@ def test_networks_that_cannot_be_are_refused_in_one_line(overrides, message):
     with pytest.raises(ValueError, match=message) as refusal:
         cost.main(overrides)
     assert "\n" not in cli.one_line(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("objective", [DDPM, EDM, RectifiedFlow])
+def test_lightning_on_a_gpu_asks_the_host_for_nothing(objective):
+    """Fake tensors raise where a value is needed or a tensor lies on the wrong device."""
+    routes = [dict(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=2)]
+    with FakeTensorMode(), torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
+        net = LightningDiT(8, 2, 4, 32, 4, 4, num_classes=3, routes=routes, qk_norm=True)
+        x, y = torch.empty(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
+        loss = objective().loss(partial(net, routing=Routing()), x, y)
+    assert loss.shape == (2,) and loss.device.type == "cuda"
