@@ -201,7 +201,7 @@ def config_of(family: str, tensors: dict[str, torch.Tensor], path: Path) -> Dict
     sizes = {shape["hidden_size"]: name for name, shape in SIZES.items()}
     if width not in sizes or outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"{path} has width {width} and {outputs:g} outputs for {channels} channels at patch {patch}; needed: one of "
+            f"{path} has width {width} and {outputs:g} outputs for {channels} channels, patch {patch}; needed: one of "
             f"DiT's widths ({', '.join(map(str, sizes))}), which tell the heads, and one or two outputs a channel"
         )
     model = "lightningdit" if is_lightning(tensors) else "tread" if family == "tread" else "dit"
