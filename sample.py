@@ -208,6 +208,14 @@ def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
     return run.folder / "samples" / "-".join(str(part) for part in parts)
 
 
+def what_was_set(run: Run, guidance: Guidance, rule: str | int) -> dict:
+    """All that an image depends on beside its seed."""
+    return {
+        "checkpoint_sha256": run.sha256, "step": run.step, "weights": run.weights, "precision": run.precision,
+        "labels": rule, **asdict(guidance), "sampler": OmegaConf.to_container(run.config.sampler),
+    }  # fmt: skip
+
+
 def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     """The command line. shipped: the run in assets/ that serves where no ckpt is given."""
     config, dist = cli.load_config("sample", overrides), start_processes()
@@ -219,11 +227,7 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     rule = config.labels if config.class_idx is None else config.class_idx
     labels = labels_for(run.num_classes, seeds, rule)
     out = Path(config.out) if config.out else default_folder(run, guidance, config)
-    manifest = gallery.claim(out, {
-        "checkpoint": str(run.checkpoint), "checkpoint_sha256": run.sha256, "step": run.step, "weights": run.weights,
-        "precision": run.precision, "labels": rule, **asdict(guidance),
-        "sampler": OmegaConf.to_container(run.config.sampler),
-    })  # fmt: skip
+    manifest = gallery.claim(out, what_was_set(run, guidance, rule)) | {"checkpoint": str(run.checkpoint)}
 
     missing = gallery.missing(out, seeds)
     rows = missing[dist.process_index :: dist.num_processes]
@@ -244,10 +248,8 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
             "seconds": round(seconds, 3), "images_per_s": round(len(missing) / seconds, 3),
         }  # fmt: skip
     gallery.finish(out, seeds, manifest | {"n": len(seeds), "seeds": str(config.seeds)})
-    print(
-        f"{len(seeds)} images, {manifest['network_calls']} network calls and {manifest['gmacs_per_image']:.1f} GMACs "
-        f"each, {manifest['images_per_s']:.1f} images/s: {out / 'grid.png'}"
-    )
+    cost = f"{manifest['network_calls']} network calls and {manifest['gmacs_per_image']:.1f} GMACs each"
+    print(f"{len(seeds)} images, {cost}, {manifest['images_per_s']:.1f} images/s: {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def edm_sampler(
     x = noise.to(state_dtype(noise.device)) * sigmas[0] * size(sigmas[0])
     for t, t_next in zip(t_steps, t_steps[1:]):
         sigma = curve.sigma(t)
-        if S_churn > 0 and S_min <= sigma <= S_max:
+        if S_churn > 0 and S_min <= sigma <= float(S_max):
             raised = sigma * (1 + min(S_churn / num_steps, math.sqrt(2) - 1))
             added = normal(x.shape, generators, device=x.device) * S_noise
             x = size(raised) * (x / size(sigma) + (raised**2 - sigma**2).sqrt() * added)

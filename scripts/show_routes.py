@@ -68,13 +68,13 @@ def main(overrides: list[str]) -> None:
     columns = 2 + len(kept)
     figure, axes = plt.subplots(len(seeds), columns, squeeze=False, figsize=(2 * columns + 1, 2 * len(seeds)))
     for row, seed in enumerate(seeds):
-        axes[row, 0].imshow(images[row].permute(1, 2, 0), interpolation="nearest")
+        axes[row, 0].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
         axes[row, 0].set_title(f"seed {seed}", fontsize=8)
         for column, (route, mask) in enumerate(zip(run.model.routes, kept), start=1):
-            axes[row, column].imshow(darkened(images, mask)[row], interpolation="nearest")
+            axes[row, column].imshow(darkened(images, mask)[row].numpy(), interpolation="nearest")
             stays = f"{mask[row].sum()} of {mask.shape[1]} tokens"
             axes[row, column].set_title(f"{stays} in blocks {route.start_layer_idx}..{route.end_layer_idx}", fontsize=8)
-        axes[row, -1].imshow(passes[row], aspect="auto", origin="lower", cmap="gray", vmin=0, vmax=1)
+        axes[row, -1].imshow(passes[row].numpy(), aspect="auto", origin="lower", cmap="gray", vmin=0, vmax=1)
         axes[row, -1].set(xlabel="token", ylabel="block", title="white: passes through")
         axes[row, -1].title.set_fontsize(8)
         for axis in axes[row, :-1]:

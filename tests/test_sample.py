@@ -116,7 +116,7 @@ def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
 
 
 def test_killed_and_started_again(runs, tmp_path):
-    call = ["sampler=rf", f"ckpt={runs['rf']}", "seeds=0-39", "batch_size=1", "steps=20"]
+    call = ["sampler=rf", f"ckpt={runs['rf']}", "seeds=0-39", "batch_size=1", "steps=8"]
     out = tmp_path / "out"
     process = subprocess.Popen([*PYTHON, "sample.py", *call, f"out={out}"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
