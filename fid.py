@@ -29,7 +29,7 @@ import cli
 import sample
 import scoreboard
 from features import Extractor, load_extractor
-from images import open_images
+from images import Images, open_images
 from metrics import FeatureStats, frechet_distance  # noqa: F401  fid.frechet_distance is what users import
 from processes import start_processes
 from randomness import seeded_generator
@@ -145,7 +145,7 @@ def reference_of(ref: str | None, digits: str, extractor: Extractor) -> Referenc
 
 def calc_row(config: DictConfig, alone: bool) -> dict:
     """Generates or reads, scores, writes metrics.json; what it holds, and "folder", "run" and "guidance"."""
-    started, (extractor, reference) = time.time(), tools(config)
+    extractor, reference = tools(config)
     if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision)
         run.config.sampler = config.get("sampler") or run.config.sampler
@@ -153,19 +153,23 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
         result = evaluate(run, config, extractor, reference, folder / "parts")
         names = {"run": run.folder.name, "guidance": sample.settings_name(sample.guidance_from(config), config.steps)}
     else:
-        images = open_images(config.images)
+        images, names = open_images(config.images), {}
         name = f"{images.path.stem}-{distance_name(extractor, len(images))}"
-        folder, rows, names = row_folder(config, images.path.parent, name, alone), share(len(images)), {}
-        batches = with_progress(map(extractor, images.batches(config.batch_size, rows)), len(rows))
-        result = score(batches, len(images), extractor, reference, metrics=config.metrics)
-        result = result and {
-            **result, "n": len(images), "images": str(images.path), "seconds": round(time.time() - started, 3),
-            **describe_scoring(extractor, reference),
-        }  # fmt: skip
+        folder = row_folder(config, images.path.parent, name, alone)
+        result = evaluate_images(images, config, extractor, reference)
     if result:
         write_metrics(result, folder)
         shutil.rmtree(folder / "parts", ignore_errors=True)
     return result | names | {"folder": str(folder)}
+
+
+def evaluate_images(images: Images, config: DictConfig, extractor: Extractor, reference: Reference) -> dict:
+    """Scores images as they are: what metrics.json holds; on processes but the first an empty dict."""
+    started, rows = time.time(), share(len(images))
+    batches = with_progress(map(extractor, images.batches(config.batch_size, rows)), len(rows))
+    scores = score(batches, len(images), extractor, reference, metrics=config.metrics)
+    about = {"n": len(images), "images": str(images.path), "seconds": round(time.time() - started, 3)}
+    return scores and scores | about | describe_scoring(extractor, reference)
 
 
 def run_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:

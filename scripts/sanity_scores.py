@@ -38,7 +38,8 @@ def main(overrides: list[str]) -> None:
 
     def score(name: str, images: torch.Tensor, labels: torch.Tensor | None, against: Reference) -> None:
         batches = map(extractor, images.split(250))
-        show(name, {"n": len(images), **fid.score(batches, len(images), extractor, against, labels=labels)})
+        scores = fid.score(batches, len(images), extractor, against, labels=labels, metrics=["fd", "pr"])
+        show(name, {"n": len(images), **scores})
 
     print(f"| images | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     half = extractor(train[0::2]).pool
