@@ -165,7 +165,7 @@ def test_missing_inception_says_which_file_goes_where(tmp_path, monkeypatch):
 
 
 def test_dinov2_is_the_class_token_of_the_resized_picture(tmp_path, monkeypatch):
-    import timm
+    timm = pytest.importorskip("timm")
 
     monkeypatch.setattr(features, "DINOV2", "vit_tiny_patch16_224")  # small, with a class token too
     net = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
