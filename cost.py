@@ -12,7 +12,7 @@ from torch import nn
 
 import cli
 from routing_module import Routing
-from sample import instantiate
+from loading import instantiate
 
 BYTES_PER_PARAMETER = 20  # float32 weights, gradients, EMA and Adam's two moments
 
