@@ -108,7 +108,7 @@ def heat_map(run: sample.Run, config: DictConfig, out: Path) -> None:
     figure, axis = plt.subplots(figsize=(4.4, 3.6))
     image = axis.imshow(values.numpy(), origin="lower", cmap="viridis_r")
     for i, j in values.isfinite().nonzero().tolist():
-        axis.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", color="white")
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color="white")
     axis.set(xlabel="gamma_weak", ylabel="gamma_strong", title=f"fd_mnist, sparse guidance at scale {config.scale:g}")
     axis.set_xticks(range(len(gammas)), gammas)
     axis.set_yticks(range(len(gammas)), gammas)

@@ -256,8 +256,3 @@ def test_bad_input_is_one_line_and_leaves_no_image(runs, tmp_path, capsys, name,
     assert line.startswith("error: ") and "\n" not in line
     assert re.search(needed, line), line
     assert not (tmp_path / "out" / "images").exists()
-
-
-def test_commands_leave_with_2(runs):
-    done = command("rf.py", "sample_tread", f"ckpt={runs['dense']}")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
