@@ -60,12 +60,13 @@ def save(
             _save_tensors(named, temporary / name)
         (temporary / "config.yaml").write_text(config)
         (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        if target.exists():  # this step's own, found damaged at a resume: out of the way, but not gone before the new one is there
+        if target.exists():
+            # This step's own, found damaged at a resume: out of the way, but not gone before the new one is there.
             shutil.rmtree(aside := target.with_name(f"{TEMPORARY}old_{target.name}"), ignore_errors=True)
             os.rename(target, aside)
         os.rename(temporary, target)
@@ -83,7 +84,8 @@ def check_free_space(run_folder: Path, needed: int) -> None:
     existing = next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed * 1.02:
-        raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB", str(run_folder))
+        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
+        raise OSError(errno.ENOSPC, reason, str(run_folder))
 
 
 def remove_temporaries(run_folder: Path) -> None:
@@ -106,7 +108,8 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def latest(run_folder: Path) -> Path | None:
-    """The checkpoint that `latest` names; the newest complete one where the pointer is missing; None where there is none."""
+    """The checkpoint that `latest` names; the newest complete one where the pointer is missing; None where there is
+    none."""
     pointer = run_folder / "checkpoints" / "latest"
     if pointer.is_file():
         named = pointer.with_name(pointer.read_text().strip())
@@ -117,7 +120,8 @@ def latest(run_folder: Path) -> Path | None:
 
 
 def newest_intact(run_folder: Path) -> Path | None:
-    """The newest checkpoint that matches its manifest; a damaged one is passed over with a warning. None = there is none."""
+    """The newest checkpoint that matches its manifest; a damaged one is passed over with a warning. None = there is
+    none."""
     for path in reversed(complete_checkpoints(run_folder)):
         try:
             verify(path)
@@ -144,7 +148,10 @@ def find(ckpt: str | Path) -> Path:
     """
     family, path = split_family(ckpt)
     if not path.exists():
-        raise ValueError(f"ckpt={ckpt}: there is no such file or folder; needed: a run folder, a checkpoint or a file of weights")
+        raise ValueError(
+            f"ckpt={ckpt}: there is no such file or folder; "
+            "needed: a run folder, a checkpoint or a file of weights"
+        )
     if path.is_file() or (path / MANIFEST).is_file() and family is None:
         return path
     if (path / "config.json").is_file():  # an export
@@ -152,7 +159,8 @@ def find(ckpt: str | Path) -> Path:
     newest = latest(path) if path.is_dir() else None
     if newest is None:
         raise ValueError(
-            f"ckpt={ckpt} is no checkpoint; needed: a run folder (with checkpoints/step_*/{MANIFEST}) or one of its checkpoints"
+            f"ckpt={ckpt} is no checkpoint; "
+            f"needed: a run folder (with checkpoints/step_*/{MANIFEST}) or one of its checkpoints"
         )
     return newest
 

@@ -30,7 +30,8 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
-    """Raises ValueError where the command line gives a word, a list or null for what configs/<name>.yaml has as a number.
+    """Raises ValueError where the command line gives a word, a list or null for what configs/<name>.yaml has as a
+    number.
 
     Call it where Hydra is initialized.
     """
@@ -79,7 +80,10 @@ def one_line(error: BaseException) -> str:
     key = re.search(r"Could not (?:override|append to config\.[^']*) '([^']+)'", text)
     if key:
         return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
-    group = re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path", text, re.DOTALL)
+    group = re.search(
+        r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path",
+        text, re.DOTALL,
+    )  # fmt: skip
     if group:
         return f"unknown {group.group(1)}={group.group(2)}; needed: one of {', '.join(group.group(3).split())}"
     if isinstance(error, OSError) and error.filename is not None:

@@ -1,7 +1,8 @@
 """Steps that change nothing: where the gradient is not finite, on any process, no process updates its weights.
 
-The decision is made on the device, by the fused optimizer's `found_inf`, so it costs no wait; the host learns of it when it
-next reads the log values. The gradients that are looked at are the mean over all processes, so all decide alike.
+The decision is made on the device, by the fused optimizer's `found_inf`, so it costs no wait; the host learns of it
+when it next reads the log values. The gradients that are looked at are the mean over all processes, so all decide
+alike.
 """
 
 import torch

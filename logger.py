@@ -19,7 +19,8 @@ from prepare import BatchPlan
 
 
 class Logger:
-    """metrics.jsonl, wandb and the terminal; the main process writes, the others only take part in the mean of the loss."""
+    """metrics.jsonl, wandb and the terminal; the main process writes, the others only take part in the mean of the
+    loss."""
 
     def __init__(self, cfg: DictConfig, run_folder: Path, start_step: int, dist: PartialState):
         self.dist, self.path = dist, run_folder / "metrics.jsonl"
@@ -59,7 +60,8 @@ class Logger:
         self, step: int, grad_norm: torch.Tensor, lr: float, plan: BatchPlan, guard: FiniteGuard, max_skipped: int,
         left_out: int,                              # samples that this process found damaged, with data.on_error=skip
     ) -> int:
-        """One line on the steps since the last one -> the first step that was not finite, where that ends the run, else 0.
+        """One line on the steps since the last one -> the first step that was not finite, where that ends the run,
+        else 0.
 
         The only place where training waits for the device.
         """
@@ -67,13 +69,16 @@ class Logger:
         if self.dist.num_processes > 1:
             torch.distributed.all_reduce(totals)
         totals[0] /= self.dist.num_processes
-        loss, left_out, norm, skipped, first_bad = [*totals.tolist(), *torch.stack([grad_norm, guard.count, guard.first]).tolist()]
+        loss, left_out = totals.tolist()
+        norm, skipped, first_bad = torch.stack([grad_norm, guard.count, guard.first]).tolist()
         seconds = time.perf_counter() - self.started - self.paused
         good_steps = self.steps - (skipped - self.skipped)
         values = {
-            "train/loss": loss / good_steps if good_steps else None, "train/grad_norm": norm if math.isfinite(norm) else None,
-            "train/lr": lr, "train/skipped": int(skipped), "data/left_out": int(left_out), "perf/step_s": seconds / self.steps,
-            "perf/img_per_s": self.steps * plan.global_batch_size / seconds, "perf/data_wait": self.waited / seconds,
+            "train/loss": loss / good_steps if good_steps else None,
+            "train/grad_norm": norm if math.isfinite(norm) else None,
+            "train/lr": lr, "train/skipped": int(skipped), "data/left_out": int(left_out),
+            "perf/step_s": seconds / self.steps, "perf/img_per_s": self.steps * plan.global_batch_size / seconds,
+            "perf/data_wait": self.waited / seconds,
         }  # fmt: skip
         self.write(step, values)
         self.bar.set_postfix(loss=values["train/loss"], refresh=False)

@@ -26,17 +26,19 @@ from guard import FiniteGuard
 from randomness import Rows
 from sample import guidance_from, instantiate, load_run
 
-
 AT_LEAST = {
-    "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0, "train.warmup_steps": 0,
-    "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1, "train.save_every": 0,
-    "train.keep_last": 1, "train.max_hours": 0, "train.timeout_s": 1, "train.max_skipped": 0, "train.check_replicas_every": 0, "train.keep_every": 1, "preview.every": 0, "eval.every": 0, "preview.num_images": 1, "data.num_workers": 0,
+    "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,
+    "train.warmup_steps": 0, "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1,
+    "train.save_every": 0, "train.keep_last": 1, "train.max_hours": 0, "train.timeout_s": 1, "train.max_skipped": 0,
+    "train.check_replicas_every": 0, "train.keep_every": 1, "preview.every": 0, "eval.every": 0,
+    "preview.num_images": 1, "data.num_workers": 0,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_batch_size = world_size * micro_batch_size * accumulation; micro-batch m of rank r starts at row (m * world + r) * micro."""
+    """global_batch_size = world_size * micro_batch_size * accumulation; micro-batch m of rank r starts at row
+    (m * world + r) * micro."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -65,7 +67,8 @@ def name_run(cfg: DictConfig) -> DictConfig:
     if hydra_cfg.mode == RunMode.MULTIRUN:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("-m runs its jobs in one process, one after another; start one launch per job instead")
-        swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(overrides_of(sys.argv)) if o.is_sweep_override()}
+        given = OverridesParser.create().parse_overrides(overrides_of(sys.argv))
+        swept = {o.key_or_group for o in given if o.is_sweep_override()}
         job = ",".join(o for o in hydra_cfg.overrides.task if o.partition("=")[0] in swept) or f"job{hydra_cfg.job.num}"
         cfg.run_name = f"{cfg.run_name or 'multirun'}/{job.replace('/', '-')}"
     elif cfg.run_name is None:
@@ -108,7 +111,9 @@ def decide_precision(wanted: str, device: torch.device) -> str:
             return "bf16" if has_fast_bf16(device) else "fp32"
         wanted = launched
     if wanted not in ("bf16", "fp32"):
-        raise ValueError(f"precision {wanted!r}; needed: auto, bf16 or fp32 (fp16 overflows in long runs and is not offered)")
+        raise ValueError(
+            f"precision {wanted!r}; needed: auto, bf16 or fp32 (fp16 overflows in long runs and is not offered)"
+        )
     return wanted
 
 
@@ -125,13 +130,15 @@ def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
     micro = train.micro_batch_size or share
     if total < 1 or total % (world * max(micro, 1)):
         raise ValueError(
-            f"train.global_batch_size={total} is not processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
+            f"train.global_batch_size={total} is not "
+            f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
         )
     return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)
 
 
 def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.Latents]:
-    """(train, validation) latents, of the shape and classes that the model is for. Raises ValueError where they are not."""
+    """(train, validation) latents, of the shape and classes that the model is for. Raises ValueError where they are
+    not."""
     if cfg.data.prepare == "mnist":
         with dist.local_main_process_first():
             data.prepare_mnist(cfg.data.path)
@@ -143,7 +150,9 @@ def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.L
             f"set data.channels and data.input_size, or data.path"
         )
     if train.num_classes > cfg.data.num_classes:
-        raise ValueError(f"{cfg.data.path} has {train.num_classes} classes, the model has data.num_classes={cfg.data.num_classes}")
+        raise ValueError(
+            f"{cfg.data.path} has {train.num_classes} classes, the model has data.num_classes={cfg.data.num_classes}"
+        )
     if not data.has_split(cfg.data.path, "val"):
         return train, train
     return train, data.open_latents(cfg.data.path, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)
@@ -217,7 +226,9 @@ def resume(path: Path, state: State, cfg: DictConfig, latents: data.Latents) -> 
     if fingerprint != latents.fingerprint and "data" not in cfg.resume_allow:
         differing.append(f"the data's fingerprint was {fingerprint}, is {latents.fingerprint}")
     if differing:
-        raise ValueError(f"{path} is of another run: {'; '.join(differing)} (resume_allow=[key,...] goes on all the same)")
+        raise ValueError(
+            f"{path} is of another run: {'; '.join(differing)} (resume_allow=[key,...] goes on all the same)"
+        )
     checkpoint.load_weights(path, state.model, "raw")
     checkpoint.load_weights(path, state.ema, "ema")
     checkpoint.load_optimizer(path, state.model, state.optimizer)
@@ -235,7 +246,8 @@ def claim_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> Text
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise ValueError(f"{run_folder} is in use by {lock.read().strip() or 'another job'}; needed: another run_name") from None
+        owner = lock.read().strip() or "another job"
+        raise ValueError(f"{run_folder} is in use by {owner}; needed: another run_name") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
@@ -275,7 +287,8 @@ def describe(cfg, model, latents: data.Latents, plan: BatchPlan, resumed: Path |
         f"model      {cfg.model.size}",
         cost_table(model, cfg),
         f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
-        f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} x {plan.accumulation} accumulated",
+        f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
+        f"x {plan.accumulation} accumulated",
         f"precision  {cfg.train.precision}, compile {compiled}",
     ]
     return "\n".join(lines)

@@ -30,7 +30,8 @@ Generators = torch.Generator | Rows | Sequence[torch.Generator] | None
 
 
 def seeded_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by the hash of `key`: equal keys give equal streams, on any machine with the same device type."""
+    """A generator seeded by the hash of `key`: equal keys give equal streams, on any machine with the same device
+    type."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -1,7 +1,8 @@
 """Leaving early without losing a step: SIGTERM, SIGUSR1 (SLURM), SIGINT and max_hours.
 
-A signal to any process becomes "stop behind step n", with the same n on every process: the first to see it writes n into
-the process group's key-value store, which the others look up behind each step. No collective, and no wait for the device.
+A signal to any process becomes "stop behind step n", with the same n on every process: the first to see it writes n
+into the process group's key-value store, which the others look up behind each step. No collective, and no wait for the
+device.
 """
 
 import os
@@ -58,7 +59,8 @@ class Stopper:
         return step >= int(stop_behind)
 
     def limit_lead(self) -> None:
-        """Waits for the step before the last: the host never runs further ahead of its GPU, which is never idle by it."""
+        """Waits for the step before the last: the host never runs further ahead of its GPU, which is never idle by
+        it."""
         if self.dist.device.type == "cuda":
             self.events.append(torch.cuda.Event())
             self.events[-1].record()

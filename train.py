@@ -1,8 +1,8 @@
 """Training: `accelerate launch train.py model=tread`, `python train.py`, or `torchrun --nproc_per_node 2 train.py`.
 
-One straight loop: batch, loss, backward, step, EMA, and every few steps a log line, a checkpoint, a validation, a preview.
-Every random number comes from a generator keyed by (seed, purpose, step) and drawn for the whole global batch, so a step is
-the same on any number of processes, and a checkpoint needs no random state.
+One straight loop: batch, loss, backward, step, EMA, and every few steps a log line, a checkpoint, a validation, a
+preview. Every random number comes from a generator keyed by (seed, purpose, step) and drawn for the whole global batch,
+so a step is the same on any number of processes, and a checkpoint needs no random state.
 """
 
 import contextlib
@@ -34,8 +34,18 @@ from cost import cost_table
 from features import Extractor
 from logger import Logger
 from prepare import (
-    BatchPlan, State, batch_plan, build, claim_run_folder, compile_blocks, describe, find_resume, name_run, open_data,
-    resolve_config, resume,
+    BatchPlan,
+    State,
+    batch_plan,
+    build,
+    claim_run_folder,
+    compile_blocks,
+    describe,
+    find_resume,
+    name_run,
+    open_data,
+    resolve_config,
+    resume,
 )  # fmt: skip
 from processes import start_processes
 from randomness import normal, seeded_generator, uniform
@@ -56,7 +66,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> int:
-    """Trains as the config says -> exit code: 0 at the last step, stopping.EXIT_* otherwise. Raises ValueError, OSError."""
+    """Trains as the config says -> exit code: 0 at the last step, stopping.EXIT_* otherwise. Raises ValueError,
+    OSError."""
     dist = start_processes(cfg.train.timeout_s)
     cfg = resolve_config(cfg, dist)
     run_folder = Path(cfg.results_dir) / cfg.run_name
@@ -81,14 +92,20 @@ def train(cfg: DictConfig) -> int:
         log.say(describe(cfg, model, latents, plan, resumed, compiled))
         if dist.is_main_process and (warning := data.scale_warning(latents, objective.sigma_data)):
             log.warn(warning)
-        view = Run(state.ema, objective, instantiate(cfg.data.codec).to(dist.device), cfg, dist.device, cfg.train.precision)
+        codec = instantiate(cfg.data.codec).to(dist.device)
+        view = Run(state.ema, objective, codec, cfg, dist.device, cfg.train.precision)
         try:
-            return run_steps(cfg, dist, run_folder, plan, latents, val_latents, state, view, tools, start_step, stopper, log)
+            return run_steps(
+                cfg, dist, run_folder, plan, latents, val_latents, state, view, tools, start_step, stopper, log
+            )
         except RuntimeError as error:
             if dist.num_processes == 1:
                 raise
             missing = roll_call(dist) or "none"
-            print(f"error: process {dist.process_index} lost the others: {cli.one_line(error)}; not answering: {missing}", file=sys.stderr)
+            print(
+                f"error: process {dist.process_index} lost the others: {cli.one_line(error)}; not answering: {missing}",
+                file=sys.stderr,
+            )
             os._exit(1)  # the process group is broken: an orderly exit would wait for it
 
 
@@ -105,7 +122,10 @@ def dry_run(cfg: DictConfig, dist: PartialState, plan: BatchPlan) -> int:
     loss, grad_norm = train_step(state, objective, made_up, batches, 1, plan, cfg)
     if dist.is_main_process:
         print(f"model      {cfg.model.size}\n{cost_table(state.model, cfg)}")
-        print(f"dry run    one step on noise: loss {loss:.4g}, gradient norm {grad_norm:.4g}; nothing was read or written")
+        print(
+            f"dry run    one step on noise: loss {loss:.4g}, gradient norm {grad_norm:.4g}; "
+            "nothing was read or written"
+        )
     return 0
 
 
@@ -157,7 +177,9 @@ def run_steps(
             bad_step = log.train(step, grad_norm, lr, plan, state.guard, cfg.train.max_skipped, len(latents.faults))
             if bad_step:
                 dump = dump_bad_step(run_folder, bad_step, latents, plan, cfg) if dist.is_main_process else None
-                log.close(f"error: a gradient of step {bad_step} was not finite; nothing was updated; samples in {dump}")
+                log.close(
+                    f"error: a gradient of step {bad_step} was not finite; nothing was updated; samples in {dump}"
+                )
                 return EXIT_NOT_FINITE
         if every(cfg.train.check_replicas_every, step) and dist.num_processes > 1:
             check_replicas(state.model, step, dist)
@@ -176,7 +198,8 @@ def run_steps(
 def train_step(
     state: State, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step on one global batch -> (mean loss of this process's rows, gradient norm), both () on the device.
+    """One optimizer step on one global batch -> (mean loss of this process's rows, gradient norm), both () on the
+    device.
 
     The host never waits for the device in here.
     """
@@ -227,7 +250,8 @@ def every(interval: int | None, step: int) -> bool:
 
 @torch.no_grad()
 def validation_losses(view: Run, latents: data.Latents, cfg: DictConfig, plan: BatchPlan) -> dict[str, float]:
-    """Loss of the EMA weights on fixed samples, noise and labels, dense and as routed in training; means over samples."""
+    """Loss of the EMA weights on fixed samples, noise and labels, dense and as routed in training; means over
+    samples."""
     modes = {"val/loss_dense": False} | ({"val/loss_routed": True} if view.model.routes else {})
     n = min(cfg.train.val_samples, len(latents))
     sums = torch.zeros(len(modes), device=view.device)
@@ -255,7 +279,9 @@ def check_replicas(model: nn.Module, step: int, dist: PartialState) -> None:
     torch.distributed.all_reduce(differs)
     ranks = differs.nonzero().flatten().tolist()
     if ranks:
-        raise ValueError(f"at step {step} the weights of processes {ranks} differ from process 0's: a machine computes wrongly")
+        raise ValueError(
+            f"at step {step} the weights of processes {ranks} differ from process 0's: a machine computes wrongly"
+        )
 
 
 def dump_bad_step(run_folder: Path, step: int, latents: data.Latents, plan: BatchPlan, cfg: DictConfig) -> Path:
@@ -267,7 +293,9 @@ def dump_bad_step(run_folder: Path, step: int, latents: data.Latents, plan: Batc
     return path
 
 
-def evaluate(view: Run, run_folder: Path, cfg: DictConfig, extractor: Extractor, reference: Reference) -> dict[str, float]:
+def evaluate(
+    view: Run, run_folder: Path, cfg: DictConfig, extractor: Extractor, reference: Reference
+) -> dict[str, float]:
     """Generates and scores images on all processes, as fid.py does -> the log's values; metrics.json has the rest."""
     result = scoring.evaluate(view, cfg.eval, extractor, reference)
     if result:
@@ -294,7 +322,8 @@ def save(run_folder: Path, step: int, state: State, cfg: DictConfig, latents: da
             except OSError as error:
                 if pause is None:
                     raise
-                print(f"warning: checkpoint of step {step}: {cli.one_line(error)}; trying again in {pause} s", file=sys.stderr)
+                reason = cli.one_line(error)
+                print(f"warning: checkpoint of step {step}: {reason}; trying again in {pause} s", file=sys.stderr)
                 time.sleep(pause)
         checkpoint.prune(run_folder, cfg.train.keep_last, cfg.train.keep_every)
     dist.wait_for_everyone()

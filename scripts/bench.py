@@ -3,8 +3,9 @@
     python scripts/bench.py                                     the embedded default
     python scripts/bench.py model.size=DiT-B/2 data=imagenet256 train.global_batch_size=16
 
-The very step of train.py is timed, on latents made up here: routed, dense, routed, dense, ... in one process, so that what
-else the machine does falls on both alike; medians are shown. Counts need no clock: they are the same on any machine.
+The very step of train.py is timed, on latents made up here: routed, dense, routed, dense, ... in one process, so that
+what else the machine does falls on both alike; medians are shown. Counts need no clock: they are the same on any
+machine.
 """
 
 import json
@@ -57,7 +58,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_seconds(model: torch.nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> float:
-    """What the linear layers' three products a step take alone, by torch.mm at the same shapes, for `rows` tokens in each block."""
+    """What the linear layers' three products a step take alone, by torch.mm at the same shapes, for `rows` tokens in
+    each block."""
     total = 0.0
     for linear, count in linear_shapes(model).items():
         n_in, n_out = linear
@@ -100,7 +102,8 @@ def main(overrides: list[str]) -> None:
     dist = start_processes()
     device, batch_size = dist.device, cfg.train.global_batch_size
     cfg.train.precision = decide_precision(cfg.train.precision, device)
-    plan = BatchPlan(batch_size, cfg.train.micro_batch_size or batch_size, batch_size // (cfg.train.micro_batch_size or batch_size), 0, 1)
+    micro_batch_size = cfg.train.micro_batch_size or batch_size
+    plan = BatchPlan(batch_size, micro_batch_size, batch_size // micro_batch_size, 0, 1)
     dense_cfg = OmegaConf.merge(cfg, {"model": {"routes": []}})
     states = {"routed": build(cfg, dist, new=True)[0], "dense": build(dense_cfg, dist, new=True)[0]}
     routed, dense = states["routed"].model, states["dense"].model

@@ -39,17 +39,20 @@ from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN  # noqa: E402
 Row = tuple[str, str, str, bool]  # what, what was found, what is needed, whether it is
 SAVE_EVERY = 5
 SMALL = [
-    "model.size=DiT-XS/4", "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=16", "train.compile=off",
-    "train.precision=fp32", "train.decay_steps=0", "train.log_every=1", f"train.save_every={SAVE_EVERY}", "train.val_every=0", "preview.every=0",
+    "model.size=DiT-XS/4", "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=16",
+    "train.compile=off", "train.precision=fp32", "train.decay_steps=0", "train.log_every=1",
+    f"train.save_every={SAVE_EVERY}", "train.val_every=0", "preview.every=0",
 ]  # fmt: skip
 
 
 class Job:
-    """Runs of one configuration in processes of their own. They are forked, which saves the seconds of importing torch."""
+    """Runs of one configuration in processes of their own. They are forked, which saves the seconds of importing
+    torch."""
 
     def __init__(self, results: Path, name: str, *overrides: str):
         self.folder = results / name
-        self.overrides = [*SMALL, f"data.path={results / 'mnist'}", f"results_dir={results}", f"run_name={name}", *overrides]
+        places = [f"data.path={results / 'mnist'}", f"results_dir={results}", f"run_name={name}"]
+        self.overrides = [*SMALL, *places, *overrides]
         self.executed = 0  # steps, counting those that were taken again
         self.log = results / f"{name}.txt"
 
@@ -97,7 +100,8 @@ class Job:
 
     def state(self) -> dict[str, bytes]:
         newest = checkpoint.latest(self.folder)
-        return {name: (newest / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")}
+        names = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+        return {name: (newest / name).read_bytes() for name in names}
 
     def numbers(self) -> list[dict]:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +132,8 @@ def max_difference(a: Job, b: Job) -> float:
 
 
 def kill_somewhere(job: Job, process: int, rng: random.Random, inside_save: bool) -> bool:
-    """SIGKILL at a random moment of the next few steps, or while a checkpoint is being written. False where it was done before."""
+    """SIGKILL at a random moment of the next few steps, or while a checkpoint is being written. False where it was done
+    before."""
     if inside_save:
         saves = job.folder / "checkpoints"
         hit = wait_until(lambda: saves.exists() and any(saves.glob(".tmp_*")), process)
@@ -187,11 +192,12 @@ def signals(results: Path, count: int, rng: random.Random) -> list[Row]:
         ok += job.wait(process) == EXIT_START_AGAIN
         slowest = max(slowest, time.monotonic() - sent)
         lost = max(lost, job.last_logged() - job.last_saved())
+    seconds = recovery_seconds(job)
     return [
         ("R3 signals answered by save and exit code 75", f"{ok} of {count}", "all", ok == count),
         ("R3 steps lost, most", str(lost), "0", lost == 0),
         ("R3 signal to exit, slowest s", f"{slowest:.2f}", "< 30", slowest < 30),
-        ("R8 from the command to the first new step, s", f"{(seconds := recovery_seconds(job)):.1f}", "<= 15", seconds <= 15),
+        ("R8 from the command to the first new step, s", f"{seconds:.1f}", "<= 15", seconds <= 15),
     ]
 
 
@@ -239,21 +245,26 @@ def processes(results: Path) -> list[Row]:
     rows = []
     for number, what, bar, timeout in ((signal.SIGKILL, "dead", 10, 600), (signal.SIGSTOP, "hung", 15, 10)):
         job = Job(results, what, "train.max_steps=1000000", f"train.timeout_s={timeout}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *job.overrides]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*torchrun, "train.py", *job.overrides]
         launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while job.last_logged() < 5 and time.monotonic() < deadline:
             time.sleep(0.05)
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launched.pid)], capture_output=True, text=True).stdout.split()
+        listing = ["ps", "-o", "pid=", "--ppid", str(launched.pid)]
+        children = subprocess.run(listing, capture_output=True, text=True).stdout.split()
         victim = next(int(c) for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes())
         os.kill(victim, number)
         sent = time.monotonic()
-        named = next((line for line in launched.stderr if "not answering: [1]" in line or "rank      : 1" in line), None)
+        telling = ("not answering: [1]", "rank      : 1")
+        named = next((line for line in launched.stderr if any(text in line for text in telling)), None)
         seconds = time.monotonic() - sent
         if number == signal.SIGSTOP:
             os.kill(victim, signal.SIGKILL)
         launched.communicate()
-        rows.append((f"R4 {what} process of two, named after s", f"{seconds:.1f}" if named else "not named", f"<= {bar}", bool(named) and seconds <= bar))
+        found = f"{seconds:.1f}" if named else "not named"
+        good = bool(named) and seconds <= bar
+        rows.append((f"R4 {what} process of two, named after s", found, f"<= {bar}", good))
     return rows
 
 
@@ -328,7 +339,8 @@ def planted_code(results: Path) -> list[Row]:
     newest = checkpoint.latest(checkpointed.folder)
     (newest / "config.yaml").write_text((newest / "config.yaml").read_text().replace("dit.build", "os.mkdir"))
     (newest / "manifest.json").write_text(json.dumps({"files": {
-        p.name: {"bytes": p.stat().st_size, "sha256": checkpoint.sha256(p)} for p in newest.iterdir() if p.name != "manifest.json"
+        p.name: {"bytes": p.stat().st_size, "sha256": checkpoint.sha256(p)}
+        for p in newest.iterdir() if p.name != "manifest.json"
     }}))  # fmt: skip
     offers = [
         *[partial(sample.load_run, folder / name) for name in ("bare.pt", "archive.pt", "weights.safetensors")],
@@ -342,15 +354,17 @@ def planted_code(results: Path) -> list[Row]:
         except ValueError:
             refused += 1
     good = refused == len(offers) and not sung.exists()
-    return [("R7 planted code run, of what was refused", f"{int(sung.exists())}, {refused} of {len(offers)}", "0, all", good)]
+    found = f"{int(sung.exists())}, {refused} of {len(offers)}"
+    return [("R7 planted code run, of what was refused", found, "0, all", good)]
 
 
 def mismatches(results: Path) -> list[Row]:
     """R10: one setting at a time is changed between a run and its continuation."""
     changes = (
-        "model.depth=7", "model.hidden_size=64", "model.routes=[]", "objective=rf", "objective.P_std=1", "optimizer.weight_decay=0.1",
-        "optimizer.betas=[0.9,0.95]", "seed=1", "train.lr=1e-3", "train.global_batch_size=32", "train.precision=bf16", "train.ema_decay=0.99",
-        "train.label_dropout=0.2", "train.warmup_steps=7", "train.grad_clip=2", "train.compile=blocks", "train.decay_steps=5",
+        "model.depth=7", "model.hidden_size=64", "model.routes=[]", "objective=rf", "objective.P_std=1",
+        "optimizer.weight_decay=0.1", "optimizer.betas=[0.9,0.95]", "seed=1", "train.lr=1e-3",
+        "train.global_batch_size=32", "train.precision=bf16", "train.ema_decay=0.99", "train.label_dropout=0.2",
+        "train.warmup_steps=7", "train.grad_clip=2", "train.compile=blocks", "train.decay_steps=5",
     )  # fmt: skip
     assert Job(results, "mismatch", "train.max_steps=5").run() == 0
     refused = sum(Job(results, "mismatch", "train.max_steps=10", change).run() == 2 for change in changes)

@@ -29,9 +29,9 @@ def write_shard(path, arrays, labels):
     """A tar in CompVis's layout: <key>.latent.npy and <key>.cls."""
     with tarfile.open(path, "w") as tar:
         for i, (array, label) in enumerate(zip(arrays, labels)):
-            content = io.BytesIO()
+            key, content = f"{path.stem[-1]}{i:04d}", io.BytesIO()
             np.save(content, array)
-            for name, data in ((f"{path.stem[-1]}{i:04d}.latent.npy", content.getvalue()), (f"{path.stem[-1]}{i:04d}.cls", str(label).encode())):
+            for name, data in ((f"{key}.latent.npy", content.getvalue()), (f"{key}.cls", str(label).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -54,7 +54,7 @@ def tiny_overrides(few_latents):
     return [
         f"data.path={few_latents}", "data.prepare=null", "data.channels=1", "data.input_size=8", "data.num_classes=3",
         "model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2",
-        "train.global_batch_size=16", "train.max_steps=7", "train.warmup_steps=2", "train.decay_steps=0", "train.compile=off",
-        "train.precision=fp32", "train.log_every=1", "train.save_every=0", "train.val_every=0", "train.val_samples=20",
-        "preview.every=0", "preview.num_images=6", "sampler.num_steps=3", "train.keep_last=20",
+        "train.global_batch_size=16", "train.max_steps=7", "train.warmup_steps=2", "train.decay_steps=0",
+        "train.compile=off", "train.precision=fp32", "train.log_every=1", "train.save_every=0", "train.val_every=0",
+        "train.val_samples=20", "preview.every=0", "preview.num_images=6", "sampler.num_steps=3", "train.keep_last=20",
     ]  # fmt: skip

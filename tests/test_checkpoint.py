@@ -26,7 +26,9 @@ def trained():
 
 def save(folder, step, trained):
     model, ema, optimizer = trained
-    return checkpoint.save(folder, step, model=model, ema=ema, optimizer=optimizer, state={"data": "x"}, config="a: 1\n")
+    return checkpoint.save(
+        folder, step, model=model, ema=ema, optimizer=optimizer, state={"data": "x"}, config="a: 1\n"
+    )
 
 
 def test_round_trip(tmp_path, trained):
@@ -45,7 +47,8 @@ def test_round_trip(tmp_path, trained):
             assert torch.equal(value, restored.state[theirs][field])
     checkpoint.load_weights(path, other, "ema")
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), other.parameters()))
-    assert all(not key.startswith(("module.", "_orig_mod.")) for key in checkpoint.read_tensors(path / "model.safetensors"))
+    saved = checkpoint.read_tensors(path / "model.safetensors")
+    assert all(not key.startswith(("module.", "_orig_mod.")) for key in saved)
 
 
 def test_bytes_written_are_the_state(tmp_path, trained):
@@ -149,7 +152,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, trained, monkeypatch):
         monkeypatch.setattr(checkpoint, "save_file", full)
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, 2, trained)
-        assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith((".tmp", "step"))] == [before.name]
+        names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+        assert [name for name in names if name.startswith((".tmp", "step"))] == [before.name]
         checkpoint.verify(before)
 
 

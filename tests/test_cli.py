@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def command(tmp_path):
-    """command("train.py", ...) -> (exit code, stdout, stderr) of the script, run as a main program in a forked child."""
+    """command("train.py", ...) -> (exit code, stdout, stderr) of the script, run as a main program in a forked
+    child."""
 
     def command(script, *arguments):
         sys.stdout.flush()
@@ -52,8 +53,8 @@ def trained(tiny_overrides, tmp_path_factory):
     """Run folders of one step: tread with EDM, dit with EDM, tread with rectified flow."""
     results = tmp_path_factory.mktemp("runs")
     for name, *extra in (("tread",), ("dit", "model=dit"), ("rf", "objective=rf")):
-        config = cli.load_config("config", [*tiny_overrides, f"results_dir={results}", f"run_name={name}", "train.max_steps=1", *extra])
-        assert training.train(config) == 0
+        own = [f"results_dir={results}", f"run_name={name}", "train.max_steps=1", *extra]
+        assert training.train(cli.load_config("config", [*tiny_overrides, *own])) == 0
     return results
 
 
@@ -80,7 +81,8 @@ TRAIN = {
     "data.input_size=16": "holds latents of shape (1, 8, 8), the model is for (1, 16, 16)",
     "data.num_classes=2": "classes",
     "model.routes=[{selection_ratio:0.5,start_layer_idx:2,end_layer_idx:9}]": "does not fit a network of 6 blocks",
-    "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:3},{selection_ratio:0.5,start_layer_idx:3,end_layer_idx:4}]": "routes overlap",
+    "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:3},"
+    "{selection_ratio:0.5,start_layer_idx:3,end_layer_idx:4}]": "routes overlap",
     "model.routes=[{selection_ratio:1.5,start_layer_idx:1,end_layer_idx:3}]": "share of tokens routed away",
     "model.size=DiT-M/2": "model size 'DiT-M/2'",
     "resume=nowhere": "ckpt=nowhere",

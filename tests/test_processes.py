@@ -60,7 +60,8 @@ def workers(job):
 @pytest.fixture(scope="module")
 def settings(tiny_overrides, tmp_path_factory):
     results = tmp_path_factory.mktemp("runs")
-    return [*tiny_overrides, f"results_dir={results}", "train.max_steps=90", "train.val_every=30", "preview.every=90"], results
+    own = [f"results_dir={results}", "train.max_steps=90", "train.val_every=30", "preview.every=90"]
+    return [*tiny_overrides, *own], results
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,10 @@ def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
     script = tmp_path / "drift.py"
     script.write_text(
         "import sys, torch\nsys.path.insert(0, sys.argv[1])\nimport train\nfrom processes import start_processes\n"
-        "dist = start_processes()\ntorch.manual_seed(0)\nmodel = torch.nn.Linear(3, 3)\ntrain.check_replicas(model, 1, dist)\n"
-        "if dist.process_index == 1:\n    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))\n"
+        "dist = start_processes()\ntorch.manual_seed(0)\nmodel = torch.nn.Linear(3, 3)\n"
+        "train.check_replicas(model, 1, dist)\n"
+        "if dist.process_index == 1:\n"
+        "    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))\n"
         "try:\n    train.check_replicas(model, 2, dist)\nexcept ValueError as error:\n    print(error, flush=True)\n"
     )
     done = subprocess.run([*torchrun(29652), str(script), str(ROOT)], capture_output=True, text=True, timeout=120)
@@ -166,7 +169,8 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
         "sys.exit(train.train(cli.load_config('config', sys.argv[2:])))\n"
     )
     keys = [*settings[0], "run_name=poisoned", "train.save_every=5", "train.log_every=10"]
-    done = subprocess.run([*torchrun(29653), str(script), str(ROOT), *keys], capture_output=True, text=True, timeout=120)
+    command = [*torchrun(29653), str(script), str(ROOT), *keys]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "exitcode  : 3" in done.stderr and "a gradient of step 6 was not finite" in done.stdout, done.stderr
     assert latest(settings[1] / "poisoned").name == "step_0000005"
     assert (settings[1] / "poisoned" / "nonfinite_step_0000006.json").is_file()
@@ -190,7 +194,8 @@ def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):
 
 def test_a_second_interrupt_leaves_at_once(settings):
     folder = settings[1] / "twice"
-    job = start([sys.executable], *settings[0], "run_name=twice", "train.max_steps=100000", "preview.every=30", "preview.num_images=3000")
+    own = ["run_name=twice", "train.max_steps=100000", "preview.every=30", "preview.num_images=3000"]
+    job = start([sys.executable], *settings[0], *own)
     wait_for(folder, 30)  # and now it draws the preview, for long
     os.kill(job.pid, signal.SIGINT)
     time.sleep(1.2)

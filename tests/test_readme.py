@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {
-    "train.py": "train.max_steps=2 train.compile=off model.depth=6 model.hidden_size=32 sampler.num_steps=2 preview.num_images=10 train.val_samples=50",
+    "train.py": "train.max_steps=2 train.compile=off model.depth=6 model.hidden_size=32 sampler.num_steps=2 "
+                "preview.num_images=10 train.val_samples=50",
     "sample.py": "steps=2",
     "rf.py": "steps=2",
     "fid.py calc": "steps=2 seeds=0-49",
@@ -19,7 +20,8 @@ SHORT = {
 
 
 def commands() -> list[str]:
-    text = re.sub(r"## Your own data.*?\n## ", "## ", (ROOT / "README.md").read_text(), flags=re.DOTALL)  # test_encode.py runs it
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"## Your own data.*?\n## ", "## ", text, flags=re.DOTALL)  # test_encode.py runs it
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -42,5 +44,7 @@ def test_every_command_of_the_readme_runs(tmp_path, digits):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
     assert len(commands()) >= 10
     for command in commands():
-        done = subprocess.run(shortened(command), cwd=clone, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            shortened(command), cwd=clone, env=environment, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

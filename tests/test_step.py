@@ -71,9 +71,8 @@ def test_a_cuda_step_never_waits_and_copies_only_its_batch(objective, monkeypatc
     monkeypatch.setattr(training, "seeded_generator", lambda *key, device: None)  # there is no CUDA generator to make
     monkeypatch.setattr(BatchPlan, "rows", lambda self, generator, micro: None)
     attended, attention = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: attended.append(q.shape) or attention(q, k, v)
-    )
+    watched = lambda q, k, v: attended.append(q.shape) or attention(q, k, v)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     config, plan = settings(global_batch_size=8, micro_batch_size=4), BatchPlan(8, 4, 2, 0, 1)
     with FakeTensorMode():
         state = state_on("cuda")
@@ -166,7 +165,9 @@ def test_one_full_size_copy_a_route():
 def test_compiled_blocks_are_one_graph_a_token_count_without_breaks():
     torch.compiler.reset()
     counters.clear()
-    net = build("DiT-XS/4", input_size=16, in_channels=4, num_classes=10, depth=8, hidden_size=32, num_heads=2, routes=TREAD)
+    net = build(
+        "DiT-XS/4", input_size=16, in_channels=4, num_classes=10, depth=8, hidden_size=32, num_heads=2, routes=TREAD
+    )
     for block in net.blocks:
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     x, y, t = torch.randn(4, 4, 16, 16), torch.zeros(4, dtype=torch.int64), torch.rand(4)

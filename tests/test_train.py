@@ -170,7 +170,8 @@ def test_scores_while_training_are_those_of_the_command_line(run, digits, capsys
     code, folder = run("scored", "eval.every=2", *settings)
     assert code == 0
     in_training = next(line for line in numbers(folder) if "eval/fd_mnist" in line)
-    fid.main(["calc", f"ckpt={folder}", f"digits={digits}", "seeds=0-29", "steps=2", "guidance=cfg", "scale=2.0", f"out={folder}/out"])
+    same = [f"digits={digits}", "seeds=0-29", "steps=2", "guidance=cfg", "scale=2.0"]
+    fid.main(["calc", f"ckpt={folder}", *same, f"out={folder}/out"])
     offline = json.loads((folder / "out" / "metrics.json").read_text())
     for name in ("fd_mnist", "class_accuracy"):
         assert in_training[f"eval/{name}"] == pytest.approx(offline[name], rel=1e-9)
@@ -241,9 +242,9 @@ def test_wandb_offline_needs_no_account(run, monkeypatch):
 
 CHANGES = {
     "model.depth": "7", "model.hidden_size": "64", "model.routes": "[]", "data.num_classes": "4", "objective": "rf",
-    "objective.P_mean": "-1.0", "optimizer.weight_decay": "0.1", "optimizer.betas": "[0.9,0.95]", "seed": "1", "train.lr": "1e-3",
-    "train.global_batch_size": "32", "train.precision": "bf16", "train.ema_decay": "0.9", "train.label_dropout": "0.2",
-    "train.warmup_steps": "3", "train.grad_clip": "0.5", "train.compile": "blocks",
+    "objective.P_mean": "-1.0", "optimizer.weight_decay": "0.1", "optimizer.betas": "[0.9,0.95]", "seed": "1",
+    "train.lr": "1e-3", "train.global_batch_size": "32", "train.precision": "bf16", "train.ema_decay": "0.9",
+    "train.label_dropout": "0.2", "train.warmup_steps": "3", "train.grad_clip": "0.5", "train.compile": "blocks",
 }  # fmt: skip
 
 
