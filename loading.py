@@ -44,8 +44,8 @@ class Run:
     @property
     def sha256(self) -> str:
         """Of the weights file that was loaded."""
-        file = self.checkpoint if self.checkpoint.is_file() else self.checkpoint / checkpoint.WEIGHTS_FILES[self.weights]
-        return checkpoint.sha256(file)
+        path = self.checkpoint
+        return checkpoint.sha256(path if path.is_file() else path / checkpoint.WEIGHTS_FILES[self.weights])
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """What the objective predicts at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""

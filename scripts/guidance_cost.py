@@ -1,6 +1,6 @@
 """What sparse guidance costs beside classifier-free guidance, counted and measured: `python scripts/guidance_cost.py`.
 
-One guided prediction of a network with random weights, the two methods in turn, medians; see configs/guidance_cost.yaml.
+One guided prediction of a network of random weights, both methods in turn, medians. Keys: configs/guidance_cost.yaml.
 Classifier-free guidance runs as one batch of both branches, sparse guidance as two.
 """
 
@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

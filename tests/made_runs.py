@@ -18,5 +18,7 @@ def make_run(folder, overrides, steps=(1,)):
         for parameter in net.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
         optimizer = torch.optim.AdamW(net.parameters())
-        checkpoint.save(folder, step, model=net, ema=net, optimizer=optimizer, state={}, config=OmegaConf.to_yaml(config))
+        checkpoint.save(
+            folder, step, model=net, ema=net, optimizer=optimizer, state={}, config=OmegaConf.to_yaml(config)
+        )
     return folder

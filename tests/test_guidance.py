@@ -74,8 +74,9 @@ def test_presets_are_the_methods():
     "settings",
     [
         dict(scale=2, weak_label="same"), dict(scale=2, weak_label="same", gamma_strong=0.7, gamma_weak=0.3),
-        dict(scale=2, weak_label="none", gamma_strong=0.7, gamma_weak=0.3), dict(gamma_strong=1.0), dict(gamma_weak=-0.1),
-        dict(scale=2, weak_label="same", gamma_strong=0.5, gamma_weak=0.7, gamma_weak_end=0.0), dict(gamma_weak_end=1.0),
+        dict(scale=2, weak_label="none", gamma_strong=0.7, gamma_weak=0.3), dict(gamma_strong=1.0),
+        dict(scale=2, weak_label="same", gamma_strong=0.5, gamma_weak=0.7, gamma_weak_end=0.0),
+        dict(gamma_weak=-0.1), dict(gamma_weak_end=1.0),
         dict(scale=-1), dict(scale=math.nan), dict(scale=math.inf), dict(scale_end=-1), dict(interval=(0.6, 0.2)),
         dict(interval=(0.1, 0.2, 0.3)), dict(interval=(-1, 1)), dict(weak_label="null"), dict(cfg_channels=0),
     ],
@@ -93,7 +94,9 @@ def test_branches_of_one_network_and_length_are_one_batch():
         return x * (1 + y.view(-1, 1, 1, 1)) + (sum(g.initial_seed() for g in routing.generators[:1]) if routing else 0)
 
     def branch(label, ratio, source=predict):
-        return Branch(source, lambda: torch.full((3,), label), lambda t: ratio, [seeded_generator(label, i) for i in range(3)])
+        return Branch(
+            source, lambda: torch.full((3,), label), lambda t: ratio, [seeded_generator(label, i) for i in range(3)]
+        )
 
     x, other = torch.ones(3, 1, 1, 1), lambda *inputs: predict(*inputs)  # noqa: E731
     for strong, weak, expected in (
@@ -114,7 +117,9 @@ def small():
     """A routed DiT with random weights everywhere, as either objective."""
     torch.manual_seed(0)
     routes = [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 2}]
-    net = dit.build("DiT-XS/2", input_size=8, in_channels=1, num_classes=3, depth=4, hidden_size=32, num_heads=2, routes=routes)
+    net = dit.build(
+        "DiT-XS/2", input_size=8, in_channels=1, num_classes=3, depth=4, hidden_size=32, num_heads=2, routes=routes
+    )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return net.eval().requires_grad_(False)

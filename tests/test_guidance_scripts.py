@@ -88,7 +88,9 @@ def test_routes_shown_are_those_that_sampling_draws(run_folder, tmp_path, monkey
         (mask,) = show.kept_tokens(run, [0, 1], 0.5, step)
         assert torch.equal(mask.nonzero()[:, 1].view(2, -1), keep_ids)
     passes = show.through_blocks(run, [mask])
-    assert passes[:, :2].all() and passes[:, 3:].all() and torch.equal(passes[:, 2], mask)  # 6 blocks: the route is 2..2
+    assert (
+        passes[:, :2].all() and passes[:, 3:].all() and torch.equal(passes[:, 2], mask)
+    )  # 6 blocks: the route is 2..2
 
 
 def test_a_run_without_routes_has_none_to_show(tmp_path_factory):

@@ -19,8 +19,8 @@ def test_edm_denoiser_is_the_identity_at_no_noise():
 
 
 def test_edm_preconditioning_is_table_1():
-    edm, x, y, sigma = EDM(sigma_data=0.5), torch.randn(3, 2, 4, 4), torch.zeros(3, dtype=torch.int64), torch.tensor([0.1, 1.0, 10.0])
-    seen = {}
+    edm, sigma, seen = EDM(sigma_data=0.5), torch.tensor([0.1, 1.0, 10.0]), {}
+    x, y = torch.randn(3, 2, 4, 4), torch.zeros(3, dtype=torch.int64)
 
     def net(x, t, y):
         seen.update(x=x, t=t)
@@ -34,7 +34,7 @@ def test_edm_preconditioning_is_table_1():
 
 
 def test_edm_loss_of_a_network_that_says_nothing():
-    """With F = 0 the expected weighted error is E|c_skip (x + n) - x|^2 * weight = 1 at every sigma, for data of std sigma_data."""
+    """With F = 0 the expected E|c_skip (x + n) - x|^2 * weight is 1 at every sigma, if x has std sigma_data."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(20000, 1, 2, 2, generator=g) * 0.5
     loss = EDM().loss(zero_net, x, torch.zeros(len(x), dtype=torch.int64), g)

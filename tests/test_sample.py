@@ -203,9 +203,11 @@ def test_every_setting_has_its_own_folder_name():
     routed = dict(gamma_strong=0.2, gamma_weak=0.7)
     settings = [
         Guidance(), Guidance(gamma_strong=0.3), Guidance(1.5), Guidance(2.5), Guidance(1.5, weak_label="random"),
-        Guidance(1.5, scale_end=2.0), Guidance(1.5, (0.2, 0.6)), Guidance(1.5, cfg_channels=3), SPARSE, Guidance(1.5, **routed),
-        Guidance(1.5, weak_label="same", gamma_weak=0.7), Guidance(1.5, weak_label="same", gamma_weak=0.7, gamma_weak_end=0.0),
-        Guidance(1.5, weak_label="same", weak_ckpt="earliest"), Guidance(1.5, weak_ckpt="a"), Guidance(1.5, weak_ckpt="b"),
+        Guidance(1.5, scale_end=2.0), Guidance(1.5, (0.2, 0.6)), Guidance(1.5, cfg_channels=3), SPARSE,
+        Guidance(1.5, **routed), Guidance(1.5, weak_label="same", gamma_weak=0.7),
+        Guidance(1.5, weak_label="same", gamma_weak=0.7, gamma_weak_end=0.0),
+        Guidance(1.5, weak_label="same", weak_ckpt="earliest"),
+        Guidance(1.5, weak_ckpt="a"), Guidance(1.5, weak_ckpt="b"),
     ]  # fmt: skip
     names = [sample.settings_name(guidance, steps) for guidance in settings for steps in (None, 20)]
     assert len(set(names)) == len(names) and not any("/" in name for name in names)

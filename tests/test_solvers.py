@@ -1,4 +1,4 @@
-"""Samplers against fields with known solutions: data that is N(0.3, 0.5^2), whose exact denoiser and velocity are closed forms."""
+"""Samplers against known solutions: for data that is N(0.3, 0.5^2) the exact denoiser and velocity are closed forms."""
 
 import math
 
@@ -10,7 +10,8 @@ from guidance import guide
 from randomness import seeded_generator
 from rf import RectifiedFlow
 from solvers import (
-    SIGMA_RANGES, as_denoised, as_velocity, edm_sampler, flow_sampler, flow_times, iddpm_levels, noise_curve, noise_levels, solve,
+    SIGMA_RANGES, as_denoised, as_velocity, edm_sampler, flow_sampler, flow_times, iddpm_levels, noise_curve,
+    noise_levels, solve,
 )  # fmt: skip
 
 MEAN, STD = 0.3, 0.5
@@ -98,7 +99,8 @@ def test_curves_invert_and_differentiate_themselves(schedule):
     t = curve.time(sigma)
     torch.testing.assert_close(curve.sigma(t), sigma)
     step = t * 1e-6
-    torch.testing.assert_close(curve.rate(t), (curve.sigma(t + step) - curve.sigma(t - step)) / (2 * step), rtol=1e-4, atol=0)
+    slope = (curve.sigma(t + step) - curve.sigma(t - step)) / (2 * step)
+    torch.testing.assert_close(curve.rate(t), slope, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -142,12 +144,17 @@ def test_last_step_of_the_sde_adds_no_noise():
 def test_churn_keeps_the_statistics_and_draws_from_each_images_own_stream():
     noise = torch.randn(20_000, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     for scaling in ("none", "vp"):
-        out = edm_sampler(denoise, noise, num_steps=100, S_churn=40, scaling=scaling, generators=torch.Generator().manual_seed(1))
+        out = edm_sampler(
+            denoise, noise, num_steps=100, S_churn=40, scaling=scaling, generators=torch.Generator().manual_seed(1)
+        )
         assert out.std().item() == pytest.approx(STD, rel=0.03)
     for sampler, settings in ((edm_sampler, {"S_churn": 40}), (flow_sampler, {"solver": "sde"})):
         field = denoise if sampler is edm_sampler else velocity
-        run = lambda rows: sampler(field, NOISE[rows], num_steps=8, **settings, generators=[seeded_generator(i) for i in rows])  # noqa: E731, B023
-        assert torch.equal(run([0, 1, 2])[1:2], run([1])) and not torch.equal(run([0]), sampler(field, NOISE[:1], num_steps=8))
+        alone, among = (
+            sampler(field, NOISE[rows], num_steps=8, **settings, generators=[seeded_generator(row) for row in rows])
+            for rows in ([1], [0, 1, 2])
+        )
+        assert torch.equal(among[1:2], alone) and not torch.equal(alone, sampler(field, NOISE[[1]], num_steps=8))
 
 
 def test_euler_is_exact_on_a_constant_field():
@@ -190,9 +197,9 @@ def test_guidance_means_the_same_on_a_denoiser_and_on_its_flow():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_steps": 0}, {"num_steps": 2.5}, {"sigma_min": 80, "sigma_max": 1}, {"sigma_min": 0}, {"sigma_min": "low"}, {"rho": 0}, {"solver": "rk4"},
-        {"discretization": "cosine"}, {"schedule": "cosine"}, {"scaling": "ve"}, {"takes": "noise"},
-        {"takes": "velocity", "solver": "euler2"}, {"takes": "velocity", "shift": 0}, {"takes": "velocity", "num_steps": 0},
+        {"num_steps": 0}, {"num_steps": 2.5}, {"sigma_min": 80, "sigma_max": 1}, {"sigma_min": 0}, {"sigma_min": "low"},
+        {"rho": 0}, {"solver": "rk4"}, {"discretization": "cosine"}, {"schedule": "cosine"}, {"scaling": "ve"},
+        {"takes": "noise"}, {"takes": "velocity", "solver": "euler2"}, {"takes": "velocity", "shift": 0},
         {"takes": "velocity", "solver": "sde", "last_step": 0}, {"takes": "velocity", "t_start": 1.0},
         {"takes": "velocity", "t_start": 1.5}, {"discretization": "iddpm", "sigma_min": 1e-9, "sigma_max": 1e-8},
     ],
