@@ -171,13 +171,11 @@ def test_prune_keeps_the_newest_and_the_multiples(tmp_path, trained):
     assert [checkpoint.step_of(p) for p in checkpoint.complete_checkpoints(tmp_path)] == [3, 6, 7]
 
 
-@pytest.mark.parametrize("what", ["missing", "empty", "file"])
+@pytest.mark.parametrize("what", ["missing", "empty"])  # files are for foreign.py to judge
 def test_what_is_no_checkpoint_is_refused_in_words(tmp_path, what):
     path = tmp_path / "x"
     if what == "empty":
         path.mkdir()
-    elif what == "file":
-        path.write_text("hello")
     with pytest.raises(ValueError, match=f"ckpt={path}"):
         checkpoint.find(path)
 
