@@ -97,7 +97,8 @@ def _did_you_mean(key: str) -> str:
     known = set()
     for path in CONFIG_DIR.rglob("*.yaml"):
         group = path.parent.relative_to(CONFIG_DIR).as_posix()
-        prefix = "" if group == "." else f"{group.replace('/', '.')}."
+        at_root = group == "." or "# @package _global_" in path.read_text()
+        prefix = "" if at_root else f"{group.replace('/', '.')}."
         loaded = OmegaConf.load(path)
         known |= {prefix + k for k in flat_keys(loaded)} if isinstance(loaded, DictConfig) else set()
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)

@@ -23,8 +23,9 @@ import cli
 import data
 from cost import cost_table
 from guard import FiniteGuard
+from loading import instantiate, load_run
 from randomness import Rows
-from sample import guidance_from, instantiate, load_run
+from sample import guidance_from
 
 AT_LEAST = {
     "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,

@@ -22,9 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 import checkpoint
 import cli
 import gallery
-from gallery import save_grid  # noqa: F401  train.py's preview
 from guidance import Branch, Guidance, guide, pair
-from loading import Run, instantiate, load_run  # noqa: F401  the public names are this module's
+from loading import Run, load_run
 from processes import start_processes
 from randomness import normal, seeded_generator, uniform
 from solvers import flow_time, solve

@@ -32,6 +32,8 @@ import scoreboard
 import scoring
 from cost import cost_table
 from features import Extractor
+from gallery import save_grid
+from loading import Run, instantiate
 from logger import Logger
 from prepare import (
     BatchPlan,
@@ -51,7 +53,7 @@ from processes import start_processes
 from randomness import normal, seeded_generator, uniform
 from reference import Reference
 from routing_module import Routing
-from sample import Run, generate, guidance_from, instantiate, save_grid
+from sample import generate, guidance_from
 from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper, roll_call
 
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes

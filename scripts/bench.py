@@ -25,7 +25,7 @@ import cli  # noqa: E402
 from prepare import BatchPlan, State, compile_blocks, decide_precision  # noqa: E402
 from processes import start_processes  # noqa: E402
 from routing_module import Routing  # noqa: E402
-from sample import instantiate  # noqa: E402
+from loading import instantiate  # noqa: E402
 from train import build, train_step, update_ema  # noqa: E402
 
 ROUNDS, STEPS = 7, 3  # each round times STEPS routed and STEPS dense steps

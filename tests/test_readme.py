@@ -14,6 +14,9 @@ SHORT = {
                 "preview.num_images=10 train.val_samples=50",
     "sample.py": "steps=2",
     "rf.py": "steps=2",
+    "guidance_grid.py picture": "steps=2",
+    "guidance_grid.py": "steps=2 n=20 repeats=1",
+    "guidance_cost.py": "size=DiT-S/8 repeats=1",
     "fid.py calc": "steps=2 seeds=0-49",
     "bench.py": "model.depth=6 model.hidden_size=32 train.compile=off",
 }
@@ -37,7 +40,9 @@ def shortened(command: str) -> list[str]:
 def test_every_command_of_the_readme_runs(tmp_path, digits):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     clone = tmp_path / "clone"
-    for name in tracked or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if p.is_file()]:
+    made = {".venv", "runs", "datasets", "__pycache__"}
+    files = [p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file() and not made & set(p.relative_to(ROOT).parts)]
+    for name in tracked or files:
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, clone / name)
     shutil.copytree(digits, clone / "datasets" / "mnist")
