@@ -15,4 +15,7 @@ def start_processes(timeout_s: float = 600) -> PartialState:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and not torch.cuda.is_available():
         return PartialState(cpu=True, timeout=timedelta(seconds=timeout_s))
-    return PartialState(timeout=timedelta(seconds=timeout_s))
+    state = PartialState(timeout=timedelta(seconds=timeout_s))
+    if state.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
+        torch.set_num_threads(os.cpu_count() or 1)  # `accelerate launch` leaves a lone process one thread of the machine
+    return state
