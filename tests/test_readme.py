@@ -14,9 +14,6 @@ SHORT = {
                 "preview.num_images=10 train.val_samples=50",
     "sample.py": "steps=2",
     "rf.py": "steps=2",
-    "guidance_grid.py picture": "steps=2",
-    "guidance_grid.py": "steps=2 n=20 repeats=1",
-    "guidance_cost.py": "size=DiT-S/8 repeats=1",
     "fid.py calc": "steps=2 seeds=0-49",
     "bench.py": "model.depth=6 model.hidden_size=32 train.compile=off",
 }
@@ -27,7 +24,8 @@ def commands() -> list[str]:
     text = re.sub(r"## Your own data.*?\n## ", "## ", text, flags=re.DOTALL)  # test_encode.py runs it
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line for line in lines if "scripts/guidance_" not in line]  # tests/test_guidance_scripts.py runs them
 
 
 def shortened(command: str) -> list[str]:
