@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -283,7 +284,7 @@ def _npy(root: Path, name: str, read: Callable[[str], bytes] | None = None) -> n
     contents = read(name) if read else (root / name).read_bytes()
     try:
         return _latent(np.load(BytesIO(contents), allow_pickle=False))
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
         raise ValueError(f"{root / name}: {str(error).splitlines()[0]}") from None
 
 

@@ -141,7 +141,7 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError:
+    except Exception:  # numpy parses the header as Python: one flipped bit may be a TokenError, a SyntaxError, ...
         raise ValueError("is not a .npy array") from None
     if dtype.name not in DTYPES or not dtype.isnative or (fortran_order and len(shape) > 1):
         order = "Fortran" if fortran_order else "C"

@@ -15,6 +15,7 @@ from data.files import atomic_file
 from data.inspect import inspect
 from data.manifest import read_manifest, write_manifest
 from data.order import Order
+from data.scan import npy_header
 from data.writer import shard_name
 from tests.made_sets import NUM_CLASSES, SHAPE, TOTAL, array_of, good, npy, numbers_in, write_members, write_set
 
@@ -286,3 +287,16 @@ def test_atomic_file_appears_whole_or_not_at_all(tmp_path):
 def test_inspect_lists_damage(damaged, capsys):
     assert data.__main__.main(["inspect", str(damaged(BAD_SAMPLES["nan"][0]))]) == 1
     assert "sample '0001' at byte 2560 has numbers that are not finite" in capsys.readouterr().out
+
+
+def test_every_flipped_bit_of_a_header_is_an_array_or_a_value_error():
+    header = npy(np.zeros((1, 28, 28), np.float16))[:128]
+    refused = 0
+    for bit in range(8 * len(header)):
+        flipped = bytearray(header)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            npy_header(bytes(flipped))
+        except ValueError:
+            refused += 1
+    assert refused > 500  # the others change padding, or the shape, which the scan compares
