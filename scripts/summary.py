@@ -8,7 +8,8 @@ from pathlib import Path
 def main(run_folder: Path) -> None:
     log = run_folder / "metrics.jsonl"
     if not log.is_file():
-        sys.exit(f"error: {log} does not exist; needed: the folder of a run")
+        print(f"error: {log} does not exist; needed: the folder of a run", file=sys.stderr)
+        sys.exit(2)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     trained = [line for line in lines if "perf/step_s" in line]
     steps = trained[-1]["step"]
