@@ -6,6 +6,8 @@
 
 import torch
 
+DECODE_AT_ONCE = 8 * 32 * 32  # of a batch's latent pixels: 8 images of 256 x 256, some 6 GB in the VAE
+
 
 class PixelCodec:
     """Pixels as they are: [0, 255] <-> [-1, 1]; grey images (C = 1) become three equal channels."""
@@ -66,7 +68,9 @@ class VAECodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return to_uint8(self.vae.decode(latents.to(self.device).float() / self.scale).sample)
+        latents = latents.to(self.device).float() / self.scale
+        at_once = max(1, DECODE_AT_ONCE // latents.shape[-2:].numel())
+        return torch.cat([to_uint8(self.vae.decode(part).sample) for part in latents.split(at_once)])
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

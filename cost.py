@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 import cli
-from routing_module import Routing
 from loading import instantiate
+from routing_module import Routing
 
 BYTES_PER_PARAMETER = 20  # float32 weights, gradients, EMA and Adam's two moments
 
@@ -26,6 +26,13 @@ def cost_table(model: nn.Module, cfg: DictConfig) -> str:
     if model.routes:
         spans = ", ".join(f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes)
         forward += f", {routed / 1e9:.3f} routed (blocks {spans}): {routed / dense:.4f}, {dense / routed:.3f}x cheaper"
+        if model.fp32_blocks:
+            blocks = model.block_macs(Routing())
+            share = sum(blocks[i] for i in model.fp32_blocks) / routed
+            forward += (
+                f"\nfp32       {share:.1%} of a routed pass, behind routes, without bf16: "
+                f"at half the speed a step takes {1 + share:.3f}x"
+            )
     hours = f"{gpu_hours(routed, cfg):.3g} GPU-hours"
     if model.routes:
         hours += f" (dense: {gpu_hours(dense, cfg):.3g})"

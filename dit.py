@@ -6,10 +6,12 @@ that stay inside a route, D width, H heads.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, resolve_routes, scatter_tokens
 
@@ -36,6 +38,7 @@ def build(
     depth: int | None = None,                       # None = by `size`
     hidden_size: int | None = None,                 # None = by `size`
     num_heads: int | None = None,                   # None = by `size`
+    fp32_after_route: bool = False,                 # the block behind each route in float32, as TREAD's own code has it
 ) -> "DiT":
     """A DiT by its name. Raises ValueError for a name that is not one."""
     return DiT(
@@ -44,6 +47,7 @@ def build(
         num_classes=num_classes,
         learn_sigma=learn_sigma,
         routes=routes,
+        fp32_after_route=fp32_after_route,
         **named_shape(size, depth, hidden_size, num_heads),
     )
 
@@ -62,6 +66,8 @@ class DiT(nn.Module):
 
     y is 0..num_classes-1, or num_classes for "no label". routing=None is dense; `Routing(...)` switches the model's
     routes on. `training` decides nothing. Raises ValueError for sizes that do not divide and routes that do not fit.
+    fp32_after_route: the block behind a route that is on runs without autocast, at the price `cost.py` prints.
+    gradient_checkpointing, an attribute: blocks keep their input alone for the backward pass and are computed again.
     block: what makes a block of (hidden_size, num_heads, mlp_ratio); None = `Block`.
     """
 
@@ -77,6 +83,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         routes: Sequence[Route | Mapping] = (),
+        fp32_after_route: bool = False,
         block: Callable[[int, int, float], nn.Module] | None = None,
     ):
         super().__init__()
@@ -91,6 +98,9 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.num_tokens = (input_size // patch_size) ** 2
         self.routes = resolve_routes(routes, depth)
+        behind = {route.end_layer_idx + 1 for route in self.routes} - {depth}
+        self.fp32_blocks = behind if fp32_after_route else set()
+        self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -124,12 +134,14 @@ class DiT(nn.Module):
 
         routes = iter(self.routes if routing is not None else ())
         route = next(routes, None)
+        fp32_blocks = self.fp32_blocks if routing is not None else ()
         for i, block in enumerate(self.blocks):
             if route is not None and i == route.start_layer_idx:
                 full, keep_ids = tokens, self.draw_route(route, routing, tokens)
                 if keep_ids is not None:
                     tokens, where = gather_tokens(tokens, keep_ids), self.positions(keep_ids)  # (B, K, D)
-            tokens = block(tokens, c, *where)
+            with torch.autocast(x.device.type, enabled=False) if i in fp32_blocks else nullcontext():
+                tokens = self.run(block, tokens, c, where)
             if route is not None and i == route.end_layer_idx:
                 if keep_ids is not None:
                     tokens, where = scatter_tokens(tokens, keep_ids, full), self.positions(None)  # (B, N, D)
@@ -138,6 +150,13 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             patches = self.final_layer(tokens.float(), c)  # (B, N, p * p * C_out)
         return unpatchify(patches, self.patch_size, self.out_channels)
+
+    def run(self, block: nn.Module, tokens: torch.Tensor, c: torch.Tensor, where: tuple) -> torch.Tensor:
+        """One block; under gradient checkpointing only its input is kept, and the backward pass runs it again."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(tokens, c, *where)
+        # Blocks draw no random numbers, and keeping the generator's state would make the host wait for the device.
+        return checkpoint(block, tokens, c, *where, use_reentrant=False, preserve_rng_state=False)
 
     def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """What blocks need to know of where their tokens lie, of all (None) or those kept (B, K): nothing, in DiT."""
@@ -153,19 +172,22 @@ class DiT(nn.Module):
 
     def macs(self, routing: Routing | None = None) -> int:
         """Multiply-adds of one forward pass at batch 1, by formula: matrix products and attention (DiT's "Gflops")."""
-        D, N, depth = self.pos_embed.shape[-1], self.num_tokens, len(self.blocks)
-        tokens = [N] * depth
+        D, N, patch = self.pos_embed.shape[-1], self.num_tokens, self.patch_size**2
+        embed = N * D * patch * self.in_channels + TIME_WIDTH * D + D * D
+        return embed + sum(self.block_macs(routing)) + N * D * patch * self.out_channels + 2 * D * D
+
+    def block_macs(self, routing: Routing | None = None) -> list[int]:
+        """Those of each block."""
+        D, depth = self.pos_embed.shape[-1], len(self.blocks)
+        tokens = [self.num_tokens] * depth
         for route in self.routes if routing is not None else ():
             ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
             for i in range(route.start_layer_idx, route.end_layer_idx + 1):
-                tokens[i] = num_kept(N, ratio)
+                tokens[i] = num_kept(self.num_tokens, ratio)
         block = self.blocks[0]
         matrices = [p for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2]
         per_token = sum(matrix.numel() for matrix in matrices)  # (4 + 2 * mlp_ratio) D^2, in DiT
-        blocks = sum(per_token * n + 2 * n * n * D + 6 * D * D for n in tokens)
-        patch = self.patch_size**2
-        embed = N * D * patch * self.in_channels + TIME_WIDTH * D + D * D
-        return blocks + embed + N * D * patch * self.out_channels + 2 * D * D
+        return [per_token * n + 2 * n * n * D + 6 * D * D for n in tokens]
 
 
 class Block(nn.Module):
@@ -218,7 +240,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class FinalLayer(nn.Module):
@@ -269,6 +291,14 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, D)
         return self.embedding_table(y)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form (arXiv 1606.08415)."""
+    if x.device.type == "cpu" and torch.compiler.is_compiling():
+        # 0.5 (1 + tanh u) = sigmoid(2 u): the same function, and compiled for CPUs three times as fast as tanh.
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return F.gelu(x, approximate="tanh")
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-import checkpoint
 import cli
 from cost import cost_table
 from foreign import CONFIG_KEY, turn_time

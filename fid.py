@@ -147,7 +147,7 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
     """Generates or reads, scores, writes metrics.json; what it holds, and "folder", "run" and "guidance"."""
     extractor, reference = tools(config)
     if config.ckpt is not None:
-        run = sample.load_run(config.ckpt, config.weights, precision=config.precision)
+        run = sample.load_run(config.ckpt, config.weights, precision=config.precision, compile=config.compile)
         run.config.sampler = config.get("sampler") or run.config.sampler
         folder = row_folder(config, run.folder / "eval", run_name(run, config, extractor), alone)
         result = evaluate(run, config, extractor, reference, folder / "parts")
@@ -178,6 +178,7 @@ def run_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
     distance = distance_name(extractor, len(sample.parse_seeds(config.seeds)))
     parts = [f"{run.step:07d}", distance, guidance, run.weights, config.labels, config.seeds]
     parts += [config.precision] if config.precision != "fp32" else []
+    parts += ["compiled"] if run.compile != "off" else []
     parts += [f"{config.sampler.takes}_{config.sampler.solver}"] if config.get("sampler") is not None else []
     return "-".join(map(str, parts))
 

@@ -27,6 +27,7 @@ def build(
     hidden_size: int | None = None,                 # None = by `size`
     num_heads: int | None = None,                   # None = by `size`
     qk_norm: bool = False,                          # steadier in long bf16 runs, at some cost in FID
+    fp32_after_route: bool = False,                 # the block behind each route in float32
 ) -> "LightningDiT":
     """A LightningDiT by its name. Raises ValueError for a name that is not one."""
     return LightningDiT(
@@ -36,6 +37,7 @@ def build(
         learn_sigma=learn_sigma,
         routes=routes,
         qk_norm=qk_norm,
+        fp32_after_route=fp32_after_route,
         **named_shape(size, depth, hidden_size, num_heads),
     )
 
@@ -56,12 +58,13 @@ class LightningDiT(DiT):
         learn_sigma: bool = False,
         routes: Sequence[Route | Mapping] = (),
         qk_norm: bool = False,
+        fp32_after_route: bool = False,
     ):
         if hidden_size % (4 * num_heads):
             raise ValueError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads, {num_heads}: two axes")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            routes, block=partial(LightningBlock, qk_norm=qk_norm),
+            routes, fp32_after_route, block=partial(LightningBlock, qk_norm=qk_norm),
         )  # fmt: skip
         self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
         angles = rotary_angles(hidden_size // num_heads, input_size // patch_size)

@@ -1,5 +1,6 @@
 """A trained network with all that sampling from it takes: its objective, codec and config."""
 
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
 import foreign
+from compiling import compile_blocks, decide_compile
 from processes import start_processes
 from routing_module import Routing
 
@@ -30,6 +32,7 @@ class Run:
     config: DictConfig                              # resolved
     device: torch.device
     precision: str = "fp32"                         # fp32 or bf16 (autocast); the sampler's own state is float64
+    compile: str = "off"                            # off, or blocks: which rounds otherwise
     step: int = 0
     weights: str = "ema"
     folder: Path | None = None                      # the run folder
@@ -55,7 +58,9 @@ class Run:
             return self.objective.predict(partial(self.model, routing=routing), x, t, y)
 
 
-def load_run(ckpt: str | Path, weights: str = "ema", *, device=None, precision: str = "fp32") -> Run:
+def load_run(
+    ckpt: str | Path, weights: str = "ema", *, device=None, precision: str = "fp32", compile: str = "off"
+) -> Run:
     """The network of a run folder, checkpoint folder or file (foreign.py), with its objective, codec and config.
 
     weights: "ema" or "raw". device: None = the process's own. Raises ValueError for no checkpoint or a damaged one.
@@ -71,17 +76,23 @@ def load_run(ckpt: str | Path, weights: str = "ema", *, device=None, precision: 
         tensors = checkpoint.read_weights(path, weights)
     check_targets(config)
     device = torch.device(device) if device is not None else start_processes().device
+    compiled, reason = decide_compile(compile, device)
+    if reason:
+        print(f"warning: compile off: {reason}", file=sys.stderr)
     model = instantiate(config.model)
     checkpoint.load_strictly(model, tensors, source=str(path))
     if precision == "bf16":
         round_linears(model)
+    model.to(device).eval().requires_grad_(False)
+    compile_blocks(model, compiled, dynamic=True)
     return Run(
-        model=model.to(device).eval().requires_grad_(False),
+        model=model,
         objective=instantiate(config.objective),
         codec=instantiate(config.data.codec).to(device),
         config=config,
         device=device,
         precision=precision,
+        compile=compiled,
         step=step,
         weights=weights,
         folder=path.with_suffix("") if path.is_file() else path.parent.parent,
@@ -91,9 +102,10 @@ def load_run(ckpt: str | Path, weights: str = "ema", *, device=None, precision: 
 
 def round_linears(model: torch.nn.Module) -> None:
     """Gives the blocks' linear layers bf16 weights: what autocast makes of them, once instead of in every call."""
-    for module in model.blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(torch.bfloat16)
+    for i, block in enumerate(model.blocks):
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear) and i not in model.fp32_blocks:
+                module.to(torch.bfloat16)
 
 
 def instantiate(config: DictConfig):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+
 class FeatureStats:
     """Running float64 sums of features: count, sum and outer product, so that order and split do not matter.
 
@@ -83,8 +84,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
     tr (S1 S2)^(1/2) is the sum of the singular values of F1' F2, where S = F F': the error stays that of one rounding,
     where roots of eigenvalues of S1 S2 (or SciPy's sqrtm) turn a rounding of 1e-16 into 1e-8. Negative eigenvalues
-    beyond rounding, which no covariance has, are clamped with a warning. Raises ValueError for shapes that differ and for
-    numbers that are not finite.
+    beyond rounding, which no covariance has, are clamped with a warning. Raises ValueError for shapes that differ and
+    for numbers that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (torch.from_numpy(np.asarray(a, np.float64)) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
@@ -113,8 +114,8 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
     eigenvalues, vectors = torch.linalg.eigh(sigma)  # ascending
     rounding = len(sigma) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
     if eigenvalues[0] < -100 * rounding:
-        lowest, highest = eigenvalues[0].item(), eigenvalues[-1].item()
-        print(f"warning: clamped eigenvalues down to {lowest:.3g} (largest: {highest:.3g}): no covariance", file=sys.stderr)
+        clamped = f"clamped eigenvalues down to {eigenvalues[0].item():.3g} (largest: {eigenvalues[-1].item():.3g})"
+        print(f"warning: {clamped}: no covariance", file=sys.stderr)
     kept = eigenvalues > rounding
     return vectors[:, kept] * eigenvalues[kept].sqrt()
 

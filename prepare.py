@@ -169,6 +169,7 @@ def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[State, object
     objective = instantiate(cfg.objective)
     if starts_elsewhere:
         start_from(cfg.init_from, model, objective)
+    model.gradient_checkpointing = cfg.train.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, cfg)
     return State(model, model, ema, optimizer, FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite)), objective
@@ -210,6 +211,7 @@ HARMLESS = (
     "data.prepare", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
     "train.val_every", "train.val_samples", "train.save_every", "train.keep_last", "train.keep_every",
     "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
+    "train.gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -267,22 +269,11 @@ def was_logged_before(line: str, start_step: int) -> bool:
     return values["step"] < start_step or (values["step"] == start_step and "train/loss" in values)
 
 
-def compile_blocks(model: nn.Module, wanted: str, dist: PartialState) -> str:
-    """Compiles each block in place (names stay as they are); falls back to eager, saying so, where nothing compiles."""
-    if wanted == "off":
-        return "off"
-    try:
-        torch.compile(torch.square)(torch.ones(2, device=dist.device))
-    except Exception as error:  # whatever a machine without a compiler raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"off: torch.compile does not work here ({reason[:120]})"
-    torch.compiler.reset()  # a sweep runs several models in one process
-    for block in model.blocks:
-        block.compile(fullgraph=True, dynamic=False)
-    return "blocks, in the first steps"
-
-
-def describe(cfg, model, latents: data.Latents, plan: BatchPlan, resumed: Path | None, compiled: str) -> str:
+def describe(
+    cfg: DictConfig, model: nn.Module, latents: data.Latents, plan: BatchPlan, resumed: Path | None,
+    compiled: str, why_not: str,
+) -> str:  # fmt: skip
+    """What a run's first lines say."""
     lines = [
         f"run        {Path(cfg.results_dir) / cfg.run_name}" + (f", from {resumed}" if resumed else ""),
         f"model      {cfg.model.size}",
@@ -290,6 +281,6 @@ def describe(cfg, model, latents: data.Latents, plan: BatchPlan, resumed: Path |
         f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated",
-        f"precision  {cfg.train.precision}, compile {compiled}",
+        f"precision  {cfg.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
     ]
     return "\n".join(lines)

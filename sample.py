@@ -31,9 +31,11 @@ from solvers import flow_time, solve
 SHIPPED = Path(__file__).resolve().parent / "assets"
 
 
-def load_given(ckpt: str | None, shipped: str, weights: str = "ema", *, precision: str = "fp32") -> Run:
+def load_given(
+    ckpt: str | None, shipped: str, weights: str = "ema", *, precision: str = "fp32", compile: str = "off"
+) -> Run:
     """The run of `ckpt`; where that is None, the one in assets/ called `shipped`, with runs/<shipped> as its folder."""
-    run = load_run(ckpt or SHIPPED / shipped, weights, precision=precision)
+    run = load_run(ckpt or SHIPPED / shipped, weights, precision=precision, compile=compile)
     if ckpt is None:
         run.folder = Path("runs") / shipped
     return run
@@ -52,7 +54,7 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
         if not kept or kept[0] == run.checkpoint:
             raise ValueError(f"{run.checkpoint} has no earlier checkpoint beside it as weak branch: set weak_ckpt=")
         ckpt = kept[0]
-    weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision)
+    weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
     for what, wanted, found in zip(("latents (C, h, w)", "classes", "predictions"), interface(run), interface(weak)):
         if wanted != found:
             raise ValueError(f"weak_ckpt={ckpt} is for other {what}: {found}; needed: {wanted}, as the run's own")
@@ -201,6 +203,7 @@ def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
     parts = [f"step_{run.step:07d}", settings_name(guidance, config.steps)]
     parts += [config.weights] if config.weights != "ema" else []
     parts += [config.precision] if config.precision != "fp32" else []
+    parts += ["compiled"] if run.compile != "off" else []
     parts += [config.labels] if config.class_idx is None and config.labels != "balanced" else []
     parts += [f"class{config.class_idx}"] if config.class_idx is not None else []
     parts += [f"{config.sampler.takes}_{config.sampler.solver}"] if config.get("sampler") is not None else []
@@ -211,7 +214,8 @@ def what_was_set(run: Run, guidance: Guidance, rule: str | int) -> dict:
     """All that an image depends on beside its seed."""
     return {
         "checkpoint_sha256": run.sha256, "step": run.step, "weights": run.weights, "precision": run.precision,
-        "labels": rule, **asdict(guidance), "sampler": OmegaConf.to_container(run.config.sampler),
+        "compile": run.compile, "labels": rule,
+        **asdict(guidance), "sampler": OmegaConf.to_container(run.config.sampler),
     }  # fmt: skip
 
 
@@ -219,7 +223,7 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     """The command line. shipped: the run in assets/ that serves where no ckpt is given."""
     config, dist = cli.load_config("sample", overrides), start_processes()
     seeds, guidance = parse_seeds(config.seeds), guidance_from(config)
-    run = load_given(config.ckpt, shipped, config.weights, precision=config.precision)
+    run = load_given(config.ckpt, shipped, config.weights, precision=config.precision, compile=config.compile)
     run.config.sampler = config.get("sampler") or run.config.sampler
     if config.steps is not None:
         run.config.sampler.num_steps = config.steps

@@ -240,6 +240,7 @@ def describe_run(run: sample.Run, settings: DictConfig, guidance: Guidance) -> d
         "sampler": OmegaConf.to_container(config.sampler) | ({"num_steps": settings.steps} if settings.steps else {}),
         **dataclasses.asdict(guidance),
         "step": run.step, "weights": run.weights, "dtype": run.precision,  # "precision" is a score
+        "compile": run.compile,
         "checkpoint": str(run.checkpoint) if run.checkpoint else None,
         "checkpoint_sha256": run.sha256 if run.checkpoint else None,
         "weak_sha256": weak.sha256 if weak is not run else None,

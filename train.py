@@ -30,6 +30,7 @@ import data
 import fid
 import scoreboard
 import scoring
+from compiling import compile_blocks, decide_compile
 from cost import cost_table
 from features import Extractor
 from gallery import save_grid
@@ -41,7 +42,6 @@ from prepare import (
     batch_plan,
     build,
     claim_run_folder,
-    compile_blocks,
     describe,
     find_resume,
     name_run,
@@ -87,15 +87,18 @@ def train(cfg: DictConfig) -> int:
     stopper = Stopper(dist, cfg.train.max_hours)
     with lock, contextlib.closing(stopper):
         dist.wait_for_everyone()
-        compiled = compile_blocks(model, cfg.train.compile, dist)
+        torch.compiler.reset()  # a sweep trains several models in one process
+        compiled, why_not = decide_compile(cfg.train.compile, dist.device)
+        compile_blocks(model, compiled)
+        compile_blocks(state.ema, compiled, dynamic=True)
         if dist.num_processes > 1:
             state.net = wrap(model)
         log = Logger(cfg, run_folder, start_step, dist)
-        log.say(describe(cfg, model, latents, plan, resumed, compiled))
+        log.say(describe(cfg, model, latents, plan, resumed, compiled, why_not))
         if dist.is_main_process and (warning := data.scale_warning(latents, objective.sigma_data)):
             log.warn(warning)
         codec = instantiate(cfg.data.codec).to(dist.device)
-        view = Run(state.ema, objective, codec, cfg, dist.device, cfg.train.precision)
+        view = Run(state.ema, objective, codec, cfg, dist.device, cfg.train.precision, compiled)
         try:
             return run_steps(
                 cfg, dist, run_folder, plan, latents, val_latents, state, view, tools, start_step, stopper, log

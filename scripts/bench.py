@@ -1,55 +1,208 @@
-"""What a training step costs, dense against routed: `python scripts/bench.py [key=value ...]`, the keys of train.py.
+"""What a training step costs, dense against routed: `python scripts/bench.py [--compare] [key=value ...]`.
 
     python scripts/bench.py                                     the embedded default
-    python scripts/bench.py model.size=DiT-B/2 data=imagenet256 train.global_batch_size=16
+    python scripts/bench.py --compare model.size=DiT-B/2 data=imagenet256 train.global_batch_size=16
 
-The very step of train.py is timed, on latents made up here: routed, dense, routed, dense, ... in one process, so that
-what else the machine does falls on both alike; medians are shown. Counts need no clock: they are the same on any
-machine.
+The keys are train.py's. The very step of train.py is timed, on made-up latents that the loader reads from a disk:
+dense, routed, dense, routed, ... in one process, so that what else the machine does falls on all alike; medians are
+shown. Counts need no clock: they are the same on any machine. The last line is the table as JSON.
+
+--compare adds a plain step of the same network, batch and precision, written below as research code has it: eager, a
+wait for the device here and there, an optimizer and an EMA that go through the weights one by one.
 """
 
 import json
+import platform
 import statistics
 import sys
+import tempfile
 import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli  # noqa: E402
-from prepare import BatchPlan, State, compile_blocks, decide_precision  # noqa: E402
+import data  # noqa: E402
+import dit  # noqa: E402
+from compiling import compile_blocks, decide_compile  # noqa: E402
+from cost import BYTES_PER_PARAMETER  # noqa: E402
+from data.publish import publish  # noqa: E402
+from data.writer import shard_name, write_shard  # noqa: E402
+from prepare import BatchPlan, State, batch_plan, build, resolve_config  # noqa: E402
 from processes import start_processes  # noqa: E402
-from routing_module import Routing  # noqa: E402
-from loading import instantiate  # noqa: E402
-from train import build, train_step, update_ema  # noqa: E402
+from randomness import normal, seeded_generator, uniform  # noqa: E402
+from routing_module import Routing, num_kept  # noqa: E402
+from train import train_step, update_ema  # noqa: E402
 
-ROUNDS, STEPS = 7, 3  # each round times STEPS routed and STEPS dense steps
-LATENTS = SimpleNamespace(to_model_input=lambda raw, rows: raw)
+ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+# Operators by which a program asks for a value; on a GPU the host waits there for all that was queued.
+ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount")
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, of the data sheets
 
 
 class OpCounter(TorchDispatchMode):
-    """Names of the operators that run inside."""
+    """What runs inside: operators by name, matrix products by shape, bytes between host and GPU."""
 
     def __init__(self):
         super().__init__()
-        self.calls: dict[str, int] = {}
+        self.calls: Counter[str] = Counter()
+        self.products: Counter[tuple] = Counter()  # (dtype, ((shape, stride), (shape, stride)))
+        self.to_gpu = self.to_cpu = self.blocking = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        self.calls[name] = self.calls.get(name, 0) + 1
-        return function(*args, **(kwargs or {}))
+        self.calls[name] += 1
+        out = function(*args, **kwargs)
+        if name in PRODUCTS:
+            factors = args[-2:]
+            self.products[out.dtype, tuple((tuple(x.shape), x.stride()) for x in factors)] += 1
+        if name in ("_to_copy", "copy_") and isinstance(out, torch.Tensor):
+            source = args[1] if name == "copy_" else args[0]
+            devices = source.device.type, out.device.type
+            moved = source.numel() * source.element_size()
+            self.to_gpu += moved * (devices == ("cpu", "cuda"))
+            self.to_cpu += moved * (devices == ("cuda", "cpu"))
+            self.blocking += devices == ("cpu", "cuda") and not kwargs.get("non_blocking", False)
+        return out
+
+    @property
+    def waits(self) -> int:
+        return sum(self.calls[name] for name in ASKING)
 
 
-def step(state: State, objective, batch: tuple, plan: BatchPlan, cfg: DictConfig, number: int) -> None:
-    """train.py's step and EMA update on one made-up global batch."""
-    micro_batches = iter([tuple(part[: plan.micro_batch_size] for part in batch)] * plan.accumulation)
-    train_step(state, objective, LATENTS, micro_batches, number, plan, cfg)
+class PlainAttention(dit.Attention):
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PlainBlock(dit.Block):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.attn = PlainAttention(hidden_size, num_heads)
+
+
+class PlainDiT(dit.DiT):
+    """The same function as DiT, written plainly: labels are checked on the host, tokens sorted and copied whole."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
+        assert y.max() <= self.num_classes
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        (B, N, D), routes = x.shape, self.routes if routing is not None else ()
+        starts, ends = ({getattr(r, end): r for r in routes} for end in ("start_layer_idx", "end_layer_idx"))
+        for i, block in enumerate(self.blocks):
+            if i in starts:
+                shuffled = uniform((B, N), routing.generators, device=x.device).argsort(dim=1, descending=True)
+                keep = shuffled[:, : num_kept(N, starts[i].selection_ratio), None].expand(-1, -1, D)  # (B, K, D)
+                full, x = x.clone(), x.gather(1, keep)
+            x = block(x, c)
+            if i in ends:
+                x = full.scatter(1, keep, x)
+        return dit.unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
+
+
+def plain_state(cfg: DictConfig, device: torch.device) -> State:
+    """PlainDiT with PyTorch's default AdamW. Raises ValueError for another network than dit."""
+    if cfg.model._target_ != "dit.build":
+        raise ValueError(f"--compare knows a plain form of dit alone, not of {cfg.model._target_}; needed: model=tread")
+    shape = dit.named_shape(cfg.model.size, cfg.model.depth, cfg.model.hidden_size, cfg.model.num_heads)
+    model, ema = (
+        PlainDiT(
+            input_size=cfg.model.input_size, in_channels=cfg.model.in_channels, num_classes=cfg.model.num_classes,
+            learn_sigma=cfg.model.learn_sigma, routes=cfg.model.routes, block=PlainBlock, **shape,
+        ).to(device)
+        for _ in range(2)
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.train.lr, betas=tuple(cfg.optimizer.betas), eps=cfg.optimizer.eps,
+        weight_decay=cfg.optimizer.weight_decay,
+    )  # fmt: skip
+    return State(model, model, ema.requires_grad_(False), optimizer, guard=None)
+
+
+def plain_step(
+    state: State, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
+) -> float:
+    """What train_step and update_ema do, plainly -> the loss."""
+    device, losses = state.model.pos_embed.device, []
+    for micro in range(plan.accumulation):
+        raw, y = (tensor.to(device) for tensor in next(batches))
+        rows = plan.rows(seeded_generator(cfg.seed, "train", step, device=device), micro)
+        x = latents.to_model_input(raw, rows)
+        y = torch.where(uniform(y.shape, rows, device=device) < cfg.train.label_dropout, state.model.num_classes, y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
+            loss = objective.loss(partial(state.model, routing=Routing(generators=rows)), x, y, rows).mean()
+        (loss / plan.accumulation).backward()
+        losses.append(loss.item())
+    nn.utils.clip_grad_norm_(state.model.parameters(), cfg.train.grad_clip)
+    optimize(state, cfg)
+    return statistics.fmean(losses)
+
+
+def optimize(state: State, cfg: DictConfig) -> None:
+    """The plain step's second half."""
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    with torch.no_grad():
+        for averaged, p in zip(state.ema.parameters(), state.model.parameters()):
+            averaged.mul_(cfg.train.ema_decay).add_(p, alpha=1 - cfg.train.ema_decay)
+
+
+def our_step(
+    state: State, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
+) -> None:
+    train_step(state, objective, latents, batches, step, plan, cfg)
     update_ema(state.ema, state.model, cfg.train.ema_decay)
+
+
+def made_up_latents(folder: Path, cfg: DictConfig) -> data.Latents:
+    """Shards of noise in the config's shape, enough for a few batches."""
+    shape, noise = (cfg.data.channels, cfg.data.input_size, cfg.data.input_size), seeded_generator("bench")
+    n = max(4 * cfg.train.global_batch_size, 256)
+    arrays = (normal(shape, noise).mul(0.5).half().numpy() for _ in range(n))
+    samples = ((f"{i:06d}", array, i % cfg.data.num_classes) for i, array in enumerate(arrays))
+    write_shard(folder / shard_name("train", 0), samples)
+    publish(folder, kind="sample_scaled", num_classes=cfg.data.num_classes)
+    return data.open_latents(folder)
+
+
+class Stopwatch:
+    """Hands batches on; `waited` counts the seconds that they took to come."""
+
+    def __init__(self, batches: Iterator):
+        self.batches, self.waited = batches, 0.0
+
+    def __iter__(self) -> "Stopwatch":
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, ...]:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - started
+        return batch
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def synchronize(device: torch.device) -> None:
@@ -57,97 +210,163 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_seconds(model: torch.nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> float:
-    """What the linear layers' three products a step take alone, by torch.mm at the same shapes, for `rows` tokens in
-    each block."""
+def product_seconds(products: Counter[tuple], device: torch.device) -> float:
+    """What these matrix products take, each shape alone and back to back."""
     total = 0.0
-    for linear, count in linear_shapes(model).items():
-        n_in, n_out = linear
-        x, w, g = (torch.randn(s, device=device, dtype=dtype) for s in ((rows, n_in), (n_in, n_out), (rows, n_out)))
-        seconds = []
-        for _ in range(5):
-            synchronize(device)
-            started = time.perf_counter()
-            _ = x @ w, g @ w.T, x.T @ g
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-        total += count * statistics.median(seconds)
+    for (dtype, factors), count in products.items():
+        a, b = (torch.empty_strided(*factor, dtype=dtype, device=device).normal_() for factor in factors)
+        total += count * statistics.median(seconds_of(lambda: a @ b, device) for _ in range(7))
     return total
 
 
-def linear_shapes(model: torch.nn.Module) -> dict[tuple[int, int], int]:
-    """(in, out) of the linear layers that see tokens, and how many of each."""
-    shapes: dict[tuple[int, int], int] = {}
-    for block in model.blocks:
-        for name, module in block.named_modules():
-            if isinstance(module, torch.nn.Linear) and not name.startswith("adaLN"):
-                key = (module.in_features, module.out_features)
-                shapes[key] = shapes.get(key, 0) + 1
-    return shapes
+def step_memory(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that are allocated at once within a step, beside what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    now = most = 0
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
-def counts(state: State, cfg: DictConfig) -> dict[str, int]:
-    """Optimizer and EMA operators a step: P5."""
-    for p in state.model.parameters():
-        p.grad = torch.zeros_like(p)
-    with OpCounter() as counter:
-        state.optimizer.step()
-        update_ema(state.ema, state.model, cfg.train.ema_decay)
+def count_update(state: State, update: Callable[[], object]) -> OpCounter:
+    """Operators of the optimizer's step and the EMA, at their second time."""
+    for _ in range(2):
+        for p in state.model.parameters():
+            p.grad = torch.zeros_like(p)
+        with OpCounter() as counter:
+            update()
     state.optimizer.zero_grad(set_to_none=True)
-    return {name: n for name, n in sorted(counter.calls.items()) if name.startswith("_f")}
+    return counter
 
 
-def main(overrides: list[str]) -> None:
-    cfg = cli.load_config("config", overrides)
+def bench(cfg: DictConfig, compare: bool) -> dict:
+    """The report: what is one number for all, and under `kinds` what each kind of step has."""
     dist = start_processes()
-    device, batch_size = dist.device, cfg.train.global_batch_size
-    cfg.train.precision = decide_precision(cfg.train.precision, device)
-    micro_batch_size = cfg.train.micro_batch_size or batch_size
-    plan = BatchPlan(batch_size, micro_batch_size, batch_size // micro_batch_size, 0, 1)
-    dense_cfg = OmegaConf.merge(cfg, {"model": {"routes": []}})
-    states = {"routed": build(cfg, dist, new=True)[0], "dense": build(dense_cfg, dist, new=True)[0]}
-    routed, dense = states["routed"].model, states["dense"].model
-    if not routed.routes:
+    if dist.num_processes > 1:
+        raise ValueError(f"bench.py measures one process; {dist.num_processes} were started")
+    cfg, device = resolve_config(cfg, dist), dist.device
+    plan = batch_plan(cfg.train, dist)
+    state, objective = build(cfg, dist, new=False)
+    model = state.model
+    if not model.routes:
         raise ValueError("the model has no routes to compare with; needed: model=tread")
-    objective = instantiate(cfg.objective)
-    ops = counts(states["routed"], cfg)
-    compiled = {name: compile_blocks(state.model, cfg.train.compile, dist) for name, state in states.items()}["routed"]
-    shape = (batch_size, cfg.data.channels, cfg.data.input_size, cfg.data.input_size)
-    batch = (torch.randn(shape, device=device) * 0.5, torch.randint(cfg.data.num_classes, (batch_size,), device=device))
+    states = {"ours": (state, our_step)} | ({"plain": (plain_state(cfg, device), plain_step)} if compare else {})
+    ways = {"dense": (), "routed": model.routes}
+    kinds = [(whose, way) for whose in states for way in ways]
+    report = {kind: {} for kind in kinds}
 
-    for state in states.values():  # compiles
-        for number in range(2):
-            step(state, objective, batch, plan, cfg, number)
-    seconds: dict[str, list[float]] = {name: [] for name in states}
-    for _ in range(ROUNDS):
-        for name, state in states.items():
-            for number in range(STEPS):
-                synchronize(device)
-                started = time.perf_counter()
-                step(state, objective, batch, plan, cfg, number)
-                synchronize(device)
-                seconds[name].append(time.perf_counter() - started)
+    with tempfile.TemporaryDirectory() as folder:
+        latents = made_up_latents(Path(folder), cfg)
+        batches = Stopwatch(iter(data.make_loader(
+            latents, global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size,
+            num_steps=10**6, num_workers=cfg.data.num_workers, pin_memory=device.type == "cuda",
+        )))  # fmt: skip
+        taken = 0
 
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    predicted = dense.macs() / routed.macs(Routing())
-    realised = median["dense"] / median["routed"]
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    matmuls = matmul_seconds(dense, batch_size * dense.num_tokens, device, dtype)
-    report = {
-        "model": cfg.model.size, "parameters_m": sum(p.numel() for p in dense.parameters()) / 1e6, "batch": batch_size,
-        "device": device.type, "precision": cfg.train.precision, "compile": compiled,
-        "gmacs_dense": dense.macs() / 1e9, "gmacs_routed": routed.macs(Routing()) / 1e9,
-        "step_s_dense": median["dense"], "step_s_routed": median["routed"],
-        "img_per_s_dense": batch_size / median["dense"], "img_per_s_routed": batch_size / median["routed"],
+        def step(whose: str, way: str) -> None:
+            nonlocal taken
+            taken += 1
+            state, take = states[whose]
+            state.model.routes = ways[way]
+            take(state, objective, latents, batches, taken, plan, cfg)
+
+        updates = {"ours": lambda: (state.optimizer.step(), update_ema(state.ema, model, cfg.train.ema_decay))}
+        updates |= {"plain": lambda: optimize(states["plain"][0], cfg)}
+        updating = {whose: count_update(states[whose][0], updates[whose]) for whose in states}
+        for kind in kinds:  # counted eagerly: compiled blocks hide their operators
+            step(*kind)
+            with OpCounter() as counter, FlopCounterMode(display=False) as flops:
+                step(*kind)
+            update = updating[kind[0]]
+            report[kind] |= {
+                "host_waits": counter.waits - update.waits,  # AdamW's own are for its step counts, on the host
+                "optimizer_and_ema_calls": sum(update.calls.values()) - update.calls["detach"],
+                "to_gpu_bytes": counter.to_gpu, "to_cpu_bytes": counter.to_cpu,
+                "matrix_products": sum(counter.products.values()),
+                "gmacs_counted": flops.get_total_flops() / 2 / 3 / plan.global_batch_size / 1e9,
+            }
+            report[kind]["product_s"] = product_seconds(counter.products, device)
+        compiled, why_not = decide_compile(cfg.train.compile, device)
+        compile_blocks(model, compiled)
+        counters.clear()
+        for kind in kinds:
+            step(*kind)
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        for kind in kinds:
+            step(*kind)
+        seconds: dict[tuple, list[float]] = {kind: [] for kind in kinds}
+        batches.waited = 0.0
+        for _ in range(ROUNDS):
+            for kind in kinds:
+                seconds[kind] += [seconds_of(lambda: step(*kind), device) for _ in range(STEPS)]
+        waited = batches.waited / sum(map(sum, seconds.values()))
+        recompiles = counters["stats"]["unique_graphs"] - graphs
+        for kind in kinds:
+            report[kind]["step_gb"] = step_memory(lambda: step(*kind), device) / 1e9
+
+    model.routes = ways["routed"]
+    gmacs = {"dense": model.macs() / 1e9, "routed": model.macs(Routing()) / 1e9}
+    for kind in kinds:
+        row, median = report[kind], statistics.median(seconds[kind])
+        row |= {"gmacs": gmacs[kind[1]], "step_s": median, "img_per_s": plan.global_batch_size / median}
+        row["product_share"] = row.pop("product_s") / median
+        row["tflops"] = 6e-3 * gmacs[kind[1]] * row["img_per_s"]
+    ours = {way: report["ours", way] for way in ways}
+    predicted, realised = gmacs["dense"] / gmacs["routed"], ours["dense"]["step_s"] / ours["routed"]["step_s"]
+    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
+    peak = next((peak for known, peak in PEAK_TFLOPS.items() if known in name and cfg.train.precision == "bf16"), None)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "model": cfg.model.size, "parameters": parameters, "state_gb": parameters * BYTES_PER_PARAMETER / 1e9,
+        "batch": f"{plan.micro_batch_size} x {plan.accumulation}", "device": name, "torch": torch.__version__,
+        "precision": cfg.train.precision, "compile": f"{compiled}, {why_not}" if why_not else compiled,
+        "gradient_checkpointing": cfg.train.gradient_checkpointing, "steps_timed": ROUNDS * STEPS,
         "speedup_predicted": predicted, "speedup_measured": realised, "measured_over_predicted": realised / predicted,
-        "matmul_share_of_dense_step": matmuls / median["dense"],
-        "optimizer_and_ema_ops": sum(ops.values()),
+        "data_wait": waited, "graphs": graphs, "graph_breaks": breaks, "recompiles": recompiles,
+        "peak_tflops": peak, "mfu": peak and {way: ours[way]["tflops"] / peak for way in ways},
+        "faster_than_plain": {
+            way: report["plain", way]["step_s"] / ours[way]["step_s"] for way in ways
+        } if compare else None,
+        "kinds": {" ".join(kind): row for kind, row in report.items()},
     }  # fmt: skip
-    for name, value in report.items():
-        print(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")
+
+
+def show(report: dict) -> str:
+    """The report as a table: a line for each number that all share, then a row for each kind's, a column for each."""
+
+    def text(value) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {text(part)}" for name, part in value.items())
+        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    kinds = report["kinds"]
+    lines = [f"{name:<26}{text(value)}" for name, value in report.items() if name != "kinds" and value is not None]
+    lines += ["", " " * 26 + "".join(f"{kind:>14}" for kind in kinds)]
+    for name in next(iter(kinds.values())):
+        lines.append(f"{name:<26}" + "".join(f"{text(row[name]):>14}" for row in kinds.values()))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__.strip())
+        return
+    overrides = [argument for argument in arguments if argument != "--compare"]
+    report = bench(cli.load_config("config", overrides), "--compare" in arguments)
+    print(show(report))
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "CUDA is not available")
     with cli.user_errors():
         main(sys.argv[1:])

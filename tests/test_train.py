@@ -1,6 +1,8 @@
 """The training loop: what it learns from, exact resume, faults; one process here, two in test_processes.py."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +15,7 @@ import train as training
 from checkpoint import latest, read_tensors
 from guard import FiniteGuard
 from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper
-from tests.conftest import write_shard
+from tests.conftest import ROOT, write_shard
 
 COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -69,6 +71,23 @@ def test_accumulation_is_the_same_step(run):
     _, parts = run("parts", "train.micro_batch_size=4")
     for a, b in zip(numbers(whole), numbers(parts), strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_number(run):
+    _, kept = run("kept")
+    _, computed_again = run("again", "train.gradient_checkpointing=true")
+    assert_same_run(kept, computed_again)
+
+
+def test_without_a_compiler_training_says_so_and_goes_on(tiny_overrides, tmp_path):
+    keys = ["run_name=eager", f"results_dir={tmp_path}", "train.max_steps=2", "train.compile=blocks"]
+    without = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "train.py", *tiny_overrides, *keys]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | without)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("precision")]
+    assert "compile off: torch.compile does not work here" in line
+    assert "trained to step 2" in done.stdout + done.stderr
 
 
 def test_log_lines_of_steps_taken_again_are_dropped(run):

@@ -1,0 +1,29 @@
+"""torch.compile of a network's blocks, each for itself and in place: all blocks share their graphs, no name changes."""
+
+import torch
+from torch import nn
+
+
+def decide_compile(wanted: str, device: torch.device) -> tuple[str, str]:
+    """(blocks or off, why it is off where blocks were wanted: this machine cannot compile). Raises ValueError."""
+    if wanted not in ("blocks", "off"):
+        raise ValueError(f"compile={wanted}; needed: blocks or off")
+    if wanted == "off":
+        return "off", ""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a machine without a compiler raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return "off", f"torch.compile does not work here ({reason[:120]})"
+    return "blocks", ""
+
+
+def compile_blocks(model: nn.Module, decided: str, *, dynamic: bool = False) -> None:
+    """decided: blocks or off. A block that cannot be one graph is an error, never a silent break.
+
+    dynamic: False = a graph for each token count, with all sizes fixed: training. True = one graph for all batch sizes
+    and token counts: evaluation and sampling.
+    """
+    if decided == "blocks":
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=dynamic)
