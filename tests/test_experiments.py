@@ -62,6 +62,8 @@ def test_each_row_has_the_papers_setting(row):
     if row in PUBLISHED or "Lightning" in row:
         assert (train.max_steps, train.global_batch_size, train.lr) == expected
     assert (train.ema_decay, train.label_dropout, train.decay_steps, cfg.optimizer.weight_decay) == (0.9999, 0.1, 0, 0)
+    if cfg.objective._target_ == "edm.EDM":
+        assert (cfg.objective.P_mean, cfg.objective.P_std, cfg.objective.sigma_data) == (-1.2, 1.2, 0.5)
     epochs = {"160 epochs": 160, "680 epochs": 680, "(F)": 60}
     for name, number in epochs.items():
         if row.endswith(name):

@@ -15,7 +15,7 @@ SHORT = {
     "sample.py": "steps=2",
     "rf.py": "steps=2",
     "fid.py calc": "steps=2 seeds=0-49",
-    "bench.py": "model.depth=6 model.hidden_size=32 train.compile=off",
+    "bench.py": "model.depth=6 model.hidden_size=32 model.num_heads=2 train.compile=off",
 }
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import cli
 import gallery
 import rf
 import sample
+from autoencoder import VAECodec, to_uint8
 from guidance import Guidance
 from loading import load_run
 from tests.made_runs import make_run
@@ -96,6 +98,32 @@ def test_folder_holds_png_npz_grid_and_manifest(runs, tmp_path, capsys):
     run = load_run(runs["edm"])
     assert manifest["gmacs_per_image"] == pytest.approx(6 * run.model.macs() / 1e9)
     assert manifest["settings"]["checkpoint_sha256"] == run.sha256 and manifest["settings"]["scale"] == 1.5
+
+
+def test_compiled_is_the_same_but_for_rounding_and_says_so(runs, tmp_path):
+    call = [f"ckpt={runs['rf']}", "guidance=sparse", "steps=4", "seeds=0-5"]
+    sample.main([*call, f"out={tmp_path / 'eager'}"])
+    sample.main([*call, f"out={tmp_path / 'compiled'}", "compile=blocks", "batch_size=4"])
+    torch.compiler.reset()
+    assert_same_images(images(tmp_path / "eager", range(6)), images(tmp_path / "compiled", range(6)))
+    settings = [json.loads((tmp_path / n / "samples.json").read_text())["settings"] for n in ("eager", "compiled")]
+    assert [s.pop("compile") for s in settings] == ["off", "blocks"] and settings[0] == settings[1]
+
+
+def test_the_vae_decodes_as_many_at_once_as_fit():
+    seen = []
+
+    def decode(latents):
+        seen.append(len(latents))
+        return SimpleNamespace(sample=latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+    codec = VAECodec(scale=2.0)
+    codec._vae = SimpleNamespace(decode=decode)
+    latents = torch.randn(11, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = codec.decode(latents)
+    assert seen == [8, 3] and torch.equal(pixels[:, :, ::8, ::8], to_uint8(latents[:, :3] / 2))
+    codec.decode(torch.zeros(3, 4, 64, 64))
+    assert seen[2:] == [2, 1]
 
 
 def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
@@ -242,6 +270,7 @@ BAD = [
     ("rf", ["steps=few"], "steps"),
     ("rf", ["weights=best"], "ema or raw"),
     ("rf", ["precision=fp16"], "fp32 or bf16"),
+    ("rf", ["compile=yes"], "blocks or off"),
     ("edm", ["sampler=rf", "sampler.t_start=1"], "t_start"),
     ("dense", ["guidance=sparse"], "trained with routes"),
     ("dense", ["guidance=auto"], "no earlier checkpoint"),

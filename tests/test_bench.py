@@ -1,0 +1,73 @@
+"""scripts/bench.py: the plain step is the same computation, and the table says what is so."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import bench
+
+import cli
+from dit import build
+from edm import EDM
+from routing_module import Routing
+
+TINY = [
+    "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=8", "train.compile=off",
+    "train.precision=fp32", "train.micro_batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    return bench.bench(cli.load_config("config", TINY), compare=True)
+
+
+def test_the_plain_network_is_the_same_function():
+    shape = dict(depth=6, hidden_size=32, num_heads=2)
+    settings = dict(input_size=16, in_channels=4, num_classes=10)
+    spans = ((0.5, 1, 2), (0.3, 3, 4))
+    routes = [dict(zip(("selection_ratio", "start_layer_idx", "end_layer_idx"), span)) for span in spans]
+    ours = build("DiT-XS/4", **settings, **shape, routes=routes)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    plain = bench.PlainDiT(**settings, **shape, patch_size=4, learn_sigma=False, routes=routes, block=bench.PlainBlock)
+    plain.load_state_dict(ours.state_dict())
+    x, y = torch.randn(3, 4, 16, 16), torch.tensor([0, 9, 10])
+    for routed in (False, True):
+        losses = []
+        for net in (ours, plain):
+            routing = Routing(generators=torch.Generator().manual_seed(1)) if routed else None
+            bound = lambda x, t, y: net(x, t, y, routing=routing)  # noqa: B023
+            losses.append(EDM().loss(bound, x, y, torch.Generator().manual_seed(2)))
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+def test_the_table_holds_what_was_counted(report):
+    kinds = report["kinds"]
+    assert list(kinds) == ["ours dense", "ours routed", "plain dense", "plain routed"]
+    for way in ("dense", "routed"):
+        ours, plain = kinds[f"ours {way}"], kinds[f"plain {way}"]
+        assert ours["host_waits"] == 0 and plain["host_waits"] == 2 * 2  # labels and loss, two micro-batches
+        assert ours["optimizer_and_ema_calls"] <= 8 < 500 < plain["optimizer_and_ema_calls"]
+        assert ours["gmacs_counted"] == pytest.approx(ours["gmacs"], rel=5e-3)
+        assert ours["to_cpu_bytes"] == 0 and 0 < ours["step_gb"] < 1 and 0 < ours["product_share"] < 1
+        assert report["faster_than_plain"][way] == pytest.approx(plain["step_s"] / ours["step_s"])
+    assert kinds["ours routed"]["gmacs"] < kinds["ours dense"]["gmacs"]
+    assert kinds["ours routed"]["step_gb"] < kinds["ours dense"]["step_gb"]
+    assert (report["graph_breaks"], report["recompiles"]) == (0, 0) and 0 <= report["data_wait"] < 1
+    assert report["speedup_predicted"] == kinds["ours dense"]["gmacs"] / kinds["ours routed"]["gmacs"]
+    assert "plain routed" in bench.show(report)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [(["model=dit"], "no routes"), (["model=lightningdit_tread"], "knows a plain form of dit alone")],
+)
+def test_what_cannot_be_compared_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        bench.bench(cli.load_config("config", [*overrides, *TINY]), compare=True)
