@@ -6,7 +6,7 @@
 
 import torch
 
-DECODE_AT_ONCE = 8 * 32 * 32  # of a batch's latent pixels: 8 images of 256 x 256, some 6 GB in the VAE
+DECODE_AT_ONCE = 8 * 32 * 32  # of a batch's latent pixels: 8 images of 256 x 256, whatever the batch
 
 
 class PixelCodec:
