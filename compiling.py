@@ -25,5 +25,5 @@ def compile_blocks(model: nn.Module, decided: str, *, dynamic: bool = False) -> 
     and token counts: evaluation and sampling.
     """
     if decided == "blocks":
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=dynamic)
+        for part in (*model.blocks, model.final_layer):
+            part.compile(fullgraph=True, dynamic=dynamic)

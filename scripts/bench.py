@@ -45,7 +45,7 @@ from prepare import BatchPlan, State, batch_plan, build, resolve_config  # noqa:
 from processes import start_processes  # noqa: E402
 from randomness import normal, seeded_generator, uniform  # noqa: E402
 from routing_module import Routing, num_kept  # noqa: E402
-from train import train_step, update_ema  # noqa: E402
+from train import set_learning_rate, train_step, update_ema  # noqa: E402
 
 ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -259,6 +259,9 @@ def bench(cfg: DictConfig, compare: bool) -> dict:
     if not model.routes:
         raise ValueError("the model has no routes to compare with; needed: model=tread")
     states = {"ours": (state, our_step)} | ({"plain": (plain_state(cfg, device), plain_step)} if compare else {})
+    for each, _ in states.values():
+        # Noise teaches nothing: at a run's full rate weights would run away, and CPUs are slow where numbers underflow.
+        set_learning_rate(each.optimizer, 1, cfg.train)
     ways = {"dense": (), "routed": model.routes}
     kinds = [(whose, way) for whose in states for way in ways]
     report = {kind: {} for kind in kinds}
