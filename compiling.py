@@ -1,4 +1,5 @@
-"""torch.compile of a network's blocks, each for itself and in place: all blocks share their graphs, no name changes."""
+"""torch.compile of a network's blocks and its final layer, each for itself and in place: all blocks share their
+graphs, no name changes."""
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ def decide_compile(wanted: str, device: torch.device) -> tuple[str, str]:
 
 
 def compile_blocks(model: nn.Module, decided: str, *, dynamic: bool = False) -> None:
-    """decided: blocks or off. A block that cannot be one graph is an error, never a silent break.
+    """decided: blocks or off. A part that cannot be one graph is an error, never a silent break.
 
     dynamic: False = a graph for each token count, with all sizes fixed: training. True = one graph for all batch sizes
     and token counts: evaluation and sampling.

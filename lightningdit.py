@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Attention, Block, DiT, named_shape
+from dit import Attention, Block, DiT, linear, named_shape
 from routing_module import Route, gather_tokens
 
 
@@ -109,8 +109,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        gate, value = linear(x, self.w12).chunk(2, dim=-1)
+        return linear(F.silu(gate) * value, self.w3)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-    mallopt(M_TRIM_THRESHOLD, -1)  # never
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_MMAP_MAX, 0)  # no block apart, to be unmapped when it is freed
+    mallopt(M_TRIM_THRESHOLD, -1)  # nor the end of the heap given back
