@@ -294,10 +294,10 @@ class LabelEmbedder(nn.Module):
 
 
 def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """layer(x)."""
+    """layer(x), its bias apart from the product where CPUs compile it."""
     if compiling_for_cpu(x):
-        # A bias that is part of the product is first copied over the whole output; added behind it, it costs nothing:
-        # the loop that reads the output next adds it.
+        # As part of the product, a bias is first copied over the whole output. The loop that reads the output next
+        # adds it for nothing.
         return F.linear(x, layer.weight) + layer.bias
     return layer(x)
 

@@ -179,7 +179,7 @@ def run_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
     parts = [f"{run.step:07d}", distance, guidance, run.weights, config.labels, config.seeds]
     parts += [config.precision] if config.precision != "fp32" else []
     parts += ["compiled"] if run.compile != "off" else []
-    parts += [f"{config.sampler.takes}_{config.sampler.solver}"] if config.get("sampler") is not None else []
+    parts += [sample.sampler_name(config.sampler)] if config.get("sampler") is not None else []
     return "-".join(map(str, parts))
 
 

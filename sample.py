@@ -8,6 +8,7 @@ An image depends on its seed and label alone: noise, label and routing masks com
 image at a time, whatever the batch size and the number of processes.
 """
 
+import hashlib
 import re
 import sys
 import time
@@ -206,8 +207,14 @@ def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
     parts += ["compiled"] if run.compile != "off" else []
     parts += [config.labels] if config.class_idx is None and config.labels != "balanced" else []
     parts += [f"class{config.class_idx}"] if config.class_idx is not None else []
-    parts += [f"{config.sampler.takes}_{config.sampler.solver}"] if config.get("sampler") is not None else []
+    parts += [sampler_name(config.sampler)] if config.get("sampler") is not None else []
     return run.folder / "samples" / "-".join(str(part) for part in parts)
+
+
+def sampler_name(sampler: DictConfig) -> str:
+    """<what it takes>_<solver>_<digest of all its settings>."""
+    digest = hashlib.sha256(OmegaConf.to_yaml(sampler, sort_keys=True).encode()).hexdigest()
+    return f"{sampler.takes}_{sampler.solver}_{digest[:6]}"
 
 
 def what_was_set(run: Run, guidance: Guidance, rule: str | int) -> dict:

@@ -454,6 +454,14 @@ def test_killed_and_started_again(trained, digits, tmp_path, monkeypatch):
     assert again["class_accuracy"] == once["class_accuracy"]
 
 
+def test_each_setting_of_a_sampler_has_a_folder_of_its_own(trained, digits):
+    before = set(trained.glob("eval/*"))
+    for sampler in (["sampler=edm"], ["sampler=edm", "sampler.rho=5"], ["sampler=edm"], ["sampler=rf"]):
+        fid.main(["calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-11", "steps=2", "metrics=[fd]", *sampler])
+    made = sorted(path.name.partition("ema")[2] for path in set(trained.glob("eval/*")) - before)
+    assert len(made) == 3 and sum("denoised_heun_" in name for name in made) == 2
+
+
 def test_metrics_json_says_what_the_number_depends_on(trained, digits):
     settings = ["seeds=5-40", "guidance=sparse", "steps=3", "labels=balanced"]
     fid.main(["calc", f"ckpt={trained}", f"digits={digits}", *settings])
