@@ -115,8 +115,25 @@ class SwiGLU(nn.Module):
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Neighbouring pairs of x (..., D/H) as points in a plane, turned by their angle."""
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    return x * cos + turned * sin
+    return Rotate.apply(x, cos, sin)
+
+
+class Rotate(torch.autograd.Function):
+    """The gradient is turned back: left to autograd, that is a scatter, which CPUs do number by number."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
 
 
 def rotary_angles(head_size: int, side: int) -> torch.Tensor:

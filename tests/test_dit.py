@@ -178,6 +178,8 @@ def test_rotation_depends_on_distance_alone():
     assert score((0, 1), (2, 4)) == pytest.approx(score((1, 0), (3, 3)), abs=1e-5)
     assert abs(score((0, 1), (2, 4)) - score((0, 1), (4, 2))) > 1e-3  # rows and columns are told apart
     assert rotate(q, angles[3, 4].cos(), angles[3, 4].sin()).norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
+    a = angles[3, 4].double()
+    assert torch.autograd.gradcheck(lambda q: rotate(q, a.cos(), a.sin()), q.double().requires_grad_())
 
 
 def test_lightning_block_is_its_arithmetic():
