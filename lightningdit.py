@@ -119,7 +119,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Rotate(torch.autograd.Function):
-    """The gradient is turned back: left to autograd, that is a scatter, which CPUs do number by number."""
+    """The gradient is turned back: left to autograd, it is scattered, which takes CPUs twice the time."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
