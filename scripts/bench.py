@@ -215,7 +215,9 @@ def product_seconds(products: Counter[tuple], device: torch.device) -> float:
     total = 0.0
     for (dtype, factors), count in products.items():
         a, b = (torch.empty_strided(*factor, dtype=dtype, device=device).normal_() for factor in factors)
-        total += count * statistics.median(seconds_of(lambda: a @ b, device) for _ in range(7))
+        once = seconds_of(lambda: a @ b, device)
+        repeats = max(7, min(200, int(0.03 / once)))  # 30 ms of each: small ones vary
+        total += count * statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
     return total
 
 
