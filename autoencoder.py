@@ -1,24 +1,15 @@
-"""Codecs between pixels and latents, and the only owner of scale factors, in both directions.
-
-    encode: uint8 (B, 3, H, W) => latents (B, C, h, w) float32, as the network sees them
-    decode: latents (B, C, h, w) => uint8 (B, 3, H, W)
-"""
+"""Codecs: decode turns latents (B, C, h, w), scaled as the network sees them, into uint8 images (B, 3, H, W)."""
 
 import torch
 
-DECODE_AT_ONCE = 8 * 32 * 32  # of a batch's latent pixels: 8 images of 256 x 256, whatever the batch
+DECODE_AT_ONCE = 8 * 32 * 32  # latent pixels per call of the decoder: 8 images of 256 x 256
 
 
 class PixelCodec:
-    """Pixels as they are: [0, 255] <-> [-1, 1]; grey images (C = 1) become three equal channels."""
-
-    name = "pixels"
+    """No autoencoder: pixels [0, 255] <-> [-1, 1]. Grey images (C = 1) become three equal channels."""
 
     def to(self, device) -> "PixelCodec":
         return self
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float() / 127.5 - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = to_uint8(latents)
@@ -26,12 +17,10 @@ class PixelCodec:
 
 
 class VAECodec:
-    """A diffusers AutoencoderKL, by hub name or local path. Scaled latent = scale * latent of the VAE.
+    """A diffusers AutoencoderKL, by hub name or local path; scaled latent = scale * the VAE's latent.
 
-    Raises ValueError where the VAE is not found.
+    Raises OSError, at first use, where the VAE or the package diffusers is missing.
     """
-
-    name = "vae"
 
     def __init__(self, path: str = "stabilityai/sd-vae-ft-ema", scale: float = 0.18215):
         self.path, self.scale, self.device, self._vae = path, scale, torch.device("cpu"), None
@@ -44,27 +33,23 @@ class VAECodec:
 
     @property
     def vae(self) -> torch.nn.Module:
-        """Loaded when first needed: training on latents never needs it."""
+        """Loaded at first use: training on latents never needs it."""
         if self._vae is None:
             try:
                 from diffusers import AutoencoderKL
             except ImportError:
-                raise ValueError("pixels <-> latents needs the package diffusers: pip install diffusers") from None
+                raise FileNotFoundError("decoding latents needs the package diffusers: pip install diffusers") from None
             try:
                 self._vae = AutoencoderKL.from_pretrained(self.path).eval().requires_grad_(False).to(self.device)
             except OSError as error:
-                raise ValueError(f"VAE {self.path!r} was not found: {str(error).splitlines()[0]}") from None
+                raise FileNotFoundError(f"VAE {self.path!r} was not found: {str(error).splitlines()[0]}") from None
         return self._vae
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of the posterior, unscaled: uint8 (B, 3, H, W) -> two of (B, C, h, w) float32."""
+        """The posterior's mean and log variance, unscaled: uint8 (B, 3, H, W) -> (B, C, h, w) float32 each."""
         posterior = self.vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
         return posterior.mean, posterior.logvar
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """The posterior's mean, scaled."""
-        return self.moments(images)[0] * self.scale
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What a run costs, before it is started: `python cost.py experiment=imagenet256 model.size=DiT-B/2`, any config.
+"""What a run will cost: `python cost.py experiment=imagenet256 model.size=DiT-B/2`, or any other config.
 
-Multiply-adds (MACs) are those of one forward pass at batch 1, as DiT's paper counts its "Gflops": matrix products and
-attention. A training step is three forward passes (backward is two), a MAC two FLOPs.
+Multiply-adds (MACs) are those of one forward pass at batch 1: matrix products and attention, as in DiT's "Gflops". A
+training step counts as three forward passes (the backward pass is two), a MAC as two FLOPs.
 """
 
 import sys
@@ -10,15 +10,15 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-import cli
-from loading import instantiate
 from routing_module import Routing
+from system import UserError, cli
+from system.instantiate import instantiate
 
 BYTES_PER_PARAMETER = 20  # float32 weights, gradients, EMA and Adam's two moments
 
 
 def cost_table(model: nn.Module, cfg: DictConfig) -> str:
-    """A line each on size, forward pass, state and the whole run, as cfg.train and cfg.hardware have it."""
+    """Lines on parameters, forward pass, state, and the whole run by cfg.train and cfg.hardware. Raises UserError."""
     parameters = [p.numel() for p in model.parameters()]
     total = sum(parameters)
     dense, routed = model.macs(), model.macs(Routing())
@@ -30,7 +30,7 @@ def cost_table(model: nn.Module, cfg: DictConfig) -> str:
             blocks = model.block_macs(Routing())
             share = sum(blocks[i] for i in model.fp32_blocks) / routed
             forward += (
-                f"\nfp32       {share:.1%} of a routed pass, behind routes, without bf16: "
+                f"\nfp32       {share:.1%} of a routed pass, after routes, without bf16: "
                 f"at half the speed a step takes {1 + share:.3f}x"
             )
     hours = f"{gpu_hours(routed, cfg):.3g} GPU-hours"
@@ -46,13 +46,13 @@ def cost_table(model: nn.Module, cfg: DictConfig) -> str:
 
 
 def gpu_hours(macs: int, cfg: DictConfig) -> float:
-    """Of cfg.train's steps at `macs` a forward pass, on hardware that reaches cfg.hardware.mfu of its peak.
+    """GPU-hours of cfg.train's steps at `macs` per forward pass, on GPUs that reach cfg.hardware.mfu of their peak.
 
-    Raises ValueError for hardware that does nothing.
+    Raises UserError for a peak or share that is not positive.
     """
     if not cfg.hardware.peak_tflops > 0 or not 0 < cfg.hardware.mfu <= 1:
         found = f"{cfg.hardware.peak_tflops} and {cfg.hardware.mfu}"
-        raise ValueError(f"needed: hardware.peak_tflops > 0 and hardware.mfu in (0, 1]; got {found}")
+        raise UserError(f"needed: hardware.peak_tflops > 0 and hardware.mfu in (0, 1]; got {found}")
     flops = 2 * 3 * macs * cfg.train.global_batch_size * cfg.train.max_steps
     return flops / (cfg.hardware.peak_tflops * 1e12 * cfg.hardware.mfu) / 3600
 

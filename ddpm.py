@@ -1,4 +1,4 @@
-"""DDPM (arXiv 2006.11239) as official DiT has it: a network that predicts the noise at 1000 linear-beta steps.
+"""DDPM (arXiv 2006.11239) as in official DiT: a network that predicts the noise at 1000 linear-beta steps.
 
 Seen as a denoiser at any noise level. Step k sees x_k = sqrt(a_k) x + sqrt(1 - a_k) noise, with a_k = prod(1 - beta);
 divided by sqrt(a_k) this is x + sigma_k noise, with sigma_k = sqrt((1 - a_k) / a_k) from 0.01 to 157. So for
@@ -6,7 +6,7 @@ x_t = x + sigma noise
 
     D(x_t; sigma) = x_t - sigma eps(x_t / sqrt(1 + sigma^2), k),    sigma_k = sigma
 
-and EDM's samplers, guidance and scores work on such weights as they are.
+and EDM's samplers, guidance and scores work on such weights unchanged.
 """
 
 from collections.abc import Callable
@@ -14,28 +14,29 @@ from collections.abc import Callable
 import torch
 
 from randomness import Generators, normal, uniform
-from solvers import edm_sampler, times
+from solvers import broadcast_t, edm_sampler
+from system import UserError
 
 
 class DDPM:
-    """Prediction of the noise. num_steps, beta_start, beta_end: the linear schedule that the network was made for."""
+    """Noise prediction. num_steps, beta_start, beta_end: the linear schedule that the network is trained for."""
 
     predicts = "denoised"
-    sigma_data = 1.0  # latents should be about as wide as the noise at its start
+    sigma_data = 1.0  # expected standard deviation of the latents
     sample = staticmethod(edm_sampler)
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
         if num_steps < 2 or not 0 < beta_start <= beta_end < 1:
-            raise ValueError(
+            raise UserError(
                 f"needed: num_steps >= 2, 0 < beta_start <= beta_end < 1; got {num_steps}, {beta_start}, {beta_end}"
             )
         kept = torch.cumprod(1 - torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64), dim=0)  # a_k
         self.log_sigma = ((1 - kept) / kept).sqrt().log().float()  # (num_steps,), rising
 
     def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-        """Squared error of the noise ("L_simple"), a number for each sample: x (B, C, h, w), y (B,) -> (B,).
+        """Squared error of the noise per sample ("L_simple"): x (B, C, h, w), y (B,) -> (B,).
 
-        Learned variances (DiT's other C channels) have no part in it: they move no sample of a deterministic sampler.
+        Learned variances (DiT's other C channels) are not trained: deterministic samplers do not use them.
         """
         self.log_sigma = self.log_sigma.to(x.device)
         step = (uniform((len(x),), generator, device=x.device) * len(self.log_sigma)).long()  # (B,)
@@ -46,16 +47,16 @@ class DDPM:
 
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """D(x_t; sigma): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32."""
-        x_t, sigma = x_t.float(), times(t, x_t)
+        x_t, sigma = x_t.float(), broadcast_t(t, x_t)
         return x_t - sigma.view(-1, 1, 1, 1) * self.noise(net, x_t, sigma, y)
 
     def noise(self, net: Callable, x_t: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """eps: x_t (B, C, h, w), sigma (B,) -> (B, C, h, w) float32; channels past C (learned sigma) are not used."""
+        """eps: x_t (B, C, h, w), sigma (B,) -> (B, C, h, w) float32; channels past C (learned sigma) are ignored."""
         c_in = (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
         return net(c_in * x_t, self.step_at(sigma), y)[:, : x_t.shape[1]].float()
 
     def step_at(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Steps of noise levels, between two of them by logarithms, at the nearest end outside: (B,) -> (B,)."""
+        """The fractional step k with sigma_k = sigma, interpolated in log sigma, clamped to both ends: (B,) -> (B,)."""
         self.log_sigma = self.log_sigma.to(sigma.device)
         wanted = sigma.log().clamp(self.log_sigma[0], self.log_sigma[-1])
         above = torch.searchsorted(self.log_sigma, wanted).clamp(1, len(self.log_sigma) - 1)

@@ -1,7 +1,7 @@
-"""DiT (arXiv 2212.09748): a transformer over latent patches, conditioned by adaLN-Zero, with TREAD's routes through it.
+"""DiT (arXiv 2212.09748): a transformer over latent patches, conditioned by adaLN-Zero, with TREAD's token routes.
 
 State-dict keys are the official ones. Shapes: B batch, C channels, N = (input_size / patch_size)^2 tokens, K tokens
-that stay inside a route, D width, H heads.
+kept inside a route, D width, H heads.
 """
 
 import math
@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, resolve_routes, scatter_tokens
+from system import UserError
 
-# DiT's sizes (arXiv 2212.09748, Table 1), and one for 28x28 digits on a laptop.
+# DiT's sizes (arXiv 2212.09748, Table 1), and XS for 28x28 digits on a laptop.
 SIZES = {
     "XS": dict(depth=12, hidden_size=128, num_heads=4),
     "S": dict(depth=12, hidden_size=384, num_heads=6),
@@ -24,82 +25,69 @@ SIZES = {
     "XL": dict(depth=28, hidden_size=1152, num_heads=16),
 }
 
-TIME_WIDTH = 256  # sinusoids of the time embedding
+TIME_WIDTH = 256  # of the sinusoidal time embedding
 
 
-def build(
-    size: str,                                      # "DiT-XL/2": S, B, L, XL (or XS), patch 2, 4, 8
-    *,
-    input_size: int,
-    in_channels: int,
-    num_classes: int,
-    learn_sigma: bool = False,                      # True = 2 * in_channels outputs, as official DiT and SiT
-    routes: Sequence[Route | Mapping] = (),
-    depth: int | None = None,                       # None = by `size`
-    hidden_size: int | None = None,                 # None = by `size`
-    num_heads: int | None = None,                   # None = by `size`
-    fp32_after_route: bool = False,                 # the block behind each route in float32, as TREAD's own code has it
-) -> "DiT":
-    """A DiT by its name. Raises ValueError for a name that is not one."""
-    return DiT(
-        input_size=input_size,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        learn_sigma=learn_sigma,
-        routes=routes,
-        fp32_after_route=fp32_after_route,
-        **named_shape(size, depth, hidden_size, num_heads),
-    )
+def shape_of(
+    size: str, patch_size: int | None, hidden_size: int | None, depth: int | None, num_heads: int | None
+) -> tuple[int, int, int, int]:
+    """(patch_size, hidden_size, depth, num_heads): the numbers given, and those of `size` where they are None.
 
-
-def named_shape(size: str, depth: int | None, hidden_size: int | None, num_heads: int | None) -> dict[str, int]:
-    """patch_size, depth, hidden_size and num_heads of a name; numbers that are given override it. Raises ValueError."""
-    own = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads)
+    size: DiT-XL/2 and the like: XS, S, B, L or XL, at any patch size. Raises UserError for another name.
+    """
     name, _, patch = size.removeprefix("DiT-").partition("/")
     if name not in SIZES or not patch.isdigit():
-        raise ValueError(f"model size {size!r}; needed: DiT-{{{','.join(SIZES)}}}/{{2,4,8}}, for example DiT-XL/2")
-    return SIZES[name] | {key: value for key, value in own.items() if value is not None} | {"patch_size": int(patch)}
+        raise UserError(f"model size {size!r}; needed: DiT-{{{','.join(SIZES)}}}/{{2,4,8}}, for example DiT-XL/2")
+    named = (int(patch), *(SIZES[name][key] for key in ("hidden_size", "depth", "num_heads")))
+    given = (patch_size, hidden_size, depth, num_heads)
+    return tuple(by_name if number is None else number for by_name, number in zip(named, given))
 
 
 class DiT(nn.Module):
     """net(x, t, y, *, routing=None): x (B, C, h, w), t (B,) in the objective's units, y (B,) int64 -> (B, C_out, h, w).
 
     y is 0..num_classes-1, or num_classes for "no label". routing=None is dense; `Routing(...)` switches the model's
-    routes on. `training` decides nothing. Raises ValueError for sizes that do not divide and routes that do not fit.
-    fp32_after_route: the block behind a route that is on runs without autocast, at the price `cost.py` prints.
-    gradient_checkpointing, an attribute: blocks keep their input alone for the backward pass and are computed again.
-    block: what makes a block of (hidden_size, num_heads, mlp_ratio); None = `Block`.
+    routes on. `training` decides nothing. Raises UserError for sizes that do not divide and routes that do not fit.
+
+    size: names patch_size, hidden_size, depth and num_heads, where they are None.
+    learn_sigma: True = 2 * in_channels outputs, as in official DiT and SiT.
+    fp32_after_route: the block after an active route runs without autocast, as in TREAD's own code; `cost.py` prints
+        the price.
+    block: builds a block from (hidden_size, num_heads, mlp_ratio); None = `Block`.
+    gradient_checkpointing (attribute): blocks store only their input and are recomputed in the backward pass.
     """
 
     def __init__(
         self,
         input_size: int = 32,
-        patch_size: int = 2,
+        patch_size: int | None = None,
         in_channels: int = 4,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
+        hidden_size: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         learn_sigma: bool = True,
         routes: Sequence[Route | Mapping] = (),
         fp32_after_route: bool = False,
+        size: str = "DiT-XL/2",
         block: Callable[[int, int, float], nn.Module] | None = None,
     ):
         super().__init__()
+        patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
         if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
-            raise ValueError("each of DiT's sizes, from input_size to num_classes, must be at least 1")
+            raise UserError("each of DiT's sizes, from input_size to num_classes, must be at least 1")
         if input_size % patch_size:
-            raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
+            raise UserError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden_size {hidden_size} must be divisible by num_heads ({num_heads}) and by 4")
+            raise UserError(f"hidden_size {hidden_size} must be divisible by num_heads ({num_heads}) and by 4")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes = num_classes
         self.num_tokens = (input_size // patch_size) ** 2
         self.routes = resolve_routes(routes, depth)
-        behind = {route.end_layer_idx + 1 for route in self.routes} - {depth}
-        self.fp32_blocks = behind if fp32_after_route else set()
+        after_routes = {route.end_layer_idx + 1 for route in self.routes} - {depth}
+        self.fp32_blocks = after_routes if fp32_after_route else set()
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -111,7 +99,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier linears, zero biases, N(0, 0.02) embeddings, zeros where adaLN-Zero and the output start."""
+        """Xavier linear layers, zero biases, N(0, 0.02) embeddings; adaLN modulation and output start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -126,11 +114,11 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
-        # Where precision is cheap and shows in the samples (time embedding, output), it is float32 under autocast too.
+        # Time embedding and output stay float32 under autocast: precision is cheap there, and visible in samples.
         with torch.autocast(x.device.type, enabled=False):
             c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        where = self.positions(None)
+        positions = self.positions(None)
 
         routes = iter(self.routes if routing is not None else ())
         route = next(routes, None)
@@ -139,31 +127,31 @@ class DiT(nn.Module):
             if route is not None and i == route.start_layer_idx:
                 full, keep_ids = tokens, self.draw_route(route, routing, tokens)
                 if keep_ids is not None:
-                    tokens, where = gather_tokens(tokens, keep_ids), self.positions(keep_ids)  # (B, K, D)
+                    tokens, positions = gather_tokens(tokens, keep_ids), self.positions(keep_ids)  # (B, K, D)
             with torch.autocast(x.device.type, enabled=False) if i in fp32_blocks else nullcontext():
-                tokens = self.run(block, tokens, c, where)
+                tokens = self.run(block, tokens, c, positions)
             if route is not None and i == route.end_layer_idx:
                 if keep_ids is not None:
-                    tokens, where = scatter_tokens(tokens, keep_ids, full), self.positions(None)  # (B, N, D)
+                    tokens, positions = scatter_tokens(tokens, keep_ids, full), self.positions(None)  # (B, N, D)
                 route = next(routes, None)
 
         with torch.autocast(x.device.type, enabled=False):
             patches = self.final_layer(tokens.float(), c)  # (B, N, p * p * C_out)
         return unpatchify(patches, self.patch_size, self.out_channels)
 
-    def run(self, block: nn.Module, tokens: torch.Tensor, c: torch.Tensor, where: tuple) -> torch.Tensor:
-        """One block; under gradient checkpointing only its input is kept, and the backward pass runs it again."""
+    def run(self, block: nn.Module, tokens: torch.Tensor, c: torch.Tensor, positions: tuple) -> torch.Tensor:
+        """One block; under gradient checkpointing only its input is stored, and the backward pass runs it again."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return block(tokens, c, *where)
-        # Blocks draw no random numbers, and keeping the generator's state would make the host wait for the device.
-        return checkpoint(block, tokens, c, *where, use_reentrant=False, preserve_rng_state=False)
+            return block(tokens, c, *positions)
+        # Blocks draw no random numbers, and saving the generator's state would make the host wait for the device.
+        return checkpoint(block, tokens, c, *positions, use_reentrant=False, preserve_rng_state=False)
 
     def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """What blocks need to know of where their tokens lie, of all (None) or those kept (B, K): nothing, in DiT."""
+        """Positional inputs of the blocks, for all tokens (None) or those at keep_ids (B, K). DiT has none."""
         return ()
 
     def draw_route(self, route: Route, routing: Routing, tokens: torch.Tensor) -> torch.Tensor | None:
-        """keep_ids (B, K) for one route, or None where the ratio routes no token away."""
+        """keep_ids (B, K) for one route, or None where its ratio keeps all tokens."""
         ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
         B, N, _ = tokens.shape
         if num_kept(N, ratio) == N:
@@ -177,7 +165,7 @@ class DiT(nn.Module):
         return embed + sum(self.block_macs(routing)) + N * D * patch * self.out_channels + 2 * D * D
 
     def block_macs(self, routing: Routing | None = None) -> list[int]:
-        """Those of each block."""
+        """Multiply-adds of each block."""
         D, depth = self.pos_embed.shape[-1], len(self.blocks)
         tokens = [self.num_tokens] * depth
         for route in self.routes if routing is not None else ():
@@ -191,7 +179,7 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each scaled, shifted and gated by the condition (adaLN-Zero)."""
+    """Attention and MLP; the condition scales and shifts their inputs and gates their outputs (adaLN-Zero)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -201,16 +189,16 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
-        """x (B, K, D), c (B, D), where: `DiT.positions` -> (B, K, D)."""
+    def forward(self, x: torch.Tensor, c: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
+        """x (B, K, D), c (B, D), positions: `DiT.positions` -> (B, K, D)."""
         modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *where)
+        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *positions)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens given; gathered tokens keep it dense, so there is never a mask."""
+    """Self-attention over the tokens given. Routed sequences are gathered, so there is never a mask."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -226,7 +214,7 @@ class Attention(nn.Module):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, K, D/H) -> (B, K, D)
         if q.device.type == "cpu":
-            # Flash attention's backward on CPU is slow at DiT's lengths; the plain form is faster and compiles.
+            # On CPUs, flash attention's backward pass is slow at DiT's lengths; the plain form is faster, and compiles.
             out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -261,11 +249,13 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, h, w) -> (B, N, D)
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # laid out as later, or block 0 is compiled apart
+        return (
+            self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        )  # contiguous, or block 0 would be compiled separately
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t (cos then sin, periods up to 10000 * 2 pi) through an MLP."""
+    """An MLP of sinusoids of t: cosines, then sines, with periods up to 10000 * 2 pi."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -277,13 +267,13 @@ class TimestepEmbedder(nn.Module):
 
 
 def time_frequencies(device: torch.device | str | None = None) -> torch.Tensor:
-    """(TIME_WIDTH / 2,), falling from 1."""
+    """Angular frequencies (TIME_WIDTH / 2,), falling from 1."""
     half = TIME_WIDTH // 2
     return torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=device))
 
 
 class LabelEmbedder(nn.Module):
-    """One row a class, and a last one for "no label"."""
+    """One row per class, and a last one for "no label"."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
@@ -294,10 +284,9 @@ class LabelEmbedder(nn.Module):
 
 
 def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """layer(x), its bias apart from the product where CPUs compile it."""
+    """layer(x), with the bias added separately when compiled for CPUs."""
     if compiling_for_cpu(x):
-        # As part of the product, a bias is first copied over the whole output. The loop that reads the output next
-        # adds it for nothing.
+        # addmm first copies the bias over the whole output. The loop that reads the output next adds it for free.
         return F.linear(x, layer.weight) + layer.bias
     return layer(x)
 
@@ -314,10 +303,10 @@ def compiling_for_cpu(x: torch.Tensor) -> bool:
 
 
 class CpuGelu(torch.autograd.Function):
-    """The same function for CPUs, where its exponential is what costs: taken once, for the value and for the slope.
+    """GELU for CPUs, where the exponential dominates: it is evaluated once, for the value and the slope.
 
-    0.5 (1 + tanh u) = sigmoid(2 u), which compiles to a third of the time of tanh. What the backward pass keeps is the
-    slope, in `slope_dtype`, in place of x.
+    0.5 (1 + tanh u) = sigmoid(2 u), which compiles to code three times as fast as tanh. The backward pass keeps the
+    slope, in `slope_dtype`, instead of x.
     """
 
     @staticmethod
@@ -332,7 +321,7 @@ class CpuGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (slope,) = ctx.saved_tensors
-        # torch.compile would rather keep x and take the exponential again; what a list operation reads, it keeps.
+        # torch.compile would keep x and recompute the exponential; the input of a foreach operation it keeps.
         return torch._foreach_mul([grad], [slope])[0], None
 
 
@@ -341,7 +330,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
-    """(B, N, p * p * C), pixels of a patch row by row with channels last -> (B, C, h, w)."""
+    """(B, N, p * p * C), the pixels of a patch row by row, channels last -> (B, C, h, w)."""
     B, N, _ = patches.shape
     side = math.isqrt(N)
     grid = patches.view(B, side, side, patch_size, patch_size, channels)
@@ -349,7 +338,7 @@ def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.T
 
 
 def sincos_positions(hidden_size: int, side: int) -> torch.Tensor:
-    """Fixed 2-D positions (side * side, D): the first half of the width encodes the column, the second the row."""
+    """Fixed 2-D positional embedding (side * side, D): the first half of D encodes the column, the second the row."""
     omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [position.reshape(-1, 1) * omega for position in (column, row)]  # (N, D / 4) each

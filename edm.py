@@ -1,6 +1,6 @@
-"""EDM (arXiv 2206.00364): training of a denoiser D(x; sigma). Equations and tables are that paper's.
+"""EDM (arXiv 2206.00364): training a denoiser D(x; sigma). Equation and table numbers are that paper's.
 
-x is clean data, sigma the noise level, x_t = x + sigma * noise. The network sees c_noise = ln(sigma) / 4 as its time.
+x is clean data, sigma the noise level, x_t = x + sigma * noise. The network's time input is c_noise = ln(sigma) / 4.
 """
 
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 from randomness import Generators, normal
-from solvers import edm_sampler, times
+from solvers import broadcast_t, edm_sampler
 
 
 class EDM:
-    """Denoising, preconditioned. P_mean, P_std: ln(sigma) ~ N(P_mean, P_std^2) in training; sigma_data: std of x."""
+    """A preconditioned denoiser. In training, ln(sigma) ~ N(P_mean, P_std^2). sigma_data: standard deviation of x."""
 
     predicts = "denoised"
     sample = staticmethod(edm_sampler)
@@ -21,7 +21,7 @@ class EDM:
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
 
     def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-        """Weighted squared error of the denoiser of each sample (Eq. 5-7): x (B, C, h, w), y (B,) -> (B,)."""
+        """The denoiser's weighted squared error per sample (Eq. 5-7): x (B, C, h, w), y (B,) -> (B,)."""
         sigma = (self.P_mean + self.P_std * normal((len(x),), generator, device=x.device)).exp()  # (B,)
         noise = normal(x.shape, generator, device=x.device)
         denoised = self.predict(net, x + noise * _column(sigma), sigma, y)
@@ -31,10 +31,10 @@ class EDM:
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """D(x_t; sigma) (Table 1): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32.
 
-        `net(x, t, y)`: a network with its routing bound, if any; channels past C (learned sigma) are not used.
+        net(x, t, y): the network, with its routing bound. Output channels past C (learned sigma) are ignored.
         """
         x_t = x_t.float()
-        sigma = times(t, x_t)  # (B,)
+        sigma = broadcast_t(t, x_t)  # (B,)
         variance = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()

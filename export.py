@@ -1,40 +1,43 @@
-"""`python -m checkpoint export`: a run's weights for others to use.
+"""A run's weights for others to use: `python export.py ckpt=RUN out=FOLDER`, keys in configs/export.yaml.
 
-    format=safetensors   a folder: model.safetensors, config.json and README.md, a model card with the run's own figures
-    format=dit           a .pt in official DiT's layout, {"ema": ..., "args": ...}, predicting what it was trained for
-    format=sit           a .pt that official SiT samples from as it is: our flow with its time and sign turned
+    format=safetensors   a folder: model.safetensors, config.json and README.md, a model card with the run's figures
+    format=dit           a .pt in official DiT's layout, {"ema": ..., "args": ...}; the prediction stays the run's own
+    format=sit           a .pt that official SiT samples from unchanged: our flow with time and sign reversed
 
-All three go back into ckpt=: each carries the config beside the weights. dtype=float16 halves the file and rounds the
-weights, which are loaded as float32 again; without it they go back bit for bit.
+All three are valid ckpt=: each carries the config with the weights, which come back bit for bit. dtype=float16 halves
+the file and rounds them.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-import cli
+from checkpoints.foreign import CONFIG_KEY, reverse_time
+from checkpoints.load import Run, load_run
 from cost import cost_table
-from foreign import CONFIG_KEY, turn_time
-from loading import Run, load_run
-from scoreboard import SCORES
-from scoring import finite
+from evaluation.table import SCORES, finite
+from system import UserError, cli
 
-KEPT = ["model", "objective", "sampler", "data", "train", "optimizer", "seed"]  # of the config; not where files lay
+KEPT = ["model", "objective", "sampler", "data", "train", "optimizer", "seed"]  # of the config: no paths
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def main(overrides: list[str]) -> None:
+    if set(overrides) & {"-h", "--help"}:
+        print(__doc__.strip())
+        return
     settings = cli.load_config("export", overrides)
     if settings.format not in ("safetensors", "dit", "sit"):
-        raise ValueError(f"format={settings.format}; needed: safetensors, dit or sit")
+        raise UserError(f"format={settings.format}; needed: safetensors, dit or sit")
     if settings.dtype not in DTYPES:
-        raise ValueError(f"dtype={settings.dtype}; needed: {', '.join(DTYPES)}")
+        raise UserError(f"dtype={settings.dtype}; needed: {', '.join(DTYPES)}")
     out = Path(settings.out)
     if out.exists():
-        raise ValueError(f"out={out} exists already")
+        raise UserError(f"out={out} exists already")
     run = load_run(settings.ckpt, settings.weights, device="cpu")
     tensors = {key: value.to(DTYPES[settings.dtype]).contiguous() for key, value in run.model.state_dict().items()}
     config = portable_config(run.config)
@@ -47,7 +50,7 @@ def main(overrides: list[str]) -> None:
 
 
 def portable_config(config: DictConfig) -> DictConfig:
-    """What rebuilds and describes the network, without the paths of the machine that it was trained on."""
+    """The part that rebuilds and describes the network, without this machine's paths."""
     kept = OmegaConf.masked_copy(config, [key for key in KEPT if key in config])
     for key in ("path", "prepare"):
         kept.data.pop(key, None)
@@ -64,19 +67,19 @@ def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig
 
 
 def export_pt(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path, layout: str) -> None:
-    """Raises ValueError where SiT's layout is asked for a network that is no flow."""
+    """layout: dit or sit. Raises UserError where SiT's is asked for a network that is not a flow."""
     args = {"layout": layout, CONFIG_KEY: OmegaConf.to_yaml(config), "model": config.model.size}
     if layout == "sit":
         if run.objective.predicts != "velocity":
             found = f"{run.checkpoint} predicts {run.objective.predicts}"
-            raise ValueError(f"format=sit needs a flow (objective=rf); {found}")
-        tensors = turn_time(tensors)
+            raise UserError(f"format=sit needs a flow (objective=rf); {found}")
+        tensors = reverse_time(tensors)
         args |= {"model": config.model.size.replace("DiT", "SiT"), "path_type": "Linear", "prediction": "velocity"}
     torch.save({"ema": tensors, "args": args, "step": run.step}, out)
 
 
 def model_card(run: Run, config: DictConfig) -> str:
-    """Markdown: what the network is, how it was trained, and each figure that the run folder has."""
+    """Markdown: the network, its training, and every score in the run folder."""
     model = run.model
     lines = [
         f"# {run.folder.name}, step {run.step}", "",
@@ -97,7 +100,7 @@ def model_card(run: Run, config: DictConfig) -> str:
 
 
 def last_figures(log: Path, step: int) -> dict[str, str]:
-    """The newest training and validation figures up to `step`, by name."""
+    """The last training and validation losses up to `step`, by name."""
     figures = {}
     for line in log.read_text().splitlines() if log.is_file() else ():
         values = json.loads(line)
@@ -109,7 +112,7 @@ def last_figures(log: Path, step: int) -> dict[str, str]:
 
 
 def scores(run: Run) -> dict[str, str]:
-    """What fid.py has measured of this checkpoint: eval/*/metrics.json."""
+    """fid.py's scores of this checkpoint, from eval/*/metrics.json."""
     found = {}
     for path in sorted(run.folder.glob("eval/**/metrics.json")):
         values = json.loads(path.read_text())
@@ -117,3 +120,8 @@ def scores(run: Run) -> dict[str, str]:
             figures = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith(SCORES)]
             found[f"{path.parent.name}, {values['n']} images"] = ", ".join(figures)
     return found
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1:])

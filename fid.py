@@ -6,34 +6,33 @@
     python fid.py ref images=FOLDER extractor=inception out=ref.npz
     python fid.py ref from=VIRTUAL_imagenet256_labeled.npz out=imagenet256.npz
 
-Every row ends in a metrics.json with all that its numbers depend on. On many GPUs: `accelerate launch fid.py ...` or
-`torchrun`. A call that was cut short goes on where it was.
+Every row writes a metrics.json with everything that its numbers depend on. On several GPUs: `accelerate launch fid.py`
+or `torchrun`. An interrupted call continues where it stopped.
 """
 
+import dataclasses
 import functools
 import glob
+import hashlib
 import itertools
+import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-import checkpoint
-import cli
 import sample
-import scoreboard
-from features import Extractor, load_extractor
-from images import Images, open_images
-from metrics import FeatureStats, frechet_distance  # noqa: F401  fid.frechet_distance is what users import
-from processes import start_processes
-from randomness import seeded_generator
-from reference import (
+from checkpoints.run_folder import find_checkpoint
+from data.images import Images, open_images
+from evaluation import table
+from evaluation.features import Extractor, Features, load_extractor
+from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
+from evaluation.reference import (
     MAX_FEATURES,
     Reference,
     check_extractor,
@@ -42,23 +41,28 @@ from reference import (
     reference_from,
     write_reference,
 )
-from scoring import (
+from evaluation.score import (
     choose_metrics,
     describe_scoring,
     distance_name,
-    evaluate,
     measure,
+    read_part,
     score,
-    share,
+    shard_range,
     with_progress,
     write_metrics,
+    write_part,
 )
+from guidance import guidance_from
+from randomness import seeded_generator
+from system import UserError, cli
+from system.processes import start_processes
 
 USAGE = """
 python fid.py calc ckpt=RUN | images=FOLDER|ZIP|TAR|NPZ [key=value ...]          keys: configs/fid.yaml
 python fid.py ref images=FOLDER|ZIP|TAR|NPZ | from=NPZ out=FILE.npz [key=value]  keys: configs/fid_ref.yaml
 """
-SCORING_KEYS = {                                    # all others say how to generate
+SCORING_KEYS = {  # all others are about generating
     "ckpt", "images", "batch_size", "out",
     "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "metrics",
 }  # fmt: skip
@@ -76,19 +80,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def calc(overrides: Sequence[str]) -> None:
-    """One row for each combination of values that are given with commas, then a table of them."""
+    """One row per combination of comma-separated values, then a table of all rows."""
     configs = [cli.load_config("fid", row) for row in combinations(overrides)]
-    configs = [row for config in configs for row in checkpoints(config)]
+    configs = [row for config in configs for row in checkpoints_of(config)]
     for config in configs:
         check(config, {override.partition("=")[0] for override in overrides})
     results = [calc_row(config, alone=len(configs) == 1) for config in configs]
     if start_processes().is_main_process:
         out = Path(configs[0].out) if configs[0].out else Path(results[0]["folder"]).parent
-        scoreboard.show(results, out)
+        table.show(results, out)
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """`a=1,2 b=3` -> [[a=1, b=3], [a=2, b=3]]: Hydra's own grammar, as in `train.py -m`."""
+    """`a=1,2 b=3` -> [[a=1, b=3], [a=2, b=3]], in Hydra's grammar, as in `train.py -m`."""
     choices = [
         [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
@@ -98,60 +102,60 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     return [list(row) for row in itertools.product(*choices)]
 
 
-def checkpoints(config: DictConfig) -> list[DictConfig]:
-    """A row for each checkpoint that a pattern such as `ckpt=RUN/checkpoints/step_*` means."""
+def checkpoints_of(config: DictConfig) -> list[DictConfig]:
+    """One row per checkpoint that a pattern such as `ckpt=RUN/checkpoints/step_*` matches. Raises UserError."""
     if config.ckpt is None or "*" not in config.ckpt:
         return [config]
     paths = sorted(glob.glob(config.ckpt))
     if not paths:
-        raise ValueError(f"ckpt={config.ckpt} matches nothing")
+        raise UserError(f"ckpt={config.ckpt} matches nothing")
     return [OmegaConf.merge(config, {"ckpt": path}) for path in paths]
 
 
 def check(config: DictConfig, given: set[str]) -> None:
-    """Raises ValueError for all that can be known to be wrong before the slow part."""
+    """Raises UserError for every mistake that can be found before the slow part."""
     if (config.ckpt is None) == (config.images is None):
-        raise ValueError("needed: ckpt=RUN or images=FOLDER|ZIP|TAR|NPZ, one of the two")
+        raise UserError("needed: ckpt=RUN or images=FOLDER|ZIP|TAR|NPZ, one of the two")
     if config.images is not None and given - SCORING_KEYS:
         names = ", ".join(sorted(given - SCORING_KEYS))
-        raise ValueError(f"{names}: only with ckpt=; images=... are scored as they are")
-    extractor, reference = tools(config)
+        raise UserError(f"{names}: only with ckpt=; images=... are scored as they are")
+    extractor, reference = extractor_and_reference(config)
     check_extractor(reference, extractor)
     choose_metrics(config.metrics, extractor, reference)
     if config.ckpt is not None:
-        checkpoint.find(config.ckpt)
-        sample.guidance_from(config)
-        share(len(sample.parse_seeds(config.seeds)))
+        find_checkpoint(config.ckpt)
+        guidance_from(config)
+        shard_range(len(sample.parse_seeds(config.seeds)))
 
 
-def tools(config: DictConfig) -> tuple[Extractor, Reference]:
-    """The extractor and the reference of a row, loaded once for all rows."""
-    extractor = extractor_of(config.extractor, config.extractor_weights, config.extractor_sha256)
+def extractor_and_reference(config: DictConfig) -> tuple[Extractor, Reference]:
+    """The extractor and the reference of a row, loaded once for all rows. Raises UserError."""
+    extractor = cached_extractor(config.extractor, config.extractor_weights, config.extractor_sha256)
     if config.ref is None and extractor.name != "mnist":
-        raise ValueError(f"extractor={extractor.name} needs ref=FILE.npz, made by `python fid.py ref`")
-    return extractor, reference_of(config.ref, config.digits, extractor)
+        raise UserError(f"extractor={extractor.name} needs ref=FILE.npz, made by `python fid.py ref`")
+    return extractor, cached_reference(config.ref, config.digits, extractor)
 
 
 @functools.cache
-def extractor_of(name: str, weights: str | None, sha256: str | None) -> Extractor:
+def cached_extractor(name: str, weights: str | None, sha256: str | None) -> Extractor:
     with start_processes().main_process_first():  # one download
         return load_extractor(name, weights, sha256, device=start_processes().device)
 
 
 @functools.cache
-def reference_of(ref: str | None, digits: str, extractor: Extractor) -> Reference:
+def cached_reference(ref: str | None, digits: str, extractor: Extractor) -> Reference:
     return digits_reference(extractor, digits) if ref is None else read_reference(ref)
 
 
 def calc_row(config: DictConfig, alone: bool) -> dict:
-    """Generates or reads, scores, writes metrics.json; what it holds, and "folder", "run" and "guidance"."""
-    extractor, reference = tools(config)
+    """Scores a run or images and writes metrics.json -> its contents, with "folder", "run" and "guidance"."""
+    extractor, reference = extractor_and_reference(config)
     if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision, compile=config.compile)
         run.config.sampler = config.get("sampler") or run.config.sampler
-        folder = row_folder(config, run.folder / "eval", run_name(run, config, extractor), alone)
+        folder = row_folder(config, run.folder / "eval", row_name(run, config, extractor), alone)
         result = evaluate(run, config, extractor, reference, folder / "parts")
-        names = {"run": run.folder.name, "guidance": sample.settings_name(sample.guidance_from(config), config.steps)}
+        names = {"run": run.folder.name, "guidance": sample.settings_name(guidance_from(config), config.steps)}
     else:
         images, names = open_images(config.images), {}
         name = f"{images.path.stem}-{distance_name(extractor, len(images))}"
@@ -163,18 +167,94 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
     return result | names | {"folder": str(folder)}
 
 
+def evaluate(
+    run: sample.Run, settings: DictConfig, extractor: Extractor, reference: Reference, parts: Path | None = None
+) -> dict:
+    """Generates images with a run and scores them -> metrics.json; an empty dict on every process but the first.
+
+    settings: keys of configs/fid.yaml: the guidance, seeds, labels, steps, batch_size, metrics.
+    parts: a folder for the features of each finished batch, from which an interrupted call continues.
+    """
+    started = time.time()
+    guidance, seeds = guidance_from(settings), sample.parse_seeds(settings.seeds)
+    labels = sample.labels_for(run.num_classes, seeds, settings.labels)
+    about = describe_run(run, settings)
+    if parts is not None:
+        asked = json.dumps([about, str(settings.seeds), extractor.name, extractor.sha256], sort_keys=True)
+        parts = parts / hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+    def generate(chosen: list[int]) -> Iterator[torch.Tensor]:
+        size, steps = settings.batch_size, settings.steps
+        return sample.generate(run, guidance, [seeds[i] for i in chosen], labels[chosen], size, steps=steps)
+
+    rows = shard_range(len(seeds))
+    batches = generate_features(run, generate, rows, settings.batch_size, extractor, parts)
+    scores = score(
+        with_progress(batches, len(rows)), len(seeds), extractor, reference, labels=labels, metrics=settings.metrics
+    )
+    seconds = time.time() - started
+    return scores and {
+        **scores,
+        "n": len(seeds), "seeds": str(settings.seeds), **about,
+        "network_calls": run.calls, "gmacs_per_image": run.macs / 1e9,
+        "seconds": round(seconds, 3), "images_per_s": round(len(seeds) / seconds, 3),
+        **describe_scoring(extractor, reference),
+        "config": OmegaConf.to_container(run.config),
+    }  # fmt: skip
+
+
+def generate_features(
+    run: sample.Run,
+    generate: Callable,  # indices of images -> batches of uint8 (B, 3, H, W)
+    rows: range,
+    batch_size: int,
+    extractor: Extractor,
+    parts: Path | None,
+) -> Iterator[Features]:
+    """Features of the images `rows`, batch by batch; those in the folder `parts` are read back."""
+    batches = [range(start, min(start + batch_size, rows.stop)) for start in range(rows.start, rows.stop, batch_size)]
+    files = [parts and parts / f"{batch.start:07d}-{batch.stop:07d}.safetensors" for batch in batches]
+    images = generate([i for batch, file in zip(batches, files) if not (file and file.is_file()) for i in batch])
+    for file in files:
+        if file and file.is_file():
+            features, run.calls, run.macs = read_part(file, extractor.device)
+        else:
+            features = extractor(next(images))
+            if file:
+                write_part(file, features, run.calls, run.macs)
+        yield features
+
+
+def describe_run(run: sample.Run, settings: DictConfig) -> dict:
+    """Everything that an image depends on besides its seed."""
+    config, guidance = run.config, guidance_from(settings)
+    weak = sample.load_weak(run, guidance)
+    return {
+        "labels": settings.labels,
+        "objective": config.objective._target_,
+        "sampler": OmegaConf.to_container(config.sampler) | ({"num_steps": settings.steps} if settings.steps else {}),
+        **dataclasses.asdict(guidance),
+        "step": run.step, "weights": run.weights, "dtype": run.precision,  # "precision" is a score
+        "compile": run.compile,
+        "checkpoint": str(run.checkpoint) if run.checkpoint else None,
+        "checkpoint_sha256": run.sha256 if run.checkpoint else None,
+        "weak_sha256": weak.sha256 if weak is not run else None,
+        "codec": OmegaConf.to_container(config.data.codec), "rounding": "nearest",
+    }  # fmt: skip
+
+
 def evaluate_images(images: Images, config: DictConfig, extractor: Extractor, reference: Reference) -> dict:
-    """Scores images as they are: what metrics.json holds; on processes but the first an empty dict."""
-    started, rows = time.time(), share(len(images))
+    """Scores images as they are -> metrics.json; an empty dict on every process but the first."""
+    started, rows = time.time(), shard_range(len(images))
     batches = with_progress(map(extractor, images.batches(config.batch_size, rows)), len(rows))
     scores = score(batches, len(images), extractor, reference, metrics=config.metrics)
     about = {"n": len(images), "images": str(images.path), "seconds": round(time.time() - started, 3)}
     return scores and scores | about | describe_scoring(extractor, reference)
 
 
-def run_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
-    """<step>-<what is scored and how>: equal names, equal scores."""
-    guidance = sample.settings_name(sample.guidance_from(config), config.steps)
+def row_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
+    """<step>-<extractor>-<settings>: equal names, equal scores."""
+    guidance = sample.settings_name(guidance_from(config), config.steps)
     distance = distance_name(extractor, len(sample.parse_seeds(config.seeds)))
     parts = [f"{run.step:07d}", distance, guidance, run.weights, config.labels, config.seeds]
     parts += [config.precision] if config.precision != "fp32" else []
@@ -184,16 +264,16 @@ def run_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
 
 
 def row_folder(config: DictConfig, default: Path, name: str, alone: bool) -> Path:
-    """out= is the folder of a row that is alone and holds the folders of several."""
+    """out= is the folder of a single row, and the parent of the folders of several."""
     if config.out is None:
         return default / name
     return Path(config.out) if alone else Path(config.out) / name
 
 
 def ref(config: DictConfig) -> None:
-    """Writes a reference: of images through an extractor, or what an ADM file holds."""
+    """Writes a reference: an extractor's statistics of images, or those in an ADM file. Raises UserError."""
     if (config.images is None) == (config["from"] is None):
-        raise ValueError("needed: images=FOLDER|ZIP|TAR|NPZ or from=VIRTUAL_*.npz, one of the two")
+        raise UserError("needed: images=FOLDER|ZIP|TAR|NPZ or from=VIRTUAL_*.npz, one of the two")
     if config.images is not None:
         reference = make_reference(config.images, config, MAX_FEATURES if config.features is None else config.features)
     else:
@@ -201,8 +281,8 @@ def ref(config: DictConfig) -> None:
         if config.features:
             made = make_reference(config["from"], config, config.features)
             if made.extractor != reference.extractor:
-                raise ValueError(f"{config['from']} is for extractor={reference.extractor}, not {made.extractor}")
-            reference = replace(reference, features=made.features, extractor_sha256=made.extractor_sha256)
+                raise UserError(f"{config['from']} is for extractor={reference.extractor}, not {made.extractor}")
+            reference = dataclasses.replace(reference, features=made.features, extractor_sha256=made.extractor_sha256)
     if start_processes().is_main_process:
         write_reference(Path(config.out), reference)
         kept = 0 if reference.features is None else len(reference.features)
@@ -210,10 +290,10 @@ def ref(config: DictConfig) -> None:
 
 
 def make_reference(source: str, config: DictConfig, wanted: int) -> Reference:
-    """Of the images at hand: statistics of all, features of `wanted` of them, drawn evenly."""
-    extractor = extractor_of(config.extractor, config.extractor_weights, config.extractor_sha256)
+    """The statistics of all images of `source`, and the features of `wanted` of them, drawn uniformly."""
+    extractor = cached_extractor(config.extractor, config.extractor_weights, config.extractor_sha256)
     images = open_images(source)
-    rows, keep = share(len(images)), torch.zeros(len(images), dtype=torch.bool)
+    rows, keep = shard_range(len(images)), torch.zeros(len(images), dtype=torch.bool)
     keep[torch.randperm(len(images), generator=seeded_generator("reference"))[:wanted]] = True
     batches = with_progress(map(extractor, images.batches(config.batch_size, rows)), len(rows))
     kept = keep[rows.start : rows.stop] if wanted else None

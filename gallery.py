@@ -1,8 +1,8 @@
-"""What sampling leaves on disk: one PNG a seed, `samples.npz` (`arr_0`, uint8, NHWC), a grid, and samples.json.
+"""Samples on disk: one PNG per seed, `samples.npz` (`arr_0`, uint8, NHWC), a grid, and samples.json.
 
-    <folder>/images/000000/000042.png    in sub-folders by thousand
+    <folder>/images/000000/000042.png    in subfolders of a thousand
 
-A PNG is written whole or not at all, so where there is one the seed is finished.
+A PNG is written whole or not at all: where it exists, its seed is done.
 """
 
 import json
@@ -17,7 +17,8 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import checkpoint
+from system import UserError
+from system.files import write_text_atomic
 
 MANIFEST = "samples.json"
 
@@ -27,13 +28,13 @@ def image_path(folder: Path, seed: int) -> Path:
 
 
 def missing(folder: Path, seeds: Sequence[int]) -> list[int]:
-    """The positions in `seeds` that have no image yet, each seed once."""
+    """Positions in `seeds` whose image does not exist yet; a repeated seed counts once."""
     first = {seed: i for i, seed in reversed(list(enumerate(seeds)))}
     return sorted(i for seed, i in first.items() if not image_path(folder, seed).exists())
 
 
-def claim(folder: Path, settings: dict) -> dict:
-    """What samples.json says so far. Raises ValueError where the folder holds images made with other settings."""
+def reserve(folder: Path, settings: dict) -> dict:
+    """The contents of samples.json so far. Raises UserError where the folder's images have other settings."""
     path = folder / MANIFEST
     if not path.is_file():
         return {"settings": settings}
@@ -45,13 +46,13 @@ def claim(folder: Path, settings: dict) -> dict:
         if written["settings"].get(key) != settings.get(key)
     ]
     if differing:
-        raise ValueError(f"{folder} holds images made with other settings ({'; '.join(differing)}): set another out=")
+        raise UserError(f"{folder} holds images of other settings ({'; '.join(differing)}); needed: another out=")
     return written
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
@@ -63,14 +64,14 @@ def save_image(image: np.ndarray, path: Path) -> None:
 
 
 def read_images(folder: Path, seeds: Sequence[int]) -> Iterator[np.ndarray]:
-    """The images of seeds, in order: uint8 (H, W, 3)."""
+    """The images of `seeds`, in order: uint8 (H, W, 3)."""
     for seed in seeds:
         with Image.open(image_path(folder, seed)) as image:
             yield np.asarray(image.convert("RGB"))
 
 
 def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
-    """samples.npz, one image in memory at a time: 50,000 of 256x256 pixels are 10 GB."""
+    """samples.npz, with one image in memory at a time: 50,000 of 256x256 pixels are 10 GB."""
     path = folder / "samples.npz"
     temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
     shape = (len(seeds), *next(read_images(folder, seeds[:1])).shape)
@@ -83,7 +84,7 @@ def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
 
 
 def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *, show: bool) -> None:
-    """Writes the images of seeds as they come, in batches of uint8 (B, 3, H, W). show: with a progress bar."""
+    """Writes the images of `seeds` as their batches, uint8 (B, 3, H, W), arrive. show: a progress bar."""
     rest = iter(seeds)
     with tqdm(total=len(seeds), unit="img", desc="sampling", disable=not show) as bar:
         for batch in batches:
@@ -93,7 +94,7 @@ def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *
 
 
 def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
-    """When all images of seeds are there: samples.npz, the grid of the first 400, samples.json."""
+    """After all images of `seeds`: samples.npz, a grid of the first 400, samples.json."""
     write_npz(folder, seeds)
     images = torch.from_numpy(np.stack(list(read_images(folder, seeds[:400])))).permute(0, 3, 1, 2)  # (n, 3, H, W)
     save_grid(images, folder / "grid.png", columns=10 if len(images) <= 100 else 20)
@@ -101,7 +102,7 @@ def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """uint8 (n, 3, H, W) => one PNG."""
+    """uint8 (n, 3, H, W) => one PNG, `columns` images wide."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(images.cpu(), nrow=columns, padding=2)  # (3, H', W')
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)

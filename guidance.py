@@ -1,33 +1,38 @@
-"""Guidance: weak + scale * (strong - weak). One rule; every method is a choice of the two branches.
+"""Guidance: weak + scale * (strong - weak). One rule; a method is a choice of the two branches.
 
-    classifier-free (2207.12598)   weak: no label
-    independent (2407.02687)       weak: a label drawn at random
-    sparse (2601.01608)            weak: the same label, more tokens routed away
-    autoguidance (2406.02507)      weak: another checkpoint
-    interval (2404.07724)          any of them, on for t in [lo, hi] only
+    classifier-free (arXiv 2207.12598)         weak: no label
+    independent condition (arXiv 2407.02687)   weak: a random label
+    sparse (arXiv 2601.01608)                  weak: the same label, more tokens routed away
+    autoguidance (arXiv 2406.02507)            weak: another checkpoint
+    interval (arXiv 2404.07724)                any of them, only for t in [lo, hi]
 
-They combine. Both branches predict one kind of thing at equal (x, t), denoised or velocity alike.
+They combine. Both branches make the same kind of prediction, denoised or velocity, at the same (x, t).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 
 from randomness import Generators
 from routing_module import Routing, check_ratio
+from system import UserError
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Settings of one guided prediction: the keys of configs/guidance/none.yaml.
 
-    scale: 1 = no guidance, the weak branch is not called. gamma_strong, gamma_weak: the branches' selection ratios, in
-    [0, 1), 0 = dense. A number at `<name>_end` makes the setting go there along a half cosine, from noise to data.
-    interval: (lo, hi) in the objective's own t, None = always. weak_label: "same", "none" = the null one, or "random".
-    weak_ckpt: weights of the weak branch: a path, or "earliest" = the run's own first checkpoint; None = the same ones.
-    cfg_channels: guide only the first so many channels; None = all. Raises ValueError for what cannot guide.
+    scale: 1 = no guidance: the weak branch is never called.
+    gamma_strong, gamma_weak: the branches' selection ratios, in [0, 1); 0 = dense.
+    scale_end, ...: where set, the setting moves from its value at noise to this one at data, along a half cosine.
+    interval: (lo, hi) in the objective's own t; None = always.
+    weak_label: "same", "none" (the null label) or "random".
+    weak_ckpt: the weak branch's weights: a path, or "earliest" = the run's first checkpoint; None = the strong ones.
+    cfg_channels: guide only the first so many channels; None = all.
+
+    Raises UserError for settings that cannot guide.
     """
 
     scale: float = 1.0
@@ -46,32 +51,32 @@ class Guidance:
             for ratio in self.ends(name):
                 check_ratio(ratio)
         if not all(0 <= scale < math.inf for scale in self.ends("scale")):
-            raise ValueError(f"guidance scale {self.scale}; needed: a finite number >= 0 (1 = off)")
+            raise UserError(f"guidance scale {self.scale}; needed: a finite number >= 0 (1 = off)")
         if self.weak_label not in ("same", "none", "random"):
-            raise ValueError(f"weak_label {self.weak_label!r}; needed: same, none or random")
+            raise UserError(f"weak_label {self.weak_label!r}; needed: same, none or random")
         if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] <= self.interval[1]):
-            raise ValueError(f"guidance interval {list(self.interval)}; needed: [lo, hi] with 0 <= lo <= hi")
+            raise UserError(f"guidance interval {list(self.interval)}; needed: [lo, hi] with 0 <= lo <= hi")
         if self.cfg_channels is not None and self.cfg_channels < 1:
-            raise ValueError(f"cfg_channels {self.cfg_channels}; needed: at least 1, or null = all")
+            raise UserError(f"cfg_channels {self.cfg_channels}; needed: at least 1, or null = all")
         if self.on and self.weak_ckpt is None:
             self.check_order()
 
     def check_order(self) -> None:
-        """Raises ValueError unless routing makes the weak branch the weaker one; equal ratios need another label."""
+        """Raises UserError unless routing makes the weak branch the weaker one; equal ratios need different labels."""
         strong, weak = self.ends("gamma_strong"), self.ends("gamma_weak")
         if any(s > w for s, w in zip(strong, weak)) or (strong == weak and self.weak_label == "same"):
-            raise ValueError(
+            raise UserError(
                 "sparse guidance needs gamma_strong < gamma_weak (the weak branch routes more tokens away); "
                 f"got {' to '.join(f'{s:g}' for s in strong)} and {' to '.join(f'{w:g}' for w in weak)}"
             )
 
     def ends(self, name: str) -> tuple[float, ...]:
-        """A setting's values at pure noise and at data; one where it does not change."""
+        """A setting's values at pure noise and at data."""
         start, end = getattr(self, name), getattr(self, f"{name}_end")
         return (start, start if end is None else end)
 
     def at(self, name: str, t: float) -> float:
-        """scale, gamma_strong or gamma_weak at a flow's time t, 1 = noise and 0 = data."""
+        """scale, gamma_strong or gamma_weak at the flow time t: 1 = noise, 0 = data."""
         start, end = self.ends(name)
         return start if start == end else end + (start - end) * (1 - math.cos(math.pi * float(t))) / 2
 
@@ -85,14 +90,29 @@ class Guidance:
         return max(self.ends("gamma_strong")) > 0 or (self.on and max(self.ends("gamma_weak")) > 0)
 
 
+def guidance_from(config: Mapping) -> Guidance:
+    """The guidance keys of a config (configs/guidance/none.yaml). Raises UserError."""
+    settings = {field.name: config[field.name] for field in fields(Guidance)}
+    for name in ("scale_end", "gamma_strong_end", "gamma_weak_end", "cfg_channels"):
+        if not isinstance(settings[name], (int, float, type(None))):
+            raise UserError(f"{name}={settings[name]}; needed: a number or null")
+    if settings["interval"] is not None:
+        if not isinstance(settings["interval"], Sequence) or isinstance(settings["interval"], str):
+            raise UserError(f"interval={settings['interval']}; needed: [lo, hi] or null")
+        settings["interval"] = tuple(settings["interval"])
+        if not all(isinstance(t, (int, float)) for t in settings["interval"]):
+            raise UserError(f"interval={list(settings['interval'])}; needed: [lo, hi] or null")
+    return Guidance(**settings)
+
+
 @dataclass
 class Branch:
-    """One side of the rule, for one batch of images. Calling it: x (B, C, h, w), t () -> prediction (B, C, h, w)."""
+    """One side of the rule, for one batch of images: x (B, C, h, w), t () -> prediction (B, C, h, w)."""
 
-    predict: Callable                               # predict(x, t, y, routing) -> prediction; one a network
-    label: Callable                                 # () -> (B,) int64
-    ratio: Callable                                 # t -> share of tokens routed away
-    masks: list[torch.Generator]                    # one for each image
+    predict: Callable  # predict(x, t, y, routing) -> prediction
+    label: Callable  # () -> (B,) int64
+    ratio: Callable  # t -> selection ratio
+    masks: list[torch.Generator]  # of the routed tokens, one per image
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return self.predict(x, t, self.label(), routing(self.ratio(t), self.masks))
@@ -103,7 +123,7 @@ def routing(ratio: float, masks: Generators) -> Routing | None:
 
 
 def pair(strong: Branch, weak: Branch) -> Callable:
-    """(x, t) -> both predictions, by one batch where one network sees equally many tokens in the two."""
+    """(x, t) -> both predictions, in one batch where both come from one network at one token count."""
 
     def both(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = strong.ratio(t)
@@ -116,15 +136,15 @@ def pair(strong: Branch, weak: Branch) -> Callable:
 
 
 def guide(
-    strong: Callable,                               # (x, t) -> prediction (B, C, h, w)
-    weak: Callable,                                 # (x, t) -> prediction
-    scale: float | Callable,                        # a number, or t -> number
-    interval: tuple[float, float] | None = None,    # of t; None = always
+    strong: Callable,  # (x, t) -> prediction (B, C, h, w)
+    weak: Callable,  # (x, t) -> prediction
+    scale: float | Callable,  # a number, or t -> number
+    interval: tuple[float, float] | None = None,  # of t; None = always
     *,
-    both: Callable | None = None,                   # (x, t) -> (strong, weak), where one call can give the two
-    channels: int | None = None,                    # guide the first so many; the others are strong's. None = all
+    both: Callable | None = None,  # (x, t) -> (strong, weak) in one call; None = two calls
+    channels: int | None = None,  # guide only the first so many; None = all
 ) -> Callable:
-    """Two callables become one (x, t) -> prediction. `weak` is called only where scale != 1 and t is in `interval`."""
+    """(x, t) -> guided prediction. `weak` is called only where scale != 1 and t is in `interval`."""
 
     def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         weight = scale(t) if callable(scale) else scale

@@ -1,7 +1,7 @@
-"""LightningDiT (arXiv 2501.01423): DiT with RMSNorm, SwiGLU, rotary positions and, if asked for, QK-norm.
+"""LightningDiT (arXiv 2501.01423): DiT with RMSNorm, SwiGLU, rotary positions and, optionally, QK-norm.
 
-Key names are that project's. timm's SwiGLU names its layers otherwise, and torch has RMSNorm, so no layer is borrowed.
-Routed tokens keep the angles of their own places: the angles are gathered with them.
+State-dict keys are that project's. Each kept token keeps the rotary angles of its own position: the angles are gathered
+with the tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,67 +11,46 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Attention, Block, DiT, linear, named_shape
+from dit import Attention, Block, DiT, linear, shape_of
 from routing_module import Route, gather_tokens
-
-
-def build(
-    size: str,                                      # "DiT-XL/1": DiT's sizes, the published ones at patch 1
-    *,
-    input_size: int,
-    in_channels: int,
-    num_classes: int,
-    learn_sigma: bool = False,
-    routes: Sequence[Route | Mapping] = (),
-    depth: int | None = None,                       # None = by `size`
-    hidden_size: int | None = None,                 # None = by `size`
-    num_heads: int | None = None,                   # None = by `size`
-    qk_norm: bool = False,                          # steadier in long bf16 runs, at some cost in FID
-    fp32_after_route: bool = False,                 # the block behind each route in float32
-) -> "LightningDiT":
-    """A LightningDiT by its name. Raises ValueError for a name that is not one."""
-    return LightningDiT(
-        input_size=input_size,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        learn_sigma=learn_sigma,
-        routes=routes,
-        qk_norm=qk_norm,
-        fp32_after_route=fp32_after_route,
-        **named_shape(size, depth, hidden_size, num_heads),
-    )
+from system import UserError
 
 
 class LightningDiT(DiT):
-    """DiT's call, routes and arguments; raises ValueError too where a head's width is not divisible by 4."""
+    """DiT's call, routes and arguments. Also raises UserError where a head's width is not divisible by 4.
+
+    qk_norm: RMSNorm of queries and keys: steadier in long bf16 runs, at some cost in FID.
+    """
 
     def __init__(
         self,
         input_size: int = 16,
-        patch_size: int = 1,
+        patch_size: int | None = None,
         in_channels: int = 32,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
+        hidden_size: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         learn_sigma: bool = False,
         routes: Sequence[Route | Mapping] = (),
         qk_norm: bool = False,
         fp32_after_route: bool = False,
+        size: str = "DiT-XL/1",
     ):
+        patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
         if hidden_size % (4 * num_heads):
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads, {num_heads}: two axes")
+            raise UserError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads ({num_heads})")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            routes, fp32_after_route, block=partial(LightningBlock, qk_norm=qk_norm),
+            routes, fp32_after_route, size, block=partial(LightningBlock, qk_norm=qk_norm),
         )  # fmt: skip
         self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
         angles = rotary_angles(hidden_size // num_heads, input_size // patch_size)
         self.register_buffer("angles", angles[None], persistent=False)  # (1, N, D/H)
 
     def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of the angles of all tokens, or of those kept (B, K): (B or 1, 1, K, D/H) each."""
+        """Cosine and sine of the angles of all tokens, or of those at keep_ids (B, K): (B or 1, 1, K, D/H) each."""
         angles = self.angles
         if keep_ids is not None:
             angles = gather_tokens(angles.expand(len(keep_ids), -1, -1), keep_ids)  # (B, K, D/H)
@@ -88,7 +67,7 @@ class LightningBlock(Block):
 
 
 class RotaryAttention(Attention):
-    """Attention between queries and keys that are turned by their tokens' angles, so that it sees distances."""
+    """Attention with rotary positions (arXiv 2104.09864): queries and keys are rotated by their tokens' angles."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
         super().__init__(hidden_size, num_heads)
@@ -114,30 +93,30 @@ class SwiGLU(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Neighbouring pairs of x (..., D/H) as points in a plane, turned by their angle."""
+    """Rotates neighbouring pairs of x (..., D/H), as points in a plane, by their angles."""
     return Rotate.apply(x, cos, sin)
 
 
 class Rotate(torch.autograd.Function):
-    """The gradient is turned back: left to autograd, it is scattered, which takes CPUs twice the time."""
+    """Its gradient is the inverse rotation. Autograd would scatter it instead, which takes twice the time on CPUs."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+        return rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin), None, None
+        return rotated(grad, cos, -sin), None, None
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
 
 
 def rotary_angles(head_size: int, side: int) -> torch.Tensor:
-    """(side * side, head_size): the row's angles in the first half, the column's in the second, each for a pair."""
+    """(side * side, head_size): the row's angles in the first half, the column's in the second, one per pair of x."""
     frequency = 10000.0 ** -(torch.arange(head_size // 4, dtype=torch.float32) / (head_size // 4))
     angle = (torch.arange(side)[:, None] * frequency).repeat_interleave(2, dim=1)  # (side, head_size / 2)
     return torch.cat([angle[:, None].expand(-1, side, -1), angle.expand(side, -1, -1)], dim=-1).flatten(0, 1)

@@ -1,11 +1,11 @@
-"""Rectified flow (arXiv 2209.03003, 2401.08740): training of a velocity field; demos on the command line.
+"""Rectified flow (arXiv 2209.03003, 2401.08740): training a velocity field; sampling demos on the command line.
 
-x_t = (1 - t) x + t z with noise z ~ N(0, 1): t = 0 is data, t = 1 is noise, and the velocity to learn is z - x.
+x_t = (1 - t) x + t z with noise z ~ N(0, 1): t = 0 is data, t = 1 is noise, and the target velocity is z - x.
 
-    python rf.py sample ckpt=runs/mnist-tread-rf                          plain, or classifier-free with scale=1.5
-    python rf.py sample_tread ckpt=runs/mnist-tread-rf scale=1.5 gamma_strong=0.2 gamma_weak=0.7
+    python rf.py sample ckpt=runs/mnist-tread-rf                          unguided; scale=1.5: classifier-free guidance
+    python rf.py sample_tread ckpt=runs/mnist-tread-rf scale=1.5 gamma_strong=0.2 gamma_weak=0.7    sparse guidance
 
-Without ckpt= both use the run in assets/. Runs of objective=edm are sampled as flows; keys: configs/sample.yaml.
+Without ckpt=, both use the run in assets/. Runs of objective=edm are sampled as flows. Keys: configs/sample.yaml.
 """
 
 import sys
@@ -14,23 +14,24 @@ from collections.abc import Callable
 import torch
 
 from randomness import Generators, normal, uniform
-from solvers import flow_sampler, times
+from solvers import broadcast_t, flow_sampler
+from system import UserError
 
 
 class RectifiedFlow:
-    """timesteps: how t is drawn in training: "uniform" (SiT) or "logit_normal" (2403.03206: sigmoid of N(0, 1))."""
+    """timesteps: how t is drawn in training, "uniform" (SiT) or "logit_normal" (2403.03206: sigmoid of N(0, 1))."""
 
     predicts = "velocity"
-    sigma_data = 1.0  # latents should be about as wide as the noise
+    sigma_data = 1.0  # expected standard deviation of the latents
     sample = staticmethod(flow_sampler)
 
     def __init__(self, timesteps: str = "logit_normal"):
         if timesteps not in ("uniform", "logit_normal"):
-            raise ValueError(f"timesteps {timesteps!r}; needed: uniform or logit_normal")
+            raise UserError(f"timesteps {timesteps!r}; needed: uniform or logit_normal")
         self.timesteps = timesteps
 
     def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-        """Squared error of the velocity, a number for each sample: x (B, C, h, w), y (B,) -> (B,)."""
+        """Squared error of the velocity per sample: x (B, C, h, w), y (B,) -> (B,)."""
         if self.timesteps == "uniform":
             t = uniform((len(x),), generator, device=x.device)  # (B,)
         else:
@@ -43,15 +44,15 @@ class RectifiedFlow:
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """v(x_t, t): x_t (B, C, h, w), t in [0, 1], () or (B,), y (B,) -> velocity (B, C, h, w) float32.
 
-        `net(x, t, y)`: a network with its routing bound, if any; channels past C (learned sigma) are not used.
+        net(x, t, y): the network, with its routing bound. Output channels past C (learned sigma) are ignored.
         """
-        return net(x_t.float(), times(t, x_t), y)[:, : x_t.shape[1]].float()
+        return net(x_t.float(), broadcast_t(t, x_t), y)[:, : x_t.shape[1]].float()
 
 
 def main(argv: list[str]) -> None:
-    """`sample` and `sample_tread`: sample.py with a flow's sampler, the second with sparse guidance."""
-    import cli
+    """sample.py with the flow sampler; `sample_tread` with sparse guidance."""
     import sample
+    from system import cli
 
     with cli.user_errors():
         verb, overrides = cli.verb(argv, __doc__, ("sample", "sample_tread"))

@@ -1,10 +1,10 @@
-"""Token routing (TREAD, arXiv 2501.04765): some tokens bypass a span of blocks and are put back behind it.
+"""Token routing (TREAD, arXiv 2501.04765): some tokens bypass a span of blocks and are put back after it.
 
-    keep_ids = draw_keep_ids(B, N, ratio)      before block i: which tokens stay, afresh for each sample and step
+    keep_ids = draw_keep_ids(B, N, ratio)      before block i: which tokens are kept, drawn per sample and step
     kept = gather_tokens(x, keep_ids)          blocks i..j see K = N - int(N * ratio) tokens
-    x = scatter_tokens(kept, keep_ids, x)      behind block j: the others return to their places, unchanged
+    x = scatter_tokens(kept, keep_ids, x)      after block j: the others return to their positions, unchanged
 
-No parameters, any (B, N, D) sequence model. B batch, N tokens, K tokens that stay, D width.
+No parameters, any (B, N, D) sequence model. B batch, N tokens, K kept tokens, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from randomness import Generators, uniform
+from system import UserError
 
 
 @dataclass(frozen=True)
 class Route:
-    """Blocks `start_layer_idx`..`end_layer_idx` (inclusive; negative counts from the end) are bypassed by a share
-    `selection_ratio` in [0, 1) of the tokens."""
+    """The fraction `selection_ratio`, in [0, 1), of the tokens bypasses blocks `start_layer_idx`..`end_layer_idx`,
+    inclusive; negative indices count from the end."""
 
     selection_ratio: float
     start_layer_idx: int
@@ -29,8 +30,8 @@ class Route:
 class Routing:
     """Switches a network's routes on for one call.
 
-    selection_ratio: None = each route's own; a number in [0, 1) overrides it.
-    generators: what the selection is drawn from (randomness.py).
+    selection_ratio: None = each route's own; a number in [0, 1) overrides it. Raises UserError outside.
+    generators: the selection's source of randomness (randomness.py).
     """
 
     selection_ratio: float | None = None
@@ -43,24 +44,24 @@ class Routing:
 
 def check_ratio(selection_ratio: float) -> None:
     if not 0 <= selection_ratio < 1:
-        raise ValueError(f"selection_ratio is the share of tokens routed away, in [0, 1); got {selection_ratio}")
+        raise UserError(f"selection_ratio is the share of tokens routed away, in [0, 1); got {selection_ratio}")
 
 
 def resolve_routes(routes, depth: int) -> tuple[Route, ...]:
     """Routes (or mappings with a Route's three keys) with indices counted from 0, sorted.
 
-    Raises ValueError where a route leaves the network of `depth` blocks, is empty, or overlaps another.
+    Raises UserError where a route leaves the network of `depth` blocks, is empty, or overlaps another.
     """
     resolved = []
     for route in routes if isinstance(routes, Sequence) else [routes]:
         if isinstance(route, Mapping) and route.keys() == {field.name for field in fields(Route)}:
             route = Route(**route)
         if not isinstance(route, Route):
-            raise ValueError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
+            raise UserError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
         check_ratio(route.selection_ratio)
         start, end = (i + depth if i < 0 else i for i in (route.start_layer_idx, route.end_layer_idx))
         if not 0 <= start <= end < depth:
-            raise ValueError(
+            raise UserError(
                 f"route {route.start_layer_idx}..{route.end_layer_idx} does not fit a network of {depth} blocks: "
                 f"it needs 0 <= start <= end <= {depth - 1}, and is {start}..{end}"
             )
@@ -68,7 +69,7 @@ def resolve_routes(routes, depth: int) -> tuple[Route, ...]:
     resolved.sort(key=lambda route: route.start_layer_idx)
     for before, after in zip(resolved, resolved[1:]):
         if after.start_layer_idx <= before.end_layer_idx:
-            raise ValueError(
+            raise UserError(
                 f"routes overlap: {before.start_layer_idx}..{before.end_layer_idx} and "
                 f"{after.start_layer_idx}..{after.end_layer_idx}"
             )
@@ -88,10 +89,10 @@ def draw_keep_ids(
     generators: Generators = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Which tokens stay: (B, K) int64, ascending, uniform without replacement, each row its own draw.
+    """Which tokens are kept: (B, K) int64, uniform without replacement, each row drawn on its own.
 
-    Ascending, so that blocks for which order matters (state space, causal) see the tokens in their order.
-    Raises ValueError for a selection_ratio outside [0, 1).
+    Ids ascend, so that blocks for which order matters (state space, causal) see the tokens in order.
+    Raises UserError for a selection_ratio outside [0, 1).
     """
     check_ratio(selection_ratio)
     scores = uniform((batch_size, num_tokens), generators, device=device)  # (B, N)
@@ -100,12 +101,12 @@ def draw_keep_ids(
 
 
 def gather_tokens(x: torch.Tensor, keep_ids: torch.Tensor) -> torch.Tensor:
-    """The tokens that stay: x (B, N, ...), keep_ids (B, K) -> (B, K, ...)."""
+    """The kept tokens: x (B, N, ...), keep_ids (B, K) -> (B, K, ...)."""
     return x.gather(1, _expand(keep_ids, x))
 
 
 def scatter_tokens(kept: torch.Tensor, keep_ids: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """`full` (B, N, ...) with `kept` (B, K, ...) put back at keep_ids (B, K) -> (B, N, ...); `full` is not changed."""
+    """A copy of `full` (B, N, ...) with `kept` (B, K, ...) at keep_ids (B, K)."""
     return full.scatter(1, _expand(keep_ids, full), kept.to(full.dtype))
 
 

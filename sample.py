@@ -1,11 +1,11 @@
-"""Images from a trained run: a grid, one PNG a seed, and samples.npz (`arr_0`, uint8, NHWC).
+"""Images from a trained run: a grid, one PNG per seed, and samples.npz (`arr_0`, uint8, NHWC).
 
     python sample.py ckpt=runs/mnist-tread-edm
     python sample.py ckpt=runs/mnist-tread-edm guidance=cfg scale=2.0 seeds=0-9 class_idx=7
-    accelerate launch sample.py ckpt=... seeds=0-49999              spread over processes; started again, it goes on
+    accelerate launch sample.py ckpt=... seeds=0-49999              on several processes; a second start continues
 
-An image depends on its seed and label alone: noise, label and routing masks come from streams keyed by the seed, one
-image at a time, whatever the batch size and the number of processes.
+An image depends on its seed and label alone: its noise, label and routing masks come from generators keyed by the seed,
+whatever the batch size and the number of processes.
 """
 
 import hashlib
@@ -13,21 +13,21 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-import checkpoint
-import cli
 import gallery
-from guidance import Branch, Guidance, guide, pair
-from loading import Run, load_run
-from processes import start_processes
+from checkpoints.load import Run, load_run
+from checkpoints.run_folder import complete_checkpoints
+from guidance import Branch, Guidance, guidance_from, guide, pair
 from randomness import normal, seeded_generator, uniform
 from solvers import flow_time, solve
+from system import UserError, cli
+from system.processes import start_processes
 
 SHIPPED = Path(__file__).resolve().parent / "assets"
 
@@ -35,35 +35,37 @@ SHIPPED = Path(__file__).resolve().parent / "assets"
 def load_given(
     ckpt: str | None, shipped: str, weights: str = "ema", *, precision: str = "fp32", compile: str = "off"
 ) -> Run:
-    """The run of `ckpt`; where that is None, the one in assets/ called `shipped`, with runs/<shipped> as its folder."""
+    """The run of `ckpt`; None = assets/<shipped>, which writes to runs/<shipped>."""
     run = load_run(ckpt or SHIPPED / shipped, weights, precision=precision, compile=compile)
     if ckpt is None:
         run.folder = Path("runs") / shipped
     return run
 
 
-load_cached = lru_cache(maxsize=1)(load_run)  # scores generate batch by batch
+load_cached = lru_cache(maxsize=1)(load_run)  # evaluation generates batch by batch
 
 
 def load_weak(run: Run, guidance: Guidance) -> Run:
-    """The run of the weak branch: `run` itself, or weak_ckpt's. Raises ValueError for one that does not fit."""
+    """The weak branch's run: `run` itself, or that of weak_ckpt. Raises UserError where the two do not fit."""
     if not guidance.on or guidance.weak_ckpt is None:
         return run
     ckpt = guidance.weak_ckpt
     if ckpt == "earliest":
-        kept = checkpoint.complete_checkpoints(run.folder) if run.folder else []
+        kept = complete_checkpoints(run.folder) if run.folder else []
         if not kept or kept[0] == run.checkpoint:
-            raise ValueError(f"{run.checkpoint} has no earlier checkpoint beside it as weak branch: set weak_ckpt=")
+            raise UserError(
+                f"{run.checkpoint} has no earlier checkpoint beside it for the weak branch; needed: weak_ckpt="
+            )
         ckpt = kept[0]
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
     for what, wanted, found in zip(("latents (C, h, w)", "classes", "predictions"), interface(run), interface(weak)):
         if wanted != found:
-            raise ValueError(f"weak_ckpt={ckpt} is for other {what}: {found}; needed: {wanted}, as the run's own")
+            raise UserError(f"weak_ckpt={ckpt} is for other {what}: {found}; needed: {wanted}, as in the run")
     return weak
 
 
 def interface(run: Run) -> tuple:
-    """What two networks have to share for one to guide the other."""
+    """What two networks must have in common for one to guide the other."""
     model = run.model
     return (model.in_channels, model.input_size, model.input_size), model.num_classes, run.objective.predicts
 
@@ -72,26 +74,26 @@ def generate(
     run: Run,
     guidance: Guidance,
     seeds: Sequence[int],
-    labels: torch.Tensor | None = None,             # (n,) int64; None = drawn from the seeds
+    labels: torch.Tensor | None = None,  # (n,) int64; None = drawn from the seeds
     batch_size: int = 64,
     *,
-    steps: int | None = None,                       # None = the run's own
+    steps: int | None = None,  # None = the run's own
 ) -> Iterator[torch.Tensor]:
     """Images of the given seeds, in order: batches of uint8 (B, 3, H, W) on the run's device.
 
-    `run.config.sampler` says how (configs/sampler/). Raises ValueError, before the first batch, for guidance by routing
-    on a model without routes, for a weak branch that does not fit, and for labels outside the classes.
+    The sampler is run.config.sampler (configs/sampler/). Raises UserError, before the first batch, for guidance by
+    routing on a model without routes, for a weak branch that does not fit, and for labels outside the classes.
     """
     weak = load_weak(run, guidance)
     if guidance.routed and not (run.model.routes and weak.model.routes):
-        raise ValueError("guidance by routing needs a model trained with routes (model=tread); this one has none")
+        raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
     labels = labels_for(run.num_classes, seeds, "random") if labels is None else labels
     if len(labels) and not 0 <= labels.min() <= labels.max() < run.num_classes:
-        raise ValueError(f"labels {labels.min()}..{labels.max()}; the model has classes 0..{run.num_classes - 1}")
+        raise UserError(f"labels {labels.min()}..{labels.max()}; the model has classes 0..{run.num_classes - 1}")
     if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size}; needed: at least 1")
+        raise UserError(f"batch_size {batch_size}; needed: at least 1")
     if (guidance.cfg_channels or 0) > run.model.in_channels:
-        raise ValueError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.in_channels}")
+        raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.in_channels}")
     sampler = OmegaConf.to_container(run.config.sampler) | ({} if steps is None else {"num_steps": steps})
     batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     return (run.codec.decode(generate_latents(run, guidance, seeds[b], labels[b], sampler, weak=weak)) for b in batches)
@@ -101,7 +103,7 @@ def generate(
 def generate_latents(
     run: Run, guidance: Guidance, seeds: Sequence[int], labels: torch.Tensor, sampler: dict, *, weak: Run | None = None
 ) -> torch.Tensor:
-    """One batch: seeds (B), labels (B,) -> latents (B, C, h, w) float32. weak: of the weak branch; None = `run`."""
+    """One batch: seeds (B), labels (B,) -> latents (B, C, h, w) float32. weak: the weak branch's run; None = `run`."""
     weak = weak or run
     strong_branch, weak_branch = branches(run, weak, guidance, seeds, labels.to(run.device))
     predict = guide(
@@ -120,12 +122,12 @@ def generate_latents(
 
 
 def branches(run: Run, weak: Run, guidance: Guidance, seeds: Sequence[int], y: torch.Tensor) -> tuple[Branch, Branch]:
-    """The two sides of the guidance rule for one batch: seeds (B), y (B,)."""
+    """The strong and the weak branch of the guidance rule for one batch: seeds (B), y (B,)."""
     draws = streams(seeds, "weak label")
     weak_label = {
         "same": lambda: y,
         "none": lambda: torch.full_like(y, run.num_classes),
-        "random": lambda: (uniform(y.shape, draws, device=y.device) * run.num_classes).long(),  # afresh in each call
+        "random": lambda: (uniform(y.shape, draws, device=y.device) * run.num_classes).long(),  # new in each call
     }[guidance.weak_label]
     ratios = [partial(setting, run, guidance, name) for name in ("gamma_strong", "gamma_weak")]
     return (
@@ -135,53 +137,40 @@ def branches(run: Run, weak: Run, guidance: Guidance, seeds: Sequence[int], y: t
 
 
 def setting(run: Run, guidance: Guidance, name: str, t: torch.Tensor) -> float:
-    """A guidance setting at the run's own time."""
+    """A guidance setting at the run's own time t."""
     return guidance.at(name, flow_time(t, run.objective.predicts))
 
 
 def streams(seeds: Sequence[int], purpose: str) -> list[torch.Generator]:
-    """A generator for each image, on the CPU, so that a seed means the same image on every device."""
+    """One generator per image, on the CPU, so that a seed gives the same image on every device."""
     return [seeded_generator("image", int(seed), purpose) for seed in seeds]
 
 
 def labels_for(num_classes: int, seeds: Sequence[int], rule: str | int) -> torch.Tensor:
-    """Labels (n,) int64: "balanced" = seed modulo classes, "random" = drawn from each seed, a number = that class."""
+    """Labels (n,) int64: "balanced" = seed modulo classes, "random" = drawn from the seed, a number = that class."""
     if rule == "balanced":
         return torch.tensor([seed % num_classes for seed in seeds], dtype=torch.int64)
     if rule == "random":
         draws = [torch.randint(num_classes, (), generator=g) for g in streams(seeds, "label")]
         return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.int64)
     if not str(rule).isdigit() or int(rule) >= num_classes:
-        raise ValueError(f"label {rule}; needed: balanced, random or a class 0..{num_classes - 1}")
+        raise UserError(f"label {rule}; needed: balanced, random or a class 0..{num_classes - 1}")
     return torch.full((len(seeds),), int(rule))
 
 
 def parse_seeds(seeds: str | int | Sequence) -> list[int]:
-    """"0-3" or ["0-3", 7] -> [0, 1, 2, 3, 7]. Raises ValueError."""
+    """ "0-3" or ["0-3", 7] -> [0, 1, 2, 3, 7]. Raises UserError."""
     parsed = []
-    for part in (seeds if isinstance(seeds, Sequence) and not isinstance(seeds, str) else str(seeds).split(",")):
+    for part in seeds if isinstance(seeds, Sequence) and not isinstance(seeds, str) else str(seeds).split(","):
         first, _, last = str(part).strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
-            raise ValueError(f"seeds={seeds}; needed: numbers and ranges, such as 0-63 or [1,5,9-12]")
+            raise UserError(f"seeds={seeds}; needed: numbers and ranges, such as 0-63 or [1,5,9-12]")
         parsed += range(int(first), int(last or first) + 1)
     return parsed
 
 
-def guidance_from(config: DictConfig) -> Guidance:
-    """The guidance keys of a config (configs/guidance/none.yaml), checked."""
-    settings = {field.name: config[field.name] for field in fields(Guidance)}
-    for name in ("scale_end", "gamma_strong_end", "gamma_weak_end", "cfg_channels"):
-        if not isinstance(settings[name], (int, float, type(None))):
-            raise ValueError(f"{name}={settings[name]}; needed: a number or null")
-    if settings["interval"] is not None:
-        if not isinstance(settings["interval"], Sequence) or isinstance(settings["interval"], str):
-            raise ValueError(f"interval={settings['interval']}; needed: [lo, hi] or null")
-        settings["interval"] = tuple(float(t) for t in settings["interval"])
-    return Guidance(**settings)
-
-
 def settings_name(guidance: Guidance, steps: int | None) -> str:
-    """A folder name that says what was set: unguided, cfg1.5, sparse1.5-0.2-0.7, auto1.5-weak_earliest, ..."""
+    """The settings as a folder name: unguided, cfg1.5, sparse1.5-0.2-0.7, auto1.5-weak_earliest, ..."""
 
     def path(name: str) -> str:
         return "to".join(f"{value:g}" for value in dict.fromkeys(guidance.ends(name)))
@@ -200,7 +189,7 @@ def settings_name(guidance: Guidance, steps: int | None) -> str:
 
 
 def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
-    """<run folder>/samples/<step>-<what was set>; settings that share it are told apart by gallery.claim."""
+    """<run folder>/samples/<step>-<settings>; gallery.reserve refuses what the name does not distinguish."""
     parts = [f"step_{run.step:07d}", settings_name(guidance, config.steps)]
     parts += [config.weights] if config.weights != "ema" else []
     parts += [config.precision] if config.precision != "fp32" else []
@@ -212,13 +201,13 @@ def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
 
 
 def sampler_name(sampler: DictConfig) -> str:
-    """<what it takes>_<solver>_<digest of all its settings>."""
+    """<prediction>_<solver>_<digest of all settings>."""
     digest = hashlib.sha256(OmegaConf.to_yaml(sampler, sort_keys=True).encode()).hexdigest()
     return f"{sampler.takes}_{sampler.solver}_{digest[:6]}"
 
 
-def what_was_set(run: Run, guidance: Guidance, rule: str | int) -> dict:
-    """All that an image depends on beside its seed."""
+def settings_of(run: Run, guidance: Guidance, rule: str | int) -> dict:
+    """Everything that an image depends on besides its seed."""
     return {
         "checkpoint_sha256": run.sha256, "step": run.step, "weights": run.weights, "precision": run.precision,
         "compile": run.compile, "labels": rule,
@@ -227,7 +216,7 @@ def what_was_set(run: Run, guidance: Guidance, rule: str | int) -> dict:
 
 
 def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
-    """The command line. shipped: the run in assets/ that serves where no ckpt is given."""
+    """The command line. shipped: the run in assets/ that is sampled where no ckpt is given."""
     config, dist = cli.load_config("sample", overrides), start_processes()
     seeds, guidance = parse_seeds(config.seeds), guidance_from(config)
     run = load_given(config.ckpt, shipped, config.weights, precision=config.precision, compile=config.compile)
@@ -237,12 +226,12 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     rule = config.labels if config.class_idx is None else config.class_idx
     labels = labels_for(run.num_classes, seeds, rule)
     out = Path(config.out) if config.out else default_folder(run, guidance, config)
-    manifest = gallery.claim(out, what_was_set(run, guidance, rule)) | {"checkpoint": str(run.checkpoint)}
+    manifest = gallery.reserve(out, settings_of(run, guidance, rule)) | {"checkpoint": str(run.checkpoint)}
 
     missing = gallery.missing(out, seeds)
     rows = missing[dist.process_index :: dist.num_processes]
     batches = generate(run, guidance, [seeds[i] for i in rows], labels[rows], config.batch_size)
-    dist.wait_for_everyone()  # all know what is missing before the first image is written
+    dist.wait_for_everyone()  # every process lists what is missing before the first image is written
     if dist.is_main_process:
         print(f"{run.checkpoint}, {run.weights} weights of step {run.step}: {len(missing)} of {len(seeds)} to make")
         gallery.write_manifest(out, manifest)

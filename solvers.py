@@ -1,11 +1,11 @@
-"""Samplers: from noise to latents, as functions of a callable that predicts.
+"""Samplers: from noise to latents, as functions of a predicting callable.
 
     edm_sampler   predict(x, sigma) -> denoised   EDM (arXiv 2206.00364): Heun or Euler over noise levels, with churn
     flow_sampler  predict(x, t) -> velocity       rectified flow: Euler, Heun, and SiT's SDE (arXiv 2401.08740)
 
-Either runs on either kind of network: `as_velocity` and `as_denoised` turn one prediction into the other, where `solve`
-finds them to differ. A denoiser's x is data + sigma noise, a flow's (1 - t) data + t noise: the same picture in another
-size, where t = sigma / (1 + sigma). Times are () float64 tensors on the CPU, so no step waits for the device.
+Either runs on either kind of network: `solve` converts predictions by `as_velocity` and `as_denoised` where needed. A
+denoiser's x is data + sigma noise, a flow's x_t is (1 - t) data + t noise: the same up to scale, with
+t = sigma / (1 + sigma). Times are () float64 tensors on the CPU, so no step waits for the device.
 """
 
 import math
@@ -15,17 +15,18 @@ from typing import NamedTuple
 import torch
 
 from randomness import Generators, normal
+from system import UserError
 
-# Noise levels (lowest, highest) that each discretization was made for (EDM, Table 1).
+# Lowest and highest noise level of each discretization (EDM, Table 1).
 SIGMA_RANGES = {"edm": (0.002, 80.0), "vp": (0.0105, 152.2), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
-VP_TIME_MIN = 1e-3  # epsilon_s: the VP curve reaches the lowest noise level here and the highest at 1
+VP_TIME_MIN = 1e-3  # epsilon_s, where the VP schedule reaches its lowest noise level; it reaches the highest at 1
 
 
 def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, generators: Generators) -> torch.Tensor:
-    """Latents by the sampler that `settings` describe (configs/sampler/*.yaml; null = the sampler's default).
+    """Latents (B, C, h, w) by the sampler of `settings` (configs/sampler/*.yaml; null = the sampler's default).
 
-    `takes` among them is what the sampler needs, "denoised" or "velocity"; `objective.predicts` is what there is.
-    Without `takes` the sampler is the objective's own. Raises ValueError for a sampler that does not fit.
+    settings["takes"] is the prediction that the sampler needs, "denoised" or "velocity", and objective.predicts the
+    one that the network makes. Without it the sampler is the objective's own. Raises UserError for unknown settings.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
     takes = settings.pop("takes", objective.predicts)
@@ -34,16 +35,16 @@ def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, gen
         return objective.sample(predict, noise, **settings, generators=generators)
     if takes == "denoised":
         return edm_sampler(as_denoised(predict), noise, **settings, generators=generators)
-    settings = {"t_start": flow_time(80, "denoised")} | settings  # a denoiser's noise has an end
+    settings = {"t_start": flow_time(80, "denoised")} | settings  # denoisers are trained for finite noise levels
     return flow_sampler(as_velocity(predict), noise, **settings, generators=generators)
 
 
 def as_velocity(denoise: Callable) -> Callable:
-    """A denoiser as a flow: v = (x_t - D(x_t / (1 - t); t / (1 - t))) / t, for t in (0, 1). Others raise ValueError."""
+    """A denoiser as a flow: v = (x_t - D(x_t / (1 - t); t / (1 - t))) / t, for t in (0, 1), else UserError."""
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if not 0 < t < 1:
-            raise ValueError(f"a denoiser has no velocity at t={float(t):g}; needed: sampler.t_start < 1, say 0.987")
+            raise UserError(f"a denoiser has no velocity at t={float(t):g}; needed: sampler.t_start < 1, say 0.987")
         return (x - denoise(x / (1 - t), t / (1 - t))) / t
 
     return velocity
@@ -61,7 +62,7 @@ def as_denoised(velocity: Callable) -> Callable:
 
 
 def flow_time(t, predicts: str):
-    """A network's own time as a flow's, from 1 (noise) to 0 (data): t itself, or sigma / (1 + sigma) of a denoiser."""
+    """A network's time as a flow's, 1 (noise) to 0 (data): a flow's own t, or a denoiser's sigma / (1 + sigma)."""
     return t / (1 + t) if predicts == "denoised" else t
 
 
@@ -69,18 +70,18 @@ def flow_time(t, predicts: str):
 
 
 def edm_sampler(
-    predict: Callable,                              # predict(x, sigma) -> denoised
-    noise: torch.Tensor,                            # (B, C, h, w), N(0, 1)
+    predict: Callable,  # predict(x, sigma) -> denoised
+    noise: torch.Tensor,  # (B, C, h, w), N(0, 1)
     *,
     num_steps: int = 40,
-    solver: str = "heun",                           # or euler
-    discretization: str = "edm",                    # where the noise levels lie: edm, vp, ve, iddpm
-    schedule: str = "linear",                       # sigma(t), the time in which steps are straight: linear, vp, ve
-    scaling: str = "none",                          # s(t), the size of the state: none, or vp = 1 / sqrt(1 + sigma^2)
-    sigma_min: float | None = None,                 # None = by discretization
+    solver: str = "heun",  # or euler
+    discretization: str = "edm",  # of the noise levels: edm, vp, ve, iddpm
+    schedule: str = "linear",  # sigma(t): linear, vp, ve
+    scaling: str = "none",  # s(t): none, or vp = 1 / sqrt(1 + sigma^2)
+    sigma_min: float | None = None,  # None = by discretization
     sigma_max: float | None = None,
-    rho: float = 7.0,                               # of discretization edm
-    S_churn: float = 0.0,                           # > 0 = stochastic; drawn from `generators`
+    rho: float = 7.0,  # of discretization edm
+    S_churn: float = 0.0,  # > 0 = stochastic; drawn from `generators`
     S_min: float = 0.0,
     S_max: float = math.inf,
     S_noise: float = 1.0,
@@ -88,32 +89,33 @@ def edm_sampler(
 ) -> torch.Tensor:
     """Steps from sigma_max to 0 (Algorithms 1 and 2, with Table 1's choices) -> latents (B, C, h, w) float32.
 
-    Calls of `predict`: 2 * num_steps - 1 for heun, which is of second order; num_steps for euler, of first. The state
-    is float64 where the device has it. Raises ValueError for settings that name nothing.
+    Calls of `predict`: 2 * num_steps - 1 for heun (second order), num_steps for euler (first order). The state is
+    float64 where the device supports it. Raises UserError for unknown settings.
     """
     choose("solver", solver, ("heun", "euler"))
     choose("scaling", scaling, ("none", "vp"))
+    S_max = number("S_max", S_max)
     low, high = sigma_range(discretization, sigma_min, sigma_max)
     sigmas = noise_levels(num_steps, discretization, low, high, rho)
-    curve = noise_curve(schedule, low, high)
-    t_steps = torch.cat([curve.time(sigmas), sigmas.new_zeros(1)])  # (num_steps + 1,)
+    noise_schedule = schedule_named(schedule, low, high)
+    t_steps = torch.cat([noise_schedule.time(sigmas), sigmas.new_zeros(1)])  # (num_steps + 1,)
 
     def size(sigma: torch.Tensor) -> torch.Tensor:
         return (1 + sigma**2).rsqrt() if scaling == "vp" else torch.ones_like(sigma)
 
     def slope(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # dx/dt (Eq. 4)
-        sigma, rate = curve.sigma(t), curve.rate(t)
+        sigma, rate = noise_schedule.sigma(t), noise_schedule.rate(t)
         shrink = sigma * rate / (1 + sigma**2) if scaling == "vp" else 0.0  # - s'(t) / s(t)
         return (rate / sigma - shrink) * x - rate * size(sigma) / sigma * predict(x / size(sigma), sigma)
 
     x = noise.to(state_dtype(noise.device)) * sigmas[0] * size(sigmas[0])
     for t, t_next in zip(t_steps, t_steps[1:]):
-        sigma = curve.sigma(t)
-        if S_churn > 0 and S_min <= sigma <= float(S_max):
+        sigma = noise_schedule.sigma(t)
+        if S_churn > 0 and S_min <= sigma <= S_max:
             raised = sigma * (1 + min(S_churn / num_steps, math.sqrt(2) - 1))
             added = normal(x.shape, generators, device=x.device) * S_noise
             x = size(raised) * (x / size(sigma) + (raised**2 - sigma**2).sqrt() * added)
-            t = curve.time(raised)
+            t = noise_schedule.time(raised)
         step, first = t_next - t, slope(x, t)
         x_next = x + step * first
         if solver == "heun" and t_next > 0:
@@ -123,36 +125,37 @@ def edm_sampler(
 
 
 def sigma_range(discretization: str, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """(lowest, highest) noise level, None = the discretization's own. Raises ValueError."""
+    """(lowest, highest) noise level; None = the discretization's own. Raises UserError."""
     choose("discretization", discretization, SIGMA_RANGES)
-    given = zip((sigma_min, sigma_max), SIGMA_RANGES[discretization])
-    low, high = (usual if value is None else float(value) for value, usual in given)
+    default_min, default_max = SIGMA_RANGES[discretization]
+    low = default_min if sigma_min is None else number("sigma_min", sigma_min)
+    high = default_max if sigma_max is None else number("sigma_max", sigma_max)
     if not 0 < low < high < math.inf:
-        raise ValueError(f"sigma_min {low:g}, sigma_max {high:g}; needed: 0 < sigma_min < sigma_max")
+        raise UserError(f"sigma_min {low:g}, sigma_max {high:g}; needed: 0 < sigma_min < sigma_max")
     return low, high
 
 
 def noise_levels(num_steps: int, discretization: str, low: float, high: float, rho: float = 7.0) -> torch.Tensor:
-    """Noise levels from high to low (Table 1, "Time steps"): (num_steps,) float64. Raises ValueError."""
+    """Noise levels from high to low (Table 1, "Time steps"): (num_steps,) float64. Raises UserError."""
     check_steps(num_steps)
     if not rho > 0:
-        raise ValueError(f"rho {rho:g}; needed: above 0")
+        raise UserError(f"rho {rho:g}; needed: above 0")
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     if discretization == "edm":
         return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     if discretization == "ve":
         return high * (low / high) ** ramp
     if discretization == "vp":
-        return noise_curve("vp", low, high).sigma(1 + ramp * (VP_TIME_MIN - 1))
+        return schedule_named("vp", low, high).sigma(1 + ramp * (VP_TIME_MIN - 1))
     levels = iddpm_levels()
     levels = levels[(levels >= low) & (levels <= high)]
     if not len(levels):
-        raise ValueError(f"iddpm has no noise level between sigma_min {low:g} and sigma_max {high:g}")
+        raise UserError(f"iddpm has no noise level between sigma_min {low:g} and sigma_max {high:g}")
     return levels[((len(levels) - 1) * ramp).round().long()]
 
 
 def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> torch.Tensor:
-    """The M noise levels of improved DDPM's cosine schedule, falling: u_(j-1) from u_j, with u_M = 0 (Table 1)."""
+    """The M noise levels of improved DDPM's cosine schedule, descending (Table 1): u_M = 0, u_(j-1) from u_j."""
     alpha_bar = [math.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2 for j in range(M + 1)]
     levels = [0.0]
     for j in range(M, 0, -1):
@@ -160,21 +163,21 @@ def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> torch
     return torch.tensor(levels[:0:-1], dtype=torch.float64)
 
 
-class Curve(NamedTuple):
-    """A noise level over time (Table 1, "Schedule"): sigma(t), its derivative, and t(sigma)."""
+class NoiseSchedule(NamedTuple):
+    """sigma(t), its derivative and its inverse t(sigma) (Table 1, "Schedule")."""
 
     sigma: Callable
     rate: Callable
     time: Callable
 
 
-def noise_curve(schedule: str, low: float, high: float) -> Curve:
-    """The curve named linear, vp or ve; vp's betas let it run from noise level `low` to `high`. Raises ValueError."""
-    choose("schedule", schedule, ("linear", "vp", "ve"))
-    if schedule == "linear":
-        return Curve(lambda t: t, torch.ones_like, lambda sigma: sigma)
-    if schedule == "ve":
-        return Curve(lambda t: t.sqrt(), lambda t: 0.5 / t.sqrt(), lambda sigma: sigma**2)
+def schedule_named(name: str, low: float, high: float) -> NoiseSchedule:
+    """linear, vp or ve; vp's betas are those that reach the noise levels `low` and `high`. Raises UserError."""
+    choose("schedule", name, ("linear", "vp", "ve"))
+    if name == "linear":
+        return NoiseSchedule(lambda t: t, torch.ones_like, lambda sigma: sigma)
+    if name == "ve":
+        return NoiseSchedule(lambda t: t.sqrt(), lambda t: 0.5 / t.sqrt(), lambda sigma: sigma**2)
     log_min, log_max = math.log1p(low**2), math.log1p(high**2)
     beta_d = 2 * (log_min / VP_TIME_MIN - log_max) / (VP_TIME_MIN - 1)
     beta_min = log_max - beta_d / 2
@@ -182,7 +185,7 @@ def noise_curve(schedule: str, low: float, high: float) -> Curve:
     def sigma_of(t: torch.Tensor) -> torch.Tensor:
         return torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt()
 
-    return Curve(
+    return NoiseSchedule(
         sigma_of,
         lambda t: (beta_min + beta_d * t) * (sigma_of(t) + 1 / sigma_of(t)) / 2,
         lambda sigma: ((beta_min**2 + 2 * beta_d * torch.log1p(sigma**2)).sqrt() - beta_min) / beta_d,
@@ -193,25 +196,25 @@ def noise_curve(schedule: str, low: float, high: float) -> Curve:
 
 
 def flow_sampler(
-    predict: Callable,                              # predict(x, t) -> velocity
-    noise: torch.Tensor,                            # (B, C, h, w), N(0, 1)
+    predict: Callable,  # predict(x, t) -> velocity
+    noise: torch.Tensor,  # (B, C, h, w), N(0, 1)
     *,
     num_steps: int = 50,
-    solver: str = "euler",                          # or heun; or sde = SiT's Euler-Maruyama, drawn from `generators`
-    shift: float = 1.0,                             # t -> shift t / (1 + (shift - 1) t); > 1 = more noisy steps
-    t_start: float = 1.0,                           # where it starts, from t_start * noise
-    last_step: float = 0.04,                        # of sde: its final step, which adds no noise
+    solver: str = "euler",  # or heun; or sde = SiT's Euler-Maruyama, drawn from `generators`
+    shift: float = 1.0,  # t -> shift t / (1 + (shift - 1) t); > 1 = more steps near noise
+    t_start: float = 1.0,  # the first time; the state starts as t_start * noise
+    last_step: float = 0.04,  # of sde: length of the final step, which adds no noise
     generators: Generators = None,
 ) -> torch.Tensor:
     """Steps from t = t_start to 0 -> latents (B, C, h, w) float32.
 
-    Calls of `predict`: num_steps, or 2 * num_steps - 1 for heun. The sde adds noise at the rate w(t) = t, and a drift
-    along the score that takes it away again, so that the distribution at each t stays the flow's. The state is float64
-    where the device has it. Raises ValueError for settings that name nothing.
+    Calls of `predict`: num_steps, or 2 * num_steps - 1 for heun. The SDE's diffusion coefficient is w(t) = t; a drift
+    along the score compensates it, so the marginals are the flow's. The state is float64 where the device supports it.
+    Raises UserError for unknown settings.
     """
     choose("solver", solver, ("euler", "heun", "sde"))
-    if not 0 < float(t_start) <= 1:
-        raise ValueError(f"t_start {t_start}; needed: in (0, 1]")
+    if not 0 < number("t_start", t_start) <= 1:
+        raise UserError(f"t_start {t_start}; needed: in (0, 1]")
     t_steps = t_start * flow_times(num_steps, shift, last_step if solver == "sde" else None)
     x = noise.to(state_dtype(noise.device)) * t_start
     for t, t_next in zip(t_steps, t_steps[1:]):
@@ -229,14 +232,14 @@ def flow_sampler(
 
 
 def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = None) -> torch.Tensor:
-    """Times 1..0, equal steps before the shift, the last of length `last_step` if given: (num_steps + 1,) float64."""
+    """Times 1..0, equally spaced before the shift, the last step `last_step` if given: (num_steps + 1,) float64."""
     check_steps(num_steps)
     if not 0 < shift < math.inf:
-        raise ValueError(f"shift {shift:g}; needed: above 0")
+        raise UserError(f"shift {shift:g}; needed: above 0")
     if last_step is None or num_steps == 1:
         t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     elif not 0 < last_step < 1:
-        raise ValueError(f"last_step {last_step}; needed: in (0, 1)")
+        raise UserError(f"last_step {last_step}; needed: in (0, 1)")
     else:
         unshifted = last_step / (shift - (shift - 1) * last_step)
         t = torch.linspace(1, unshifted, num_steps, dtype=torch.float64)
@@ -247,23 +250,31 @@ def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = Non
 # --- both ---
 
 
-def times(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
-    """t as (B,) float32 beside x. A number or a CPU scalar is filled in on the device, without a wait for it."""
+def broadcast_t(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
+    """t as (B,) float32 on x's device. A number or a CPU scalar needs no copy that the host would wait for."""
     if not isinstance(t, torch.Tensor) or t.ndim == 0 and t.device.type == "cpu":
         return torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
     return t.float().expand(len(x))
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
-    """What a sampler keeps its state in: float64, which Apple's GPUs lack."""
+    """Of a sampler's state: float64, except on Apple's GPUs, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_steps(num_steps: int) -> None:
     if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps {num_steps}; needed: a whole number of at least 1")
+        raise UserError(f"num_steps {num_steps}; needed: a whole number of at least 1")
+
+
+def number(name: str, value: float | str) -> float:
+    """A setting that may come as a word, such as inf. Raises UserError where it is not a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} {value!r}; needed: a number") from None
 
 
 def choose(name: str, value: str, choices) -> None:
     if value not in choices:
-        raise ValueError(f"{name} {value!r}; needed: {', '.join(choices)}")
+        raise UserError(f"{name} {value!r}; needed: {', '.join(choices)}")

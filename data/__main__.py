@@ -1,10 +1,10 @@
-"""python -m data: looks at latents, indexes them, converts other projects' into shards.
+"""python -m data: inspects latents, indexes shards, converts other projects' latents into shards.
 
-    python -m data inspect PATH [--json]                what it is, what is wrong with it, what to do next
-    python -m data index FOLDER [key=value ...]         meta.json and index for shards without (configs/index.yaml)
+    python -m data inspect PATH [--json]                what it holds, what is wrong with it, what to do next
+    python -m data index FOLDER [key=value ...]         meta.json and index for bare shards (configs/index.yaml)
     python -m data convert SOURCE FOLDER [key=value ..] another project's latents as shards (configs/convert.yaml)
 
-Exit code 2 where it was asked for something that cannot be done; `inspect` leaves with 1 where something is wrong.
+Exit code 2 for a request that cannot be met; `inspect` exits with 1 if it finds something wrong.
 """
 
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-import cli
-from data.convert import convert
+from data.convert import Conversion, convert
+from data.encoding import LatentEncoding
 from data.inspect import as_text, inspect
-from data.manifest import read_manifest
-from data.publish import publish
+from data.shards import finalize, read_manifest
+from system import UserError, cli
 
 
 def main(argv: list[str]) -> int:
@@ -33,31 +33,32 @@ def main(argv: list[str]) -> int:
         _index(Path(path), OmegaConf.to_container(cli.load_config("index", overrides)), bool(overrides))
         return 0
     (source, target), overrides = _split(verb, arguments, 2)
-    manifest = convert(source, target, **OmegaConf.to_container(cli.load_config("convert", overrides)))
+    manifest = convert(source, target, Conversion(**OmegaConf.to_container(cli.load_config("convert", overrides))))
     print(f"{target}: {_counts(manifest)}; python -m data inspect {target} says more")
     return 0
 
 
 def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list[str]]:
-    """(paths, overrides) of what follows a verb."""
+    """(paths, overrides) among the arguments of a verb."""
     paths = [a for a in arguments[:count] if "=" not in a]
     overrides = arguments[len(paths) :]
     stray = [a for a in overrides if "=" not in a]
     if len(paths) < count or stray:
         found = f"found {stray[0]!r}" if stray else f"found {len(paths)}"
-        raise ValueError(
+        raise UserError(
             f"python -m data {verb} needs {count} path{'s' * (count > 1)}, then key=value settings; {found}"
         )
     return paths, overrides
 
 
 def _index(folder: Path, settings: dict, changed: bool) -> None:
-    """Writes meta.json for shards without one; holds the others against theirs."""
+    """Writes meta.json for shards without one; checks other shards against theirs."""
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}")
+        raise UserError(f"no folder {folder}")
     if changed and read_manifest(folder):
-        raise ValueError(f"{folder} has a meta.json that says these things; remove it to index the shards anew")
-    manifest = publish(folder, **settings)
+        raise UserError(f"{folder} has a meta.json that says these things; remove it to index the shards anew")
+    encoding = LatentEncoding(*(settings.pop(key) for key in ("kind", "scale", "bias")))
+    manifest = finalize(folder, encoding, **settings)
     print(f"{folder}: {_counts(manifest)}, sound")
 
 

@@ -1,77 +1,203 @@
-"""Pictures with classes, out of a folder, a zip or a tar, cropped as ADM does: `open_images(path)`."""
+"""Pictures on disk, for encoding and for scoring: `open_images(path)` of a folder, a zip, a tar or an .npz."""
 
-import re
-from collections.abc import Callable
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from data.scan import LABEL
-from data.tar import split_name
-from data.tree import PICTURES, Tree, dataset_json, is_picture, open_tree
+from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, open_tree, parse_number, split_name
+from system import UserError
+
+DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
 
 
 @dataclass
 class Images:
-    """Pictures, sorted by name. `classes`: the names of the folders that make them, [] where labels are given."""
+    """Pictures in the order of their names. Raises UserError, when they are read, for one that cannot be decoded."""
 
+    path: Path
     names: list[str]
-    labels: list[int]
-    classes: list[str]
-    read: Callable[[int], Image.Image]  # RGB
+    tree: Tree | None  # the files; None for an .npz
+    array: np.ndarray | None = None  # (N, H, W, 3) uint8 of an .npz
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, i: int) -> Image.Image:
+        """Picture i, converted to RGB."""
+        return Image.fromarray(self.array[i]) if self.tree is None else self._decode(i).convert("RGB")
+
+    @property
+    def labels(self) -> list[int]:
+        """By dataset.json, by a `.cls` beside each picture, or by class folder. Raises UserError if any is missing."""
+        return self._labels_and_classes[0]
+
+    @property
+    def classes(self) -> list[str]:
+        """The class folders: the first folders that differ. [] if the labels are given otherwise."""
+        return self._labels_and_classes[1]
+
+    def batches(self, batch_size: int, rows: range) -> Iterator[torch.Tensor]:
+        """uint8 (B, 3, H, W) batches of the pictures `rows`, in order, for scoring: the pixels as they are stored.
+
+        Grey pictures become three equal channels, with a warning. Raises UserError for anything but 8-bit grey or RGB,
+        and for mixed sizes.
+        """
+        for start in range(rows.start, rows.stop, batch_size):
+            pixels = self._stack(range(start, min(start + batch_size, rows.stop)))
+            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+    def _stack(self, rows: range) -> np.ndarray:
+        """(n, H, W, 3) uint8."""
+        if self.tree is None:
+            return self.array[rows.start : rows.stop]
+        size = self._first_size
+        with ThreadPoolExecutor(DECODERS) as pool:
+            return np.stack(list(pool.map(lambda i: self._pixels(i, size), rows)))
+
+    def _pixels(self, i: int, size: tuple[int, int]) -> np.ndarray:
+        image = self._decode_strictly(i)
+        if image.size != size:
+            found, wanted = ("x".join(map(str, s)) for s in (image.size, size))
+            raise UserError(f"{self.path}: {self.names[i]} is {found}, {self.names[0]} is {wanted}; needed: one size")
+        return np.asarray(image.convert("RGB"))
+
+    @cached_property
+    def _first_size(self) -> tuple[int, int]:
+        first = self._decode_strictly(0)
+        if first.mode in ("L", "1"):
+            _warn_of_grey(self.path)
+        return first.size
+
+    def _decode_strictly(self, i: int) -> Image.Image:
+        image = self._decode(i)
+        if image.mode not in ("L", "RGB", "P", "1"):
+            raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8-bit grey or RGB")
+        return image
+
+    def _decode(self, i: int) -> Image.Image:
+        contents = self.tree.read(self.names[i])
+        try:
+            image = Image.open(BytesIO(contents))
+            image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"{self.path}: {self.names[i]} is no image or is damaged ({type(error).__name__})"
+            ) from None
+        return image
+
+    @cached_property
+    def _labels_and_classes(self) -> tuple[list[int], list[str]]:
+        if self.tree is None:
+            raise UserError(f"{self.path} says no classes; needed: a folder, a .zip or a .tar of pictures")
+        labels = _given_labels(self.path, self.tree, self.names)
+        if labels is not None:
+            return labels, []
+        folders = _class_folders(self.names)
+        classes = sorted(set(folders))
+        return [classes.index(folder) for folder in folders], classes
 
 
 def open_images(path: str | Path) -> Images:
-    """Pictures at a path; classes by dataset.json, by a `.cls` beside each, or by the first folder that differs.
+    """The pictures of a folder (searched recursively), a zip or a tar, or an .npz with `arr_0` (uint8, NHWC or NHW).
 
-    Raises ValueError where there are none or labels are missing, and in `read` for a picture that cannot be decoded.
+    Raises UserError if there are none or the first cannot be decoded.
     """
     path = Path(path)
+    if path.suffix == ".npz":
+        return _open_array(path)
     tree = open_tree(path)
     names = [name for name in tree.names if is_picture(name)]
     if not names:
-        raise ValueError(f"no pictures ({', '.join(PICTURES)}) in {path}")
+        raise UserError(f"{path} holds no images ({', '.join(PICTURES)})")
+    images = Images(path, names, tree)
+    images.read(0)  # what is no picture is refused before any slow work
+    return images
 
-    def read(i: int) -> Image.Image:
-        try:
-            return Image.open(BytesIO(tree.read(names[i]))).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: picture {names[i]} cannot be read: {error}") from None
 
-    labels = _given_labels(path, tree, names)
-    if labels is not None:
-        return Images(names, labels, [], read)
-    folders = _class_folders(names)
-    classes = sorted(set(folders))
-    return Images(names, [classes.index(folder) for folder in folders], classes, read)
+def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that are among `keys`. Raises UserError for a damaged file and for pickled objects."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in keys if key in arrays}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
+        if "allow_pickle" in str(error):
+            raise UserError(f"{path} holds pickled objects, which are never read; needed: plain arrays") from None
+        raise UserError(f"{path} is damaged or no .npz file ({error})") from None
+
+
+def _open_array(path: Path) -> Images:
+    if not path.is_file():
+        raise UserError(f"{path} is not there")
+    pixels = _map_array(path, "arr_0")
+    if pixels is None:
+        raise UserError(f"{path} has no array arr_0; needed: uint8 (N, H, W, 3)")
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
+        raise UserError(f"{path}: arr_0 is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")
+    if pixels.shape[3:] != (3,):
+        _warn_of_grey(path)
+        pixels = np.broadcast_to(pixels.reshape(*pixels.shape[:3], 1), (*pixels.shape[:3], 3))
+    return Images(path, [f"arr_0[{i}]" for i in range(len(pixels))], None, pixels)
+
+
+def _map_array(path: Path, key: str) -> np.ndarray | None:
+    """An array of an .npz, mapped where it is in the file, without using memory (50,000 images are 10 GB).
+
+    A compressed array is read; None if there is no such array.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{key}.npy" not in archive.namelist():
+                return None
+            info = archive.getinfo(f"{key}.npy")
+            with archive.open(info) as member:
+                np.lib.format.read_magic(member)
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+                header = member.tell()
+        if info.compress_type != zipfile.ZIP_STORED or dtype.hasobject or fortran_order:
+            return read_arrays(path, [key])[key]
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)  # of the member's own header: lengths of its name and of its extra field
+            name, extra = struct.unpack("<HH", file.read(4))
+        return np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
+        raise UserError(f"{path} is damaged or no .npz file ({error})") from None
+
+
+def _warn_of_grey(path: Path) -> None:
+    print(f"warning: {path} holds grey images, repeated to three channels", file=sys.stderr)
 
 
 def _given_labels(path: Path, tree: Tree, names: list[str]) -> list[int] | None:
-    """Labels of dataset.json or of `<key>.cls` files; None where there are neither."""
+    """Labels from dataset.json or from `<key>.cls` files; None if there are neither."""
     labels = dataset_json(path, tree)
     if labels is None:
         beside = {split_name(name)[0]: name for name in tree.names if split_name(name)[1] == LABEL}
         if not beside:
             return None
-        labels = {name: _number(path, tree, beside[key]) for name in names if (key := split_name(name)[0]) in beside}
+        labels = {
+            name: parse_number(tree.read(beside[key]), f"{path}: {beside[key]}")
+            for name in names
+            if (key := split_name(name)[0]) in beside
+        }
     missing = next((name for name in names if name not in labels), None)
     if missing is not None:
-        raise ValueError(f"{path} has no label for picture {missing}, but for others")
+        raise UserError(f"{path} has no label for picture {missing}, but for others")
     return [labels[name] for name in names]
 
 
-def _number(path: Path, tree: Tree, name: str) -> int:
-    text = tree.read(name).decode("ascii", "replace").strip()
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise ValueError(f"{path}: {name} says {text[:20]!r}; needed: a class number, 0 or more")
-    return int(text)
-
-
 def _class_folders(names: list[str]) -> list[str]:
-    """The first folder of each name, behind those that all names share; '' for pictures in no folder of their own."""
+    """The first folder of each name after those that all names share; '' for pictures in no folder of their own."""
     parts = [name.split("/")[:-1] for name in names]
     while len({tuple(p[:1]) for p in parts}) == 1 and len({tuple(p) for p in parts}) > 1:
         parts = [p[1:] for p in parts]

@@ -1,33 +1,32 @@
-"""What lies at a path: `python -m data inspect PATH`. Our shards are read whole, of other formats a sample."""
+"""What is at a path: `python -m data inspect PATH`. Our shards are read whole; of other formats, a sample."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import kinds
-from data.formats import open_source
+from data.archives import ARRAY, members, split_name
+from data.encoding import Channels, LatentEncoding, guess_kind, is_moments, model_shape
+from data.foreign import open_source
 from data.index import build_index, cached_index
-from data.latents import Latents
-from data.manifest import SPLITS, read_manifest, split_shards
-from data.scan import ARRAY
-from data.stats import mean_and_std, spread_evenly
-from data.tar import members, split_name
+from data.latents import Latents, mean_and_std, spread_evenly
+from data.shards import SPLITS, read_encoding, read_manifest, split_shards
 from randomness import seeded_generator
+from system import UserError
 
-MAX_ARRAYS, MAX_LABELS = 1024, 100_000  # how many are looked at, where not all
+MAX_ARRAYS, MAX_LABELS = 1024, 100_000  # at most so many are examined
 
 
 def inspect(path: str | Path) -> dict:
-    """What is known of the latents at a path; ValueError where there are none.
+    """A report on the latents at a path. Raises UserError if there are none.
 
     Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (C numbers each, of
-    the model's input; of the stored numbers while the scale is unknown), flip, num_classes, labels (how many of each
-    class; of a sample where the format is not ours), wrong (a line for every fault), next (what to do with them).
+    the model's input; of the stored numbers if the scale is unknown), flip, num_classes, labels (the number of each
+    class; of a sample if the format is not ours), wrong (a line for every fault), next (what to do with them).
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} is not there")
+        raise UserError(f"{path} is not there")
     return _inspect_shards(path) if path.is_dir() and has_latent_shards(path) else _inspect_source(path)
 
 
@@ -54,11 +53,11 @@ def _inspect_shards(folder: Path) -> dict:
     wrong = [fault for index in indices.values() for fault in index.faults]
     index = next((index for index in indices.values() if len(index.entries)), None)
     if index is None:
-        raise ValueError(f"no sample in {folder}: {wrong[0] if wrong else 'no tar has train or val in its name'}")
+        raise UserError(f"no sample in {folder}: {wrong[0] if wrong else 'no tar has train or val in its name'}")
     index.faults = []  # they are in the report
-    latents = Latents(folder, manifest, index, manifest.get("kind", "sample_scaled"), "stop")
+    latents = Latents(folder, manifest, index, read_encoding(folder, manifest), "stop")
     raw = latents.read(spread_evenly(len(latents), MAX_ARRAYS))[0]
-    report = _look(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias"))
+    report = _describe(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias"))
     labels = np.concatenate([index.entries.labels for index in indices.values()])
     num_classes = manifest.get("num_classes") or int(labels.max()) + 1
     channels, size, _ = report["shape"]
@@ -80,7 +79,7 @@ def _inspect_shards(folder: Path) -> dict:
 
 
 def _codec_settings(codec: dict | None) -> str:
-    """For configs/data/folder.yaml, which has a VAE; a codec without one has to be set there."""
+    """Overrides of the VAE in configs/data/folder.yaml; a codec that is no VAE has to be set there."""
     known = codec is not None and "path" in codec
     return f" data.codec.path={codec['path']} data.codec.scale={codec['scale']}" if known else ""
 
@@ -92,7 +91,7 @@ def _inspect_source(path: Path) -> dict:
     for i in spread_evenly(source.count, MAX_ARRAYS).tolist():
         try:
             array = source.array(i, False)
-        except ValueError as error:
+        except UserError as error:
             wrong.append(str(error))
             continue
         if arrays and array.shape != arrays[0].shape:
@@ -100,9 +99,9 @@ def _inspect_source(path: Path) -> dict:
         else:
             arrays.append(array)
     if not arrays:
-        raise ValueError(f"no readable array in {path}: {wrong[0]}")
+        raise UserError(f"no readable array in {path}: {wrong[0]}")
     raw = torch.from_numpy(np.stack(arrays))
-    report = _look(raw, source.kind, f"the format {source.format} has it so", source.scale, source.bias)
+    report = _describe(raw, source.kind, f"the format {source.format} has it so", source.scale, source.bias)
     wrong += [] if torch.isfinite(raw).all() else [f"{path}: some numbers are not finite"]
     labels = [source.label(i) for i in spread_evenly(source.count, MAX_LABELS).tolist()]
     kind = f" kind={report['kind']}" if source.kind is None else ""
@@ -120,33 +119,30 @@ def _inspect_source(path: Path) -> dict:
     }
 
 
-def _look(
-    raw: torch.Tensor, kind: str | None, why: str, scale: kinds.Channels | None, bias: kinds.Channels | None
-) -> dict:
+def _describe(raw: torch.Tensor, kind: str | None, why: str, scale: Channels | None, bias: Channels | None) -> dict:
     """Kind, shapes and statistics of stored arrays (B, C or 2C, h, w); kind None is guessed."""
-    looks, reason = kinds.guess_kind(raw)
+    guess, reason = guess_kind(raw)
     if kind is not None:
-        doubt = f"; but they look like {looks}: {reason}" if kinds.is_moments(looks) != kinds.is_moments(kind) else ""
+        doubt = f"; but they look like {guess}: {reason}" if is_moments(guess) != is_moments(kind) else ""
         reason = why + doubt
-    kind = kind or looks
+    kind = kind or guess
     x = raw.float()
-    if kind == "sample_scaled" or scale is not None:
-        scale, bias = kinds.per_channel(scale), kinds.per_channel(0.0 if bias is None else bias)
-        x = kinds.to_model_input(raw, kind, scale, bias, seeded_generator("inspect"))
+    if kind != "sample_scaled" and scale is not None:
+        x = LatentEncoding(kind, scale, bias).to_model_input(raw, seeded_generator("inspect"))
     mean, std = mean_and_std([x])
     return {
         "kind": kind,
         "reason": reason,
         "stored_shape": list(raw.shape[1:]),
         "dtype": str(raw.dtype).removeprefix("torch."),
-        "shape": list(kinds.model_shape(kind, raw.shape[1:])),
+        "shape": list(model_shape(kind, raw.shape[1:])),
         "mean": mean,
         "std": std,
     }
 
 
 def as_text(report: dict) -> str:
-    """The report of `inspect` for a person."""
+    """The report of `inspect` as text."""
     numbers = {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
     labels = [n for n in report["labels"] if n]
     histogram = " ".join(f"{label}:{n}" for label, n in enumerate(report["labels"]) if n)

@@ -1,4 +1,4 @@
-"""A data set of latents, read in place from its shards: `open_latents(path)`."""
+"""A data set of latents, read in place from its shards (`shards.open_latents`), and its channel statistics."""
 
 import contextlib
 import hashlib
@@ -6,146 +6,103 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import kinds
-from data.index import Index, load_index
-from data.manifest import read_manifest, split_shards
-from data.tar import member_name, split_name
-from randomness import Generators
+from data.archives import member_name, split_name
+from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
+from data.index import Index
+from randomness import Generators, seeded_generator
+from system import UserError
 
 MAX_OPEN_SHARDS = 256
 ON_ERROR = ("stop", "skip")
-
-
-def open_latents(
-    path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop"
-) -> "Latents":
-    """The latents of one split of a data folder: shards with a meta.json (manifest.py), or CompVis's without one.
-
-    kind: one of kinds.KINDS; None takes meta.json's, and sample_scaled where there is no meta.json.
-    on_error: "stop" raises at damage; "skip" leaves damaged shards and samples out, reports each in one line and counts
-    it in `Latents.faults`; a sample that turns bad later is replaced by the next good one.
-    Raises ValueError for a folder that is missing or has no shards, for damage, and for a kind that does not fit.
-    """
-    folder = Path(path)
-    if on_error not in ON_ERROR:
-        raise ValueError(f"unknown data.on_error={on_error}; needed: one of {', '.join(ON_ERROR)}")
-    if not folder.is_dir():
-        raise ValueError(
-            f"no data folder {folder}; needed: a folder of latent shards, see 'Your own data' in the README"
-        )
-    manifest = read_manifest(folder)
-    shards = split_shards(folder, split, manifest)
-    if not shards:
-        raise ValueError(f"no {split} shards in {folder}; python -m data inspect {folder} says what is there")
-    index = load_index(folder, split, shards, manifest)
-    if index.faults and on_error == "stop" or not len(index.entries):
-        more = f" (and {len(index.faults) - 1} more faults)" if len(index.faults) > 1 else ""
-        raise ValueError(f"damaged data in {folder}: {index.faults[0]}{more}")
-    return Latents(folder, manifest, index, kind or manifest.get("kind", "sample_scaled"), on_error)
+MAX_SAMPLES = 4096  # for statistics, spread evenly over the set: enough for three digits
+UNUSUAL = 2.5  # SD's latents are at 0.9 when scaled, 5 when not, 0.17 when scaled twice
 
 
 class Latents:
-    """Samples of a split; made by `open_latents`, read by many processes at once.
+    """The samples of a split; several processes may read them at once.
 
-    shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on the disk. labels: (n,) int32.
-    num_classes: meta.json's, or the largest label + 1. meta: meta.json, {} without one. fingerprint: 16 hex digits that
-    change with any sample, label, scale or kind. faults: a line for everything that was left out.
+    shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. labels: (n,) int32.
+    num_classes: meta.json's, or the largest label + 1. meta: contents of meta.json, {} without one. fingerprint: 16 hex
+    digits that change with any sample, label, scale or kind. faults: a line for everything that was left out.
+    Raises UserError for an encoding that does not fit the stored shape.
     """
 
-    def __init__(self, folder: Path, manifest: dict, index: Index, kind: str, on_error: str):
-        kinds.check_kind(kind)
-        if kind != manifest.get("kind", kind):
-            warn(f"data.kind={kind} overrides {manifest['kind']} of {folder}/meta.json")
-        self.folder, self.meta, self.kind, self.on_error = folder, manifest, kind, on_error
+    def __init__(self, folder: Path, manifest: dict, index: Index, encoding: LatentEncoding, on_error: str):
+        self.folder, self.meta, self.encoding, self.on_error = folder, manifest, encoding, on_error
+        self.kind = encoding.kind
         self.stored_shape, self.dtype = index.shape, getattr(torch, index.dtype)
-        self.shape = kinds.model_shape(kind, index.shape)
-        if kind != "sample_scaled" and manifest.get("scale") is None:
-            raise ValueError(
-                f"{folder} is to be read as {kind} and no meta.json says the scale; "
-                f"python -m data index {folder} kind={kind} scale=... writes one"
-            )
-        for key in ("scale", "bias"):
-            kinds.check_channels(f"{key} of {folder}", manifest.get(key), self.shape[0])
+        self.shape = model_shape(encoding.kind, index.shape)
+        encoding.check_channels(self.shape[0], f" of {folder}")
         self.labels = index.entries.labels
         self.num_classes = manifest.get("num_classes") or int(self.labels.max()) + 1
-        self.fingerprint = _fingerprint(index, kind, manifest.get("scale"), manifest.get("bias"))
+        self.fingerprint = _fingerprint(index, encoding.kind, manifest.get("scale"), manifest.get("bias"))
         self.faults: list[str] = []
         self.report(index.faults)
         self._index = index
         self._row_bytes = int(np.prod(index.shape)) * np.dtype(index.dtype).itemsize
         self._files: dict[int, int] = {}  # shard number -> file descriptor
-        self._constants: dict[torch.device, tuple] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """raw (B, *stored_shape) of `dtype` and labels (B,) int64; damage is raised as ValueError or reported."""
+        """raw (B, *stored_shape) of `dtype` and labels (B,) int64; damage raises UserError or, skipped, is reported."""
         raw, y, faults = self.read_with_faults(indices)
         self.report(faults)
         return raw, y
 
     def read_with_faults(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """As `read`, with the lines of what was skipped: for loader processes, whose own reports nobody would count."""
+        """As `read`, with a line for each sample skipped: for loader processes, whose own reports would be lost."""
         rows = np.empty((len(indices), self._row_bytes), np.uint8)
         used, faults = np.array(indices, np.int64), []
         for i, index in enumerate(used):
             fault = self._read_row(index, rows[i])
             while fault:
                 if self.on_error == "stop":
-                    raise ValueError(f"damaged data in {self.folder}: {fault}")
+                    raise UserError(f"damaged data in {self.folder}: {fault}")
                 faults.append(fault)
                 used[i] = (used[i] + 1) % len(self)
                 if used[i] == index:
-                    raise ValueError(f"damaged data in {self.folder}: no readable sample is left; last: {fault}")
+                    raise UserError(f"damaged data in {self.folder}: no readable sample is left; last: {fault}")
                 fault = self._read_row(used[i], rows[i])
         raw = torch.from_numpy(rows).view(self.dtype).view(len(used), *self.stored_shape)
         return raw, torch.from_numpy(self.labels[used].astype(np.int64)), faults
 
     def will_need(self, indices: np.ndarray) -> None:
-        """Asks the system to read these samples from the disk meanwhile, neighbours together. Only a hint."""
+        """Asks the system to read these samples ahead from disk, neighbours together. Only a hint."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         entries, order = self._index.entries, np.sort(indices)
         for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
-            for part in np.split(run, np.flatnonzero(np.diff(entries.offsets[run]) <= 0) + 1):  # where a shard ends
+            for part in np.split(run, np.flatnonzero(np.diff(entries.offsets[run]) <= 0) + 1):  # at shard ends
                 start = int(entries.offsets[part[0]])
                 end = int(entries.offsets[part[-1]]) + int(entries.headers[part[-1]]) + self._row_bytes
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(self._file(self._shard(part[0])), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def report(self, faults: Sequence[str]) -> None:
-        """Counts what was left out and says it once."""
+        """Records what was left out, and warns of each fault once."""
         for fault in dict.fromkeys(faults):
             if fault not in self.faults:
                 self.faults.append(fault)
                 warn(f"left out (data.on_error=skip): {fault}")
 
     def to_model_input(self, raw: torch.Tensor, generators: Generators = None) -> torch.Tensor:
-        """raw (B, *stored_shape), any device -> x (B, C, h, w) float32 there, scaled; moments are drawn afresh."""
-        return kinds.to_model_input(raw, self.kind, *self._scale_and_bias(raw.device), generators)
+        """raw (B, *stored_shape), any device -> x (B, C, h, w) float32 there, scaled; moments are sampled anew."""
+        return self.encoding.to_model_input(raw, generators)
 
     def keys(self, indices: Sequence[int]) -> list[str]:
-        """The names of samples, read back from their shards; '?' where those are damaged or gone."""
+        """The names of samples, read back from their shards; '?' if a shard is damaged or gone."""
         return [self._key(index) for index in indices]
 
-    def _scale_and_bias(self, device: torch.device) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-        """As numbers or as (C, 1, 1) tensors, which are moved to the device once and not at every step."""
-        if device not in self._constants:
-            self._constants[device] = tuple(
-                value.to(device) if isinstance(value, torch.Tensor) else value
-                for value in (kinds.per_channel(self.meta.get(key)) for key in ("scale", "bias"))
-            )
-        return self._constants[device]
-
     def _read_row(self, index: int, row: np.ndarray) -> str | None:
-        """Fills row (bytes,) with the numbers of a sample; a line that says what is wrong, None if nothing is."""
+        """Fills row (bytes,) with the numbers of a sample; returns a line saying what is wrong, or None."""
         entries = self._index.entries
         start = int(entries.offsets[index]) + int(entries.headers[index])
         try:
@@ -178,7 +135,7 @@ class Latents:
         return self._files[shard]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_files": {}, "_constants": {}}  # what belongs to one process alone
+        return {**self.__dict__, "_files": {}}  # file descriptors belong to one process
 
     def __del__(self):
         for fd in self.__dict__.get("_files", {}).values():
@@ -186,7 +143,7 @@ class Latents:
 
 
 def warn(line: str) -> None:
-    """To stderr, and not to a logger, which a launcher's settings may have switched off."""
+    """To stderr rather than to a logger, which a launcher's settings may have switched off."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -195,3 +152,47 @@ def _fingerprint(index: Index, *about: object) -> str:
     for column in (index.entries.crcs, index.entries.labels):
         digest.update(column.tobytes())
     return digest.hexdigest()[:16]
+
+
+def spread_evenly(count: int, at_most: int) -> np.ndarray:
+    """Up to `at_most` different indices (n,) in 0..count-1, ascending."""
+    return np.unique(np.linspace(0, count - 1, at_most).astype(np.int64))
+
+
+def mean_and_std(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Of each channel over batches x (B, C, h, w): two lists of C numbers."""
+    count, total, square = 0, 0.0, 0.0
+    for x in batches:
+        x = x.double()
+        count += x[:, 0].numel()
+        total, square = total + x.sum(dim=(0, 2, 3)), square + x.square().sum(dim=(0, 2, 3))
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    return [round(v, 5) for v in mean.tolist()], [round(v, 5) for v in std.tolist()]
+
+
+def channel_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[list[float], list[float]]:
+    """Mean and std (C numbers each) of the model's input over at most `max_samples` samples."""
+    chosen, generator = spread_evenly(len(latents), max_samples), seeded_generator("channel_stats")
+    return mean_and_std(
+        latents.to_model_input(latents.read(indices)[0], generator)
+        for indices in np.array_split(chosen, -(-len(chosen) // 256))
+    )
+
+
+def scale_warning(latents: Latents, sigma_data: float) -> str | None:
+    """A line to print before training if the latents' scale or kind looks wrong, else None.
+
+    sigma_data: the standard deviation that the objective expects (EDM's sigma_data; 1 for a flow to N(0, 1)).
+    """
+    looks, reason = guess_kind(latents.read(spread_evenly(len(latents), 64))[0])
+    if is_moments(looks) and not is_moments(latents.kind):
+        return f"{latents.folder} is read as {latents.kind} but looks like {looks}: {reason} (set data.kind)"
+    mean, std = (np.array(values) for values in channel_stats(latents, 256))
+    overall = float(np.sqrt(np.mean(std**2 + mean**2) - np.mean(mean) ** 2))
+    if sigma_data / UNUSUAL <= overall <= sigma_data * UNUSUAL:
+        return None
+    return (
+        f"the latents in {latents.folder} have standard deviation {overall:.3g}, the objective expects about "
+        f"{sigma_data:.3g}: is their scale right? (python -m data inspect {latents.folder})"
+    )

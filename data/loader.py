@@ -1,85 +1,155 @@
-"""Batches for each process, the same global batches for any number of processes and workers: `make_loader`."""
+"""Batches for each process, the same global batches for any number of processes and workers: `make_loader`.
+
+Which sample comes when is a pure function of (seed, position), so that training can start at any step. Epochs are laid
+end to end into one endless stream, each of them every sample once; global batch s is positions s * G .. s * G + G - 1
+of it. A batch may straddle two epochs, so no remainder is ever dropped.
+
+Within an epoch, the samples are cut into runs of RUN neighbours on disk, the runs are shuffled, and the samples are
+shuffled within windows of WINDOW. A window is made of runs from all over the set, so batches are well mixed even if
+the shards are sorted by class, while the disk can be read in whole runs, a window ahead.
+"""
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.latents import Latents
-from data.order import Order
+from randomness import BatchSlice, seeded_generator
+from system import UserError
+
+RUN = 32  # samples
+WINDOW = 32768  # samples; a set no larger than this is shuffled as a whole
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is divided: global_batch_size = world_size * micro_batch_size * accumulation.
+
+    Micro-batch m of rank r is rows (m * world_size + r) * micro_batch_size .. of it. Raises UserError for other sizes.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self):
+        if self.global_batch_size != self.micro_batch_size * self.accumulation * self.world_size:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size} is not micro_batch_size={self.micro_batch_size} "
+                f"x {self.accumulation} accumulated x {self.world_size} processes"
+            )
+
+    def slice(self, generator: torch.Generator, micro: int) -> BatchSlice:
+        """This rank's rows of micro-batch `micro`, in draws by `generator` for the global batch."""
+        start = (micro * self.world_size + self.rank) * self.micro_batch_size
+        return BatchSlice(generator, start, self.global_batch_size)
 
 
 def make_loader(
-    latents: Latents,
-    *,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    start_step: int = 0,
-    num_steps: int,
-    num_workers: int = 0,
+    latents: Latents, plan: BatchPlan, *, seed: int = 0, start_step: int = 0, num_steps: int, num_workers: int = 0,
     pin_memory: bool = False,
-) -> "Loader":
-    """Micro-batches (raw (micro, *stored_shape), y (micro,)) of steps start_step..num_steps-1, in order.
+) -> "Loader":  # fmt: skip
+    """Micro-batches (raw (micro, *stored_shape), y (micro,)) of this rank for steps start_step..num_steps-1, in order.
 
-    Global batch s is positions s*G..s*G+G-1 of the endless stream of shuffled epochs (order.py), micro-batch m of rank
-    r is rows (m * world_size + r) * micro.. of it. Each rank gets (num_steps - start_step) * G / (micro * world_size).
-    Raises ValueError where the global batch does not divide.
+    (num_steps - start_step) * plan.accumulation of them; together, those of all ranks are the global batches.
     """
-    if global_batch_size % (micro_batch_size * world_size):
-        raise ValueError(
-            f"global_batch_size={global_batch_size} is not a multiple of "
-            f"micro_batch_size={micro_batch_size} x {world_size} processes"
-        )
-    accumulation = global_batch_size // (micro_batch_size * world_size)
-    # Of a run of neighbours, each of many machines uses little: they read what they use, and not whole runs ahead.
-    machines = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    micro_batches = MicroBatches(
-        latents, Order(len(latents), seed), micro_batch_size, rank, world_size, read_ahead=machines <= 2
-    )
+    # Out of a run of neighbours, each of many machines uses few: it reads those, and not whole runs ahead.
+    machines = plan.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
+    micro_batches = MicroBatches(latents, Order(len(latents), seed), plan, read_ahead=machines <= 2)
     return Loader(
         latents,
         DataLoader(
             micro_batches,
             batch_size=None,  # the data set makes whole batches
-            sampler=range(start_step * accumulation, num_steps * accumulation),
+            sampler=range(start_step * plan.accumulation, num_steps * plan.accumulation),
             num_workers=num_workers,
             pin_memory=pin_memory,
             prefetch_factor=4 if num_workers else None,
-            generator=torch.Generator(),  # for worker seeds, which nothing uses, so that the global stream stays put
+            generator=torch.Generator(),  # for worker seeds, which are unused: the global stream is not advanced
         ),
     )
 
 
-class MicroBatches(Dataset):
-    """Micro-batch i of one rank, counted from step 0; damage comes back as a value, for the main process to raise."""
+class Order:
+    """Sample indices at stream positions, for a set of `num_samples` and a seed."""
 
-    def __init__(
-        self, latents: Latents, order: Order, micro_batch_size: int, rank: int, world_size: int, read_ahead: bool
-    ):
-        self.latents, self.order, self.micro_batch_size = latents, order, micro_batch_size
-        self.rank, self.world_size, self.read_ahead = rank, world_size, read_ahead
-        self._asked_for: tuple = ()  # windows that the system was asked to read ahead
+    def __init__(self, num_samples: int, seed: int):
+        assert num_samples > 0
+        self.num_samples, self.seed = num_samples, seed
+        # Positions ascend: this window and the next suffice, and the last one for a batch that straddles two.
+        self._runs = lru_cache(maxsize=3)(self._shuffle_runs)
+        self.window = lru_cache(maxsize=3)(self._shuffle_window)
+
+    def __getstate__(self) -> dict:
+        return {"num_samples": self.num_samples, "seed": self.seed}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """positions (B,) int64 in the stream -> sample indices (B,) int64."""
+        epochs, places = np.divmod(positions, self.num_samples)
+        windows, places = np.divmod(places, WINDOW)
+        indices = np.empty_like(positions)
+        for epoch, window in sorted(set(zip(epochs.tolist(), windows.tolist()))):
+            here = (epochs == epoch) & (windows == window)
+            indices[here] = self.window(epoch, window)[places[here]]
+        return indices
+
+    def windows_from(self, position: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(epoch, window) of a position in the stream, and the next one; `window` gives the samples of each."""
+        epoch, place = divmod(position, self.num_samples)
+        window, last = place // WINDOW, (self.num_samples - 1) // WINDOW
+        return (epoch, window), ((epoch, window + 1) if window < last else (epoch + 1, 0))
+
+    def _shuffle_runs(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(first sample of each run, position at which each run ends), runs in their shuffled order."""
+        generator = seeded_generator("runs", self.seed, epoch)
+        # The cuts move from epoch to epoch, so that neighbours do not stay together.
+        first_cut = int(torch.randint(1, RUN + 1, (), generator=generator))
+        edges = np.r_[0, np.arange(first_cut, self.num_samples, RUN), self.num_samples]
+        runs = torch.randperm(len(edges) - 1, generator=generator).numpy()
+        return edges[runs], np.cumsum(np.diff(edges)[runs])
+
+    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+        """The samples of a window in their final order."""
+        firsts, ends = self._runs(epoch)
+        places = np.arange(window * WINDOW, min((window + 1) * WINDOW, self.num_samples))
+        runs = np.searchsorted(ends, places, side="right")
+        indices = firsts[runs] + places - np.r_[0, ends][runs]
+        generator = seeded_generator("window", self.seed, epoch, window)
+        return indices[torch.randperm(len(indices), generator=generator).numpy()]
+
+
+class MicroBatches(Dataset):
+    """Micro-batch i of one rank, counted from step 0; damage is returned as a string, for the main process to raise."""
+
+    def __init__(self, latents: Latents, order: Order, plan: BatchPlan, read_ahead: bool):
+        self.latents, self.order, self.plan, self.read_ahead = latents, order, plan, read_ahead
+        self._requested: tuple = ()  # windows that the system was asked to read ahead
 
     def positions(self, i: int) -> np.ndarray:
-        """Places (micro,) in the stream. Micro-batches of all ranks lie one behind another in it."""
-        start = (i * self.world_size + self.rank) * self.micro_batch_size
-        return np.arange(start, start + self.micro_batch_size)
+        """Positions (micro,) in the stream. Micro-batches of all ranks follow one another in it."""
+        start = (i * self.plan.world_size + self.plan.rank) * self.plan.micro_batch_size
+        return np.arange(start, start + self.plan.micro_batch_size)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, list[str]] | str:
         positions = self.positions(i)
         if self.read_ahead:
             windows = self.order.windows_from(int(positions[0]))
-            for window in set(windows).difference(self._asked_for):
+            for window in set(windows).difference(self._requested):
                 self.latents.will_need(self.order.window(*window))
-            self._asked_for = windows
+            self._requested = windows
         try:
             return self.latents.read_with_faults(self.order(positions))
-        except ValueError as error:
+        except UserError as error:
             return str(error)  # a worker's exception would arrive wrapped in its traceback
 
 
@@ -97,21 +167,21 @@ class Loader:
         try:
             while (batch := self._next(batches)) is not None:
                 if isinstance(batch, str):
-                    raise ValueError(batch)
+                    raise UserError(batch)
                 raw, y, faults = batch
                 self.latents.report(faults)
                 yield raw, y
         finally:
-            del batches  # ends the loader processes here, and not whenever the traceback is forgotten
+            del batches  # ends the loader processes here, and not when the traceback is freed
 
     def _next(self, batches: Iterator) -> tuple | str | None:
-        """The next batch, None at the end; OSError where a loader process was killed, which shows in many ways."""
+        """The next batch, None at the end. Raises UserError for a killed loader process, which shows in many ways."""
         try:
             return next(batches, None)
         except (EOFError, ConnectionError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
-            raise OSError(
+            raise UserError(
                 f"a loader process died ({error or type(error).__name__}), often for want of memory; "
                 f"needed: a smaller data.num_workers than {self.batches.num_workers}, or the same command again"
             ) from error

@@ -3,12 +3,12 @@
     python scripts/bench.py                                     the embedded default
     python scripts/bench.py --compare model.size=DiT-B/2 data=imagenet256 train.global_batch_size=16
 
-The keys are train.py's. The very step of train.py is timed, on made-up latents that the loader reads from a disk:
-dense, routed, dense, routed, ... in one process, so that what else the machine does falls on all alike; medians are
-shown. Counts need no clock: they are the same on any machine. The last line is the table as JSON.
+The keys are train.py's. It times train.py's own step, on shards of noise that the loader reads from disk: dense,
+routed, dense, routed, ... in one process, so that other load on the machine affects both equally. Times are medians;
+counts are the same on any machine. The last line is the table as JSON.
 
---compare adds a plain step of the same network, batch and precision, written below as research code has it: eager, a
-wait for the device here and there, an optimizer and an EMA that go through the weights one by one.
+--compare adds a plain step of the same network, batch and precision, as research code commonly writes it: eager, with a
+few waits for the device, and an optimizer and an EMA that update the weights one by one.
 """
 
 import json
@@ -34,28 +34,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli  # noqa: E402
-import data  # noqa: E402
-import dit  # noqa: E402
-from compiling import compile_blocks, decide_compile  # noqa: E402
-from cost import BYTES_PER_PARAMETER  # noqa: E402
-from data.publish import publish  # noqa: E402
-from data.writer import shard_name, write_shard  # noqa: E402
-from prepare import BatchPlan, State, batch_plan, build, resolve_config  # noqa: E402
-from processes import start_processes  # noqa: E402
-from randomness import normal, seeded_generator, uniform  # noqa: E402
-from routing_module import Routing, num_kept  # noqa: E402
-from train import set_learning_rate, train_step, update_ema  # noqa: E402
+import data
+import dit
+from cost import BYTES_PER_PARAMETER
+from data import BatchPlan
+from data.encoding import LatentEncoding
+from data.shards import finalize, shard_name, write_shard
+from randomness import normal, seeded_generator, uniform
+from routing_module import Routing, num_kept
+from system import UserError, cli
+from system.compiling import compile_blocks, decide_compile
+from system.processes import start_processes
+from train import set_learning_rate, train_step, update_ema
+from training.log import TimedBatches
+from training.prepare import TrainState, batch_plan, build, resolve_config
 
 ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-# Operators by which a program asks for a value; on a GPU the host waits there for all that was queued.
+# Operators that return a value to the host, which on a GPU waits for all queued work.
 ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount")
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, of the data sheets
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
 
 
 class OpCounter(TorchDispatchMode):
-    """What runs inside: operators by name, matrix products by shape, bytes between host and GPU."""
+    """Counts operators by name, matrix products by shape, and bytes copied between host and GPU."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +99,7 @@ class PlainBlock(dit.Block):
 
 
 class PlainDiT(dit.DiT):
-    """The same function as DiT, written plainly: labels are checked on the host, tokens sorted and copied whole."""
+    """DiT's function, written plainly: labels are checked on the host, all tokens are sorted and copied."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
         assert y.max() <= self.num_classes
@@ -116,33 +118,27 @@ class PlainDiT(dit.DiT):
         return dit.unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
 
 
-def plain_state(cfg: DictConfig, device: torch.device) -> State:
-    """PlainDiT with PyTorch's default AdamW. Raises ValueError for another network than dit."""
-    if cfg.model._target_ != "dit.build":
-        raise ValueError(f"--compare knows a plain form of dit alone, not of {cfg.model._target_}; needed: model=tread")
-    shape = dit.named_shape(cfg.model.size, cfg.model.depth, cfg.model.hidden_size, cfg.model.num_heads)
-    model, ema = (
-        PlainDiT(
-            input_size=cfg.model.input_size, in_channels=cfg.model.in_channels, num_classes=cfg.model.num_classes,
-            learn_sigma=cfg.model.learn_sigma, routes=cfg.model.routes, block=PlainBlock, **shape,
-        ).to(device)
-        for _ in range(2)
-    )  # fmt: skip
+def plain_state(cfg: DictConfig, device: torch.device) -> TrainState:
+    """PlainDiT with PyTorch's default AdamW. Raises UserError for networks other than DiT."""
+    if cfg.model._target_ != "dit.DiT":
+        raise UserError(f"--compare has a plain form of dit.DiT only, not of {cfg.model._target_}; needed: model=tread")
+    settings = {key: value for key, value in cfg.model.items() if key != "_target_"}
+    model, ema = (PlainDiT(**settings, block=PlainBlock).to(device) for _ in range(2))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.train.lr, betas=tuple(cfg.optimizer.betas), eps=cfg.optimizer.eps,
         weight_decay=cfg.optimizer.weight_decay,
     )  # fmt: skip
-    return State(model, model, ema.requires_grad_(False), optimizer, guard=None)
+    return TrainState(model, model, ema.requires_grad_(False), optimizer, guard=None)
 
 
 def plain_step(
-    state: State, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
+    state: TrainState, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
 ) -> float:
-    """What train_step and update_ema do, plainly -> the loss."""
+    """train_step and update_ema, written plainly -> the loss."""
     device, losses = state.model.pos_embed.device, []
     for micro in range(plan.accumulation):
         raw, y = (tensor.to(device) for tensor in next(batches))
-        rows = plan.rows(seeded_generator(cfg.seed, "train", step, device=device), micro)
+        rows = plan.slice(seeded_generator(cfg.seed, "train", step, device=device), micro)
         x = latents.to_model_input(raw, rows)
         y = torch.where(uniform(y.shape, rows, device=device) < cfg.train.label_dropout, state.model.num_classes, y)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
@@ -154,8 +150,8 @@ def plain_step(
     return statistics.fmean(losses)
 
 
-def optimize(state: State, cfg: DictConfig) -> None:
-    """The plain step's second half."""
+def optimize(state: TrainState, cfg: DictConfig) -> None:
+    """The plain step's optimizer and EMA."""
     state.optimizer.step()
     state.optimizer.zero_grad()
     with torch.no_grad():
@@ -164,37 +160,21 @@ def optimize(state: State, cfg: DictConfig) -> None:
 
 
 def our_step(
-    state: State, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
+    state: TrainState, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
 ) -> None:
     train_step(state, objective, latents, batches, step, plan, cfg)
     update_ema(state.ema, state.model, cfg.train.ema_decay)
 
 
-def made_up_latents(folder: Path, cfg: DictConfig) -> data.Latents:
-    """Shards of noise in the config's shape: no epoch ends within the steps that are counted."""
+def noise_latents(folder: Path, cfg: DictConfig) -> data.Latents:
+    """Shards of noise of the config's shape, large enough that no epoch ends within the counted steps."""
     shape, noise = (cfg.data.channels, cfg.data.input_size, cfg.data.input_size), seeded_generator("bench")
     n = max(16 * cfg.train.global_batch_size, 256)
     arrays = (normal(shape, noise).mul(0.5).half().numpy() for _ in range(n))
     samples = ((f"{i:06d}", array, i % cfg.data.num_classes) for i, array in enumerate(arrays))
     write_shard(folder / shard_name("train", 0), samples)
-    publish(folder, kind="sample_scaled", num_classes=cfg.data.num_classes)
+    finalize(folder, LatentEncoding("sample_scaled"), num_classes=cfg.data.num_classes)
     return data.open_latents(folder)
-
-
-class Stopwatch:
-    """Hands batches on; `waited` counts the seconds that they took to come."""
-
-    def __init__(self, batches: Iterator):
-        self.batches, self.waited = batches, 0.0
-
-    def __iter__(self) -> "Stopwatch":
-        return self
-
-    def __next__(self) -> tuple[torch.Tensor, ...]:
-        started = time.perf_counter()
-        batch = next(self.batches)
-        self.waited += time.perf_counter() - started
-        return batch
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -211,18 +191,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def product_seconds(products: Counter[tuple], device: torch.device) -> float:
-    """What these matrix products take, each shape alone and back to back."""
+    """Seconds of these matrix products, each shape on its own, back to back."""
     total = 0.0
     for (dtype, factors), count in products.items():
         a, b = (torch.empty_strided(*factor, dtype=dtype, device=device).normal_() for factor in factors)
         once = seconds_of(lambda: a @ b, device)
-        repeats = max(7, min(200, int(0.03 / once)))  # 30 ms of each: small ones vary
+        repeats = max(7, min(200, int(0.03 / once)))  # 30 ms per shape, since small products vary
         total += count * statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
     return total
 
 
 def step_memory(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that are allocated at once within a step, beside what was there before it."""
+    """Peak number of bytes allocated within a step, beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -238,8 +218,8 @@ def step_memory(work: Callable[[], object], device: torch.device) -> int:
     return most
 
 
-def count_update(state: State, update: Callable[[], object]) -> OpCounter:
-    """Operators of the optimizer's step and the EMA, behind a first step."""
+def count_update(state: TrainState, update: Callable[[], object]) -> OpCounter:
+    """Operators of the optimizer's step and the EMA, after a first step."""
     for p in state.model.parameters():
         p.grad = torch.zeros_like(p)
     with OpCounter() as counter:
@@ -249,30 +229,30 @@ def count_update(state: State, update: Callable[[], object]) -> OpCounter:
 
 
 def bench(cfg: DictConfig, compare: bool) -> dict:
-    """The report: what is one number for all, and under `kinds` what each kind of step has."""
+    """The report: figures of the whole run and, under `kinds`, those of each kind of step."""
     dist = start_processes()
     if dist.num_processes > 1:
-        raise ValueError(f"bench.py measures one process; {dist.num_processes} were started")
+        raise UserError(f"bench.py measures one process; started with {dist.num_processes}")
     cfg, device = resolve_config(cfg, dist), dist.device
     plan = batch_plan(cfg.train, dist)
     state, objective = build(cfg, dist, new=False)
     model = state.model
     if not model.routes:
-        raise ValueError("the model has no routes to compare with; needed: model=tread")
+        raise UserError("the model has no routes to compare with; needed: model=tread")
     states = {"ours": (state, our_step)} | ({"plain": (plain_state(cfg, device), plain_step)} if compare else {})
     for each, _ in states.values():
-        # Noise teaches nothing: at a run's full rate weights would run away, and CPUs are slow where numbers underflow.
+        # Trained on noise at the full rate, weights would diverge, and CPUs are slow where numbers underflow.
         set_learning_rate(each.optimizer, 1, cfg.train)
     ways = {"dense": (), "routed": model.routes}
     kinds = [(whose, way) for whose in states for way in ways]
     report = {kind: {} for kind in kinds}
 
     with tempfile.TemporaryDirectory() as folder:
-        latents = made_up_latents(Path(folder), cfg)
-        batches = Stopwatch(iter(data.make_loader(
-            latents, global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size,
-            num_steps=10**6, num_workers=cfg.data.num_workers, pin_memory=device.type == "cuda",
-        )))  # fmt: skip
+        latents = noise_latents(Path(folder), cfg)
+        loader = data.make_loader(
+            latents, plan, num_steps=10**6, num_workers=cfg.data.num_workers, pin_memory=device.type == "cuda"
+        )
+        batches = TimedBatches(iter(loader))
         taken = 0
 
         def step(whose: str, way: str) -> None:
@@ -292,12 +272,13 @@ def bench(cfg: DictConfig, compare: bool) -> dict:
                 step(*kind)
             update = updating[kind[0]]
             report[kind] |= {
-                "host_waits": counter.waits - update.waits,  # AdamW's own are for its step counts, on the host
+                "host_waits": counter.waits - update.waits,  # AdamW's own concern its step counts, on the host
                 "optimizer_and_ema_calls": sum(update.calls.values()) - update.calls["detach"],
-                "to_gpu_bytes": counter.to_gpu, "to_cpu_bytes": counter.to_cpu,
+                "to_gpu_bytes": counter.to_gpu,
+                "to_cpu_bytes": counter.to_cpu,
                 "matrix_products": sum(counter.products.values()),
             }
-            if kind[0] == "ours":  # the counter knows nothing of the plain step's attention on CPUs
+            if kind[0] == "ours":  # the counter does not know the plain step's attention on CPUs
                 report[kind]["gmacs_counted"] = flops.get_total_flops() / 2 / 3 / plan.global_batch_size / 1e9
             report[kind]["product_s"] = product_seconds(counter.products, device)
         compiled, why_not = decide_compile(cfg.train.compile, device)
@@ -347,7 +328,7 @@ def bench(cfg: DictConfig, compare: bool) -> dict:
 
 
 def show(report: dict) -> str:
-    """The report as a table: a line for each number that all share, then a row for each kind's, a column for each."""
+    """The report as a table: the figures of the whole run, then one column per kind of step."""
 
     def text(value) -> str:
         if isinstance(value, dict):

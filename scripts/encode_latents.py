@@ -1,10 +1,10 @@
-"""Pictures into latents, ready to train on, with any diffusers AutoencoderKL.
+"""Encodes pictures into latents, ready to train on, with any diffusers AutoencoderKL.
 
     python scripts/encode_latents.py images=photos/ out=datasets/photos vae=stabilityai/sd-vae-ft-ema
     accelerate launch --num_processes 8 scripts/encode_latents.py images=imagenet/train.zip out=... vae=... flip=both
 
-The keys: configs/encode.yaml. Each process takes every n-th shard. A shard that lies in `out` is complete: after an
-interruption the same command goes on, and ends with the bytes of an undisturbed run. Process 0 writes meta.json last.
+The keys: configs/encode.yaml. Each process takes every n-th shard. A shard that exists in `out` is complete: after an
+interruption the same command resumes, to the same bytes as an undisturbed run. Process 0 writes meta.json last.
 """
 
 import hashlib
@@ -22,16 +22,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
 from autoencoder import VAECodec
-from data import kinds
 from data.convert import check_counts, entries, plan_shards
+from data.encoding import LatentEncoding
 from data.images import Images, center_crop, open_images
-from data.manifest import FLIPS
-from data.publish import claim, publish
-from data.scan import DTYPES
-from data.writer import write_shard
+from data.index import DTYPES
+from data.shards import FLIPS, finalize, reserve, write_shard
 from randomness import seeded_generator
+from system import UserError, cli
 
 CHOICES = {"kind": ("sample", "moments"), "flip": FLIPS, "dtype": DTYPES}
 
@@ -43,17 +41,17 @@ def main(arguments: list[str]) -> None:
     cfg = cli.load_config("encode", arguments)
     for key, choices in CHOICES.items():
         if cfg[key] not in choices:
-            raise ValueError(f"{key}={cfg[key]}; needed: {' or '.join(choices)}")
+            raise UserError(f"{key}={cfg[key]}; needed: {' or '.join(choices)}")
     check_counts({key: cfg[key] for key in ("size", "shard_size", "batch_size", "num_threads")})
-    # No process group: shards are dealt out by rank and met again as files, so nothing can time out.
+    # No process group: the work is split by rank and its results meet as files, so nothing can time out.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     images = open_images(cfg.images)
-    shards = plan_shards(len(images.names), cfg.shard_size, cfg.val)
+    shards = plan_shards(len(images.labels), cfg.shard_size, cfg.val)
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
     recipe = {key: cfg[key] for key in ("scale", "size", "kind", "flip", "dtype", "val", "shard_size", "batch_size")}
-    claim(folder, {**recipe, "images": os.path.realpath(cfg.images), "count": len(images.names), "vae": vae_sha256})
+    reserve(folder, {**recipe, "images": os.path.realpath(cfg.images), "count": len(images), "vae": vae_sha256})
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
     with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
         for name, chosen in mine.items():
@@ -65,7 +63,7 @@ def main(arguments: list[str]) -> None:
 
 
 def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: DictConfig, progress: tqdm) -> Iterator[tuple]:
-    """(key, array (C or 2C, h, w), label) of what each of the chosen pictures becomes.
+    """(key, array (C or 2C, h, w), label) of each entry that the chosen pictures become.
 
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     """
@@ -99,18 +97,15 @@ def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: DictCon
     out = torch.cat(codec.moments(pixels), dim=1)  # (B, 2C, h, w)
     if cfg.kind == "sample":
         noise = [seeded_generator("encode", key) for key in keys]
-        out = kinds.to_model_input(out.cpu(), "moments_logvar", codec.scale, 0.0, noise)  # (B, C, h, w)
+        out = LatentEncoding("moments_logvar", codec.scale).to_model_input(out.cpu(), noise)  # (B, C, h, w)
     return out.cpu().numpy().astype(cfg.dtype)
 
 
 def finish(folder: Path, images: Images, cfg: DictConfig, vae_sha256: str) -> None:
-    """Process 0, when all shards are there: meta.json, and what to do next."""
-    moments = cfg.kind == "moments"
-    manifest = publish(
+    """Process 0, when all shards exist: meta.json, and what to do next."""
+    manifest = finalize(
         folder,
-        kind="moments_logvar" if moments else "sample_scaled",
-        scale=cfg.scale if moments else None,
-        bias=0.0 if moments else None,
+        LatentEncoding("moments_logvar", cfg.scale) if cfg.kind == "moments" else LatentEncoding("sample_scaled"),
         codec={"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale},
         codec_sha256=vae_sha256,
         flip=cfg.flip,

@@ -1,13 +1,13 @@
-"""What a run survives, as a table: `python scripts/faults.py` (200 kills, a storm of 2,000 steps) or `--quick`.
+"""Faults that a run survives, as a table: `python scripts/faults.py` (200 kills, a storm of 2,000 steps), or `--quick`.
 
-A small run is trained once undisturbed (the golden run). Then it is killed, interrupted and damaged at random, always
-started again by the same command, and must end in the golden run's weights, EMA, optimizer state and log, to the bit.
+A small run is trained once undisturbed (the golden run). Then it is killed, interrupted and damaged at random, then
+restarted by the same command, and must end with the golden run's weights, EMA, optimizer state and log, bit for bit.
 """
 
 import argparse
 import json
 import os
-import pickle  # to plant it; nothing here reads one
+import pickle  # to plant one; nothing here reads it
 import random
 import shutil
 import signal
@@ -27,14 +27,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a process that has used several OpenMP th
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
-import cli  # noqa: E402
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from images import open_images  # noqa: E402
-from reference import read_reference  # noqa: E402
-from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN  # noqa: E402
+from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, step_of, verify_checkpoint  # noqa: E402
+from data.images import open_images  # noqa: E402
+from evaluation.reference import read_reference  # noqa: E402
+from system import UserError, cli  # noqa: E402
+from system.files import sha256_of  # noqa: E402
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN  # noqa: E402
 
 Row = tuple[str, str, str, bool]  # what, what was found, what is needed, whether it is
 SAVE_EVERY = 5
@@ -46,14 +47,13 @@ SMALL = [
 
 
 class Job:
-    """Runs of one configuration in processes of their own. They are forked, which saves the seconds of importing
-    torch."""
+    """Runs of one config, each in a process of its own, forked to save the seconds of importing torch."""
 
     def __init__(self, results: Path, name: str, *overrides: str):
         self.folder = results / name
         places = [f"data.path={results / 'mnist'}", f"results_dir={results}", f"run_name={name}"]
         self.overrides = [*SMALL, *places, *overrides]
-        self.executed = 0  # steps, counting those that were taken again
+        self.executed = 0  # steps, including repeated ones
         self.log = results / f"{name}.txt"
 
     def start(self) -> int:
@@ -95,11 +95,11 @@ class Job:
         return self.last_logged() if fresh and self.last_logged() > self.started_at else 0
 
     def last_saved(self) -> int:
-        found = checkpoint.complete_checkpoints(self.folder)
-        return checkpoint.step_of(found[-1]) if found else 0
+        found = complete_checkpoints(self.folder)
+        return step_of(found[-1]) if found else 0
 
     def state(self) -> dict[str, bytes]:
-        newest = checkpoint.latest(self.folder)
+        newest = latest_checkpoint(self.folder)
         names = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
         return {name: (newest / name).read_bytes() for name in names}
 
@@ -126,14 +126,13 @@ def max_difference(a: Job, b: Job) -> float:
         return float("inf")
     worst = 0.0
     for name in a.state():
-        x, y = (checkpoint.read_tensors(checkpoint.latest(job.folder) / name) for job in (a, b))
+        x, y = (read_tensors(latest_checkpoint(job.folder) / name) for job in (a, b))
         worst = max([worst, *((x[key] - y[key]).abs().max().item() for key in x)])
     return worst
 
 
 def kill_somewhere(job: Job, process: int, rng: random.Random, inside_save: bool) -> bool:
-    """SIGKILL at a random moment of the next few steps, or while a checkpoint is being written. False where it was done
-    before."""
+    """SIGKILL at a random moment of the next few steps, or of a save. False where the process ended first."""
     if inside_save:
         saves = job.folder / "checkpoints"
         hit = wait_until(lambda: saves.exists() and any(saves.glob(".tmp_*")), process)
@@ -161,14 +160,14 @@ def kills(results: Path, count: int, rng: random.Random) -> list[Row]:
         code = job.wait(process)
         if not hit:
             assert code == 0, job.log.read_text()[-2000:]
-            shutil.rmtree(job.folder)  # finished before the kill: once more from the start
+            shutil.rmtree(job.folder)  # it finished before the kill: start over
             continue
         killed, in_save = killed + 1, in_save + inside
         lost = max(lost, job.last_logged() - job.last_saved())
-        for path in checkpoint.complete_checkpoints(job.folder):
+        for path in complete_checkpoints(job.folder):
             try:
-                checkpoint.verify(path)
-            except ValueError:
+                verify_checkpoint(path)
+            except UserError:
                 torn += 1
     code = job.run()
     difference = max_difference(golden, job)
@@ -202,7 +201,7 @@ def signals(results: Path, count: int, rng: random.Random) -> list[Row]:
 
 
 def recovery_seconds(job: Job) -> float:
-    """A new interpreter goes on with a run."""
+    """Seconds until a new interpreter has resumed a run."""
     job.started_at, job.started_ns, started = job.last_saved(), time.time_ns(), time.monotonic()
     launched = subprocess.Popen([sys.executable, "train.py", *job.overrides], cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_until(lambda: job.reached() > 0, launched.pid)
@@ -231,7 +230,7 @@ def storm(results: Path, steps: int, rng: random.Random) -> list[Row]:
         if code == 0:
             break
         if kind == "damage":
-            file = rng.choice(list(checkpoint.complete_checkpoints(job.folder)[-1].iterdir()))
+            file = rng.choice(list(complete_checkpoints(job.folder)[-1].iterdir()))
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     goodput, difference = steps / job.executed, max_difference(golden, job)
     return [
@@ -269,7 +268,7 @@ def processes(results: Path) -> list[Row]:
 
 
 def bad_numbers(results: Path) -> list[Row]:
-    """R5: from step 10 on one weight's gradient is infinite; what is saved and logged after it?"""
+    """R5: from step 10 on one gradient is infinite; is anything saved after it?"""
     job = Job(results, "infinite", "train.max_steps=40", "train.log_every=7")
     step = train.train_step
 
@@ -281,7 +280,7 @@ def bad_numbers(results: Path) -> list[Row]:
     train.train_step = poisoned
     code = job.run()
     train.train_step = step
-    saved = sum(checkpoint.step_of(path) >= 10 for path in checkpoint.complete_checkpoints(job.folder))
+    saved = sum(step_of(path) >= 10 for path in complete_checkpoints(job.folder))
     found = f"{saved}, exit code {code}"
     good = saved == 0 and code == EXIT_NOT_FINITE
     return [("R5 checkpoints from the first bad value on", found, f"0, exit code {EXIT_NOT_FINITE}", good)]
@@ -304,7 +303,7 @@ def damaged_shards(results: Path, count: int, rng: random.Random) -> list[Row]:
             latents = data.open_latents(folder)
             for start in range(0, len(latents), 500):
                 latents.read(range(start, min(start + 500, len(latents))))
-        except ValueError:
+        except UserError:
             found += 1
     return [("R6 damaged shards detected", f"{found} of {count}", "all", found == count)]
 
@@ -320,7 +319,7 @@ class Canary:
 
 
 def planted_code(results: Path) -> list[Row]:
-    """R7: code in place of weights, images, references, latents and settings, offered to all that opens such a file."""
+    """R7: code instead of weights, images, references, latents and settings, given to all that opens such files."""
     sung, folder = results / "canary", results / "planted"
     folder.mkdir()
     canary = Canary(sung)
@@ -336,10 +335,10 @@ def planted_code(results: Path) -> list[Row]:
         tar.add(folder / "one.cls", "one.cls")
     checkpointed = Job(results, "planted_run", "train.max_steps=1")
     assert checkpointed.run() == 0
-    newest = checkpoint.latest(checkpointed.folder)
+    newest = latest_checkpoint(checkpointed.folder)
     (newest / "config.yaml").write_text((newest / "config.yaml").read_text().replace("dit.build", "os.mkdir"))
     (newest / "manifest.json").write_text(json.dumps({"files": {
-        p.name: {"bytes": p.stat().st_size, "sha256": checkpoint.sha256(p)}
+        p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
         for p in newest.iterdir() if p.name != "manifest.json"
     }}))  # fmt: skip
     offers = [
@@ -351,7 +350,7 @@ def planted_code(results: Path) -> list[Row]:
     for offer in offers:
         try:
             offer()
-        except ValueError:
+        except UserError:
             refused += 1
     good = refused == len(offers) and not sung.exists()
     found = f"{int(sung.exists())}, {refused} of {len(offers)}"

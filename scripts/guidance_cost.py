@@ -1,7 +1,7 @@
-"""What sparse guidance costs beside classifier-free guidance, counted and measured: `python scripts/guidance_cost.py`.
+"""The cost of sparse against classifier-free guidance, counted and measured: `python scripts/guidance_cost.py`.
 
-One guided prediction of a network of random weights, both methods in turn, medians. Keys: configs/guidance_cost.yaml.
-Classifier-free guidance runs as one batch of both branches, sparse guidance as two.
+One guided prediction of a network with random weights; both methods alternate, and times are medians. Classifier-free
+guidance runs both branches in one batch, sparse guidance in two. Keys: configs/guidance_cost.yaml.
 """
 
 import statistics
@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-import dit
 import sample
+from checkpoints.load import round_linears
+from dit import DiT
 from guidance import Guidance
-from loading import round_linears
-from processes import start_processes
 from rf import RectifiedFlow
+from system import cli
+from system.processes import start_processes
 
 
 def main(overrides: list[str]) -> None:
@@ -32,7 +32,7 @@ def main(overrides: list[str]) -> None:
         "sparse": Guidance(1.5, None, config.gamma_strong, config.gamma_weak, "same"),
     }
     route = {"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -4}
-    net = dit.build(config.size, input_size=32, in_channels=4, num_classes=1000, learn_sigma=True, routes=[route])
+    net = DiT(size=config.size, routes=[route])
     if config.precision == "bf16":
         round_linears(net)
     device = start_processes().device
@@ -42,7 +42,9 @@ def main(overrides: list[str]) -> None:
     for repeat in range(config.repeats + 1):
         for name, guidance in methods.items():
             started = time.perf_counter()
-            sample.generate_latents(run, guidance, seeds, labels, {"num_steps": 1}).sum().item()  # waits for the device
+            sample.generate_latents(
+                run, guidance, seeds, labels, {"num_steps": 1}
+            ).sum().item()  # .item() waits for the device
             if repeat:  # the first one warms up
                 seconds[name].append(time.perf_counter() - started)
             macs[name] = run.macs

@@ -1,11 +1,10 @@
-"""Guidance methods side by side on the embedded digits, with what they cost.
+"""Guidance methods compared on the embedded digits, with their cost.
 
     python scripts/guidance_grid.py picture   rows = methods and scales, columns = the same seeds: grid.png
     python scripts/guidance_grid.py table     fd_mnist, class accuracy over several sets of seeds: table.md, table.json
     python scripts/guidance_grid.py map       fd_mnist over gamma_strong and gamma_weak at one scale: map.png, map.json
 
-Keys: configs/guidance_grid.yaml. GMACs are multiply-adds, what papers call GFLOPs. Interrupted scoring goes on where it
-was.
+Keys: configs/guidance_grid.yaml. GMACs are multiply-adds, which papers call GFLOPs. Interrupted scoring continues.
 """
 
 import json
@@ -20,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
 import sample
-from features import load_extractor
+from evaluation.features import load_extractor
+from evaluation.reference import digits_reference
+from fid import evaluate
 from guidance import Guidance
-from reference import digits_reference
-from scoring import evaluate
+from system import cli
 
 METHODS = {
     "CFG": {},

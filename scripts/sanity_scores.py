@@ -1,9 +1,9 @@
-"""Scores where the answer is known, as a Markdown table.
+"""Scores with known answers, as a Markdown table.
 
     python scripts/sanity_scores.py
     python scripts/sanity_scores.py ckpt=runs/mnist-tread-edm guidance=cfg scale=2.0
 
-Real digits against other real digits, noise, and, where there are keys of `fid.py calc`, what a run generates by them.
+Real digits against other real digits, noise and, given keys of `fid.py calc`, the samples of a run.
 """
 
 import sys
@@ -14,13 +14,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cli  # noqa: E402
 import fid  # noqa: E402
 import sample  # noqa: E402
-from features import digits, load_extractor  # noqa: E402
-from metrics import FeatureStats  # noqa: E402
+from evaluation.features import digits, load_extractor  # noqa: E402
+from evaluation.metrics import FeatureStats  # noqa: E402
+from evaluation.reference import Reference, digits_reference, reference_from  # noqa: E402
 from randomness import seeded_generator  # noqa: E402
-from reference import Reference, digits_reference, reference_from  # noqa: E402
+from system import cli  # noqa: E402
 
 COLUMNS = ("n", "fd_mnist", "precision", "recall", "class_accuracy")
 
@@ -47,7 +47,7 @@ def main(overrides: list[str]) -> None:
     stats.update(half)
     half_reference = reference_from(stats, None, half, extractor, "half")
     score("one half of the digits, against the other", train[1::2], train_labels[1::2], half_reference)
-    score("500 digits that the classifier has not seen", unseen, unseen_labels, reference)
+    score("500 digits unseen by the classifier", unseen, unseen_labels, reference)
     if overrides:
         config = cli.load_config("fid", ["metrics=[fd,pr]", *overrides])
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision)

@@ -1,7 +1,7 @@
 """Which tokens bypass which blocks: `python scripts/show_routes.py`, keys in configs/show_routes.yaml.
 
-A row a seed: the image; for each route, the image with the tokens that bypass it darkened; and the whole network,
-blocks from bottom to top, tokens from left to right. The masks are those that sampling's strong branch draws.
+One row per seed: the image; for each route, the image with the tokens that bypass it darkened; and the whole network,
+blocks from bottom to top, tokens from left to right. The masks are those of sampling's strong branch.
 """
 
 import sys
@@ -11,14 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
 import sample
 from guidance import Guidance
 from routing_module import draw_keep_ids, num_kept
+from system import UserError, cli
 
 
 def kept_tokens(run: sample.Run, seeds: list[int], gamma: float | None, step: int) -> list[torch.Tensor]:
-    """Which tokens stay in each route at call `step`: a list of bool (B, N)."""
+    """Which tokens each route keeps at call `step`: a list of bool (B, N)."""
     streams, tokens = sample.streams(seeds, "strong"), run.model.num_tokens
     for _ in range(step + 1):  # every call draws for each route in turn
         kept = []
@@ -42,7 +42,7 @@ def through_blocks(run: sample.Run, kept: list[torch.Tensor]) -> torch.Tensor:
 
 
 def darkened(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, H, W), bool (B, N) -> the same with the other tokens' patches darkened and tinted: (B, H, W, 3)."""
+    """uint8 (B, 3, H, W), bool (B, N) -> the images with the patches of the other tokens darkened: (B, H, W, 3)."""
     side, (height, width) = int(mask.shape[1] ** 0.5), images.shape[2:]
     patches = mask.view(-1, 1, side, side).repeat_interleave(height // side, 2).repeat_interleave(width // side, 3)
     tint = torch.tensor([70, 20, 90]).view(1, 3, 1, 1)
@@ -58,7 +58,7 @@ def main(overrides: list[str]) -> None:
     config = cli.load_config("show_routes", overrides)
     run = sample.load_given(config.ckpt, "mnist-tread-rf")
     if not run.model.routes:
-        raise ValueError(f"{run.checkpoint} has no routes to show; needed: a model trained with them (model=tread)")
+        raise UserError(f"{run.checkpoint} has no routes; needed: a model trained with routes (model=tread)")
     seeds = sample.parse_seeds(config.seeds)
     kept = kept_tokens(run, seeds, config.gamma, config.step)
     labels = sample.labels_for(run.num_classes, seeds, "balanced")

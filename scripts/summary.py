@@ -1,4 +1,4 @@
-"""A run in one small table: `python scripts/summary.py runs/quickstart`."""
+"""A run as a small table: `python scripts/summary.py runs/quickstart`."""
 
 import json
 import sys

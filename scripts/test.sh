@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The test suite: bash scripts/test.sh [pytest arguments]
+# Style and the test suite: bash scripts/test.sh [pytest arguments]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+ruff check .
+ruff format --check .
 python -m pytest -q --durations=15 "$@"

@@ -1,7 +1,7 @@
-"""Trains the digit classifier behind `fd_mnist` and `class_accuracy`: python scripts/train_mnist_classifier.py
+"""Trains the digit classifier of `fd_mnist` and `class_accuracy`: python scripts/train_mnist_classifier.py
 
-4,500 real digits with light augmentation, 20 epochs, about 40 s on two cores; then its accuracy on 500 digits that it
-has never seen. Writes assets/mnist_classifier.safetensors.
+4,500 real digits with light augmentation, 20 epochs, about 40 s on two cores; prints the accuracy on 500 unseen digits
+and writes assets/mnist_classifier.safetensors.
 """
 
 import math
@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from features import MNIST_WEIGHTS, MnistClassifier, digits  # noqa: E402
+from evaluation.features import MNIST_WEIGHTS, MnistClassifier, digits  # noqa: E402
 from randomness import seeded_generator, uniform  # noqa: E402
 
 EPOCHS, BATCH_SIZE, MAX_LR, WEIGHT_DECAY, LABEL_SMOOTHING = 20, 100, 3e-3, 0.05, 0.1
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """uint8 (B, 1, 28, 28): turned by up to 0.2 rad, stretched by 12 %, sheared by 0.15, shifted by 2.8 pixels."""
+    """uint8 (B, 1, 28, 28), rotated by up to 0.2 rad, stretched by 12 %, sheared by 0.15, shifted by 2.8 pixels."""
     angle, stretch_x, stretch_y, shear, shift_x, shift_y = (
         reach * (2 * uniform((len(images),), generator) - 1) for reach in (0.2, 0.12, 0.12, 0.15, 0.2, 0.2)
     )

@@ -7,8 +7,8 @@ import math
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-import checkpoint
-import inception
+from evaluation import inception
+from system.files import sha256_of
 
 
 class Unloaded(FeatureExtractorInceptionV3):
@@ -38,7 +38,7 @@ def write_made_weights(folder) -> tuple:
     """(path, sha256) of a file with `made_state`."""
     path = folder / inception.URL.rpartition("/")[2]
     torch.save(made_state(), path)
-    return path, checkpoint.sha256(path)
+    return path, sha256_of(path)
 
 
 def noise(n: int, size: int = 32, seed: int = 0) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import torch
 from omegaconf import OmegaConf
 
-import checkpoint
-import cli
-from loading import instantiate
+from checkpoints.load import instantiate
+from checkpoints.run_folder import save_checkpoint
+from system import cli
 
 
 def make_run(folder, overrides, steps=(1,)):
@@ -18,7 +18,7 @@ def make_run(folder, overrides, steps=(1,)):
         for parameter in net.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
         optimizer = torch.optim.AdamW(net.parameters())
-        checkpoint.save(
+        save_checkpoint(
             folder, step, model=net, ema=net, optimizer=optimizer, state={}, config=OmegaConf.to_yaml(config)
         )
     return folder

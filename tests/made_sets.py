@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.publish import publish
-from data.writer import shard_name, write_shard
+from data.encoding import LatentEncoding
+from data.shards import finalize, shard_name, write_shard
 
 SHAPE, NUM_CLASSES = (4, 4, 4), 10
 SIZES = (5, 7, 100)  # of the shards
@@ -34,7 +34,7 @@ def write_set(folder: Path, sizes=SIZES) -> Path:
         samples = ((f"{i:04d}", array_of(i), i % NUM_CLASSES) for i in range(start, start + size))
         write_shard(folder / shard_name("train", shard), samples)
         start += size
-    publish(folder, kind="sample_scaled", num_classes=NUM_CLASSES)
+    finalize(folder, LatentEncoding("sample_scaled"), num_classes=NUM_CLASSES)
     return folder
 
 

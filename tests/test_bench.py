@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import bench
 
-import cli
-from dit import build
+from dit import DiT
 from edm import EDM
 from routing_module import Routing
+from system import cli
 
 TINY = [
     "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=8", "train.compile=off",
@@ -28,14 +28,15 @@ def report(monkeypatch):
 
 
 def test_the_plain_network_is_the_same_function():
-    shape = dict(depth=6, hidden_size=32, num_heads=2)
-    settings = dict(input_size=16, in_channels=4, num_classes=10)
+    settings = dict(
+        input_size=16, patch_size=4, depth=6, hidden_size=32, num_heads=2, num_classes=10, learn_sigma=False
+    )
     spans = ((0.5, 1, 2), (0.3, 3, 4))
     routes = [dict(zip(("selection_ratio", "start_layer_idx", "end_layer_idx"), span)) for span in spans]
-    ours = build("DiT-XS/4", **settings, **shape, routes=routes)
+    ours = DiT(**settings, routes=routes)
     for p in ours.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    plain = bench.PlainDiT(**settings, **shape, patch_size=4, learn_sigma=False, routes=routes, block=bench.PlainBlock)
+    plain = bench.PlainDiT(**settings, routes=routes, block=bench.PlainBlock)
     plain.load_state_dict(ours.state_dict())
     x, y = torch.randn(3, 4, 16, 16), torch.tensor([0, 9, 10])
     for routed in (False, True):

@@ -8,7 +8,21 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
+from checkpoints import run_folder
+from checkpoints.run_folder import (
+    MANIFEST,
+    complete_checkpoints,
+    find_checkpoint,
+    latest_checkpoint,
+    load_optimizer,
+    load_weights,
+    newest_intact,
+    prune_checkpoints,
+    read_tensors,
+    save_checkpoint,
+    step_of,
+    verify_checkpoint,
+)
 from dit import DiT
 
 
@@ -26,7 +40,7 @@ def trained():
 
 def save(folder, step, trained):
     model, ema, optimizer = trained
-    return checkpoint.save(
+    return save_checkpoint(
         folder, step, model=model, ema=ema, optimizer=optimizer, state={"data": "x"}, config="a: 1\n"
     )
 
@@ -34,20 +48,20 @@ def save(folder, step, trained):
 def test_round_trip(tmp_path, trained):
     model, ema, optimizer = trained
     path = save(tmp_path, 7, trained)
-    checkpoint.verify(path)
-    assert checkpoint.find(tmp_path) == checkpoint.find(path) == path == checkpoint.latest(tmp_path)
+    verify_checkpoint(path)
+    assert find_checkpoint(tmp_path) == find_checkpoint(path) == path == latest_checkpoint(tmp_path)
     torch.manual_seed(1)
     other = DiT(8, 4, 1, 16, 1, 2, num_classes=2, learn_sigma=False)
     restored = torch.optim.AdamW(other.parameters(), lr=1e-3, fused=True)
-    checkpoint.load_weights(path, other, "raw")
-    checkpoint.load_optimizer(path, other, restored)
+    load_weights(path, other, "raw")
+    load_optimizer(path, other, restored)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         for field, value in optimizer.state[mine].items():
             assert torch.equal(value, restored.state[theirs][field])
-    checkpoint.load_weights(path, other, "ema")
+    load_weights(path, other, "ema")
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), other.parameters()))
-    saved = checkpoint.read_tensors(path / "model.safetensors")
+    saved = read_tensors(path / "model.safetensors")
     assert all(not key.startswith(("module.", "_orig_mod.")) for key in saved)
 
 
@@ -84,11 +98,11 @@ def crash_at(call, folder, step, trained):
 
         for name in WATCHED:
             setattr(os, name, dying(getattr(os, name)))
-        checkpoint.save_file = dying(checkpoint.save_file)
+        run_folder.save_file = dying(run_folder.save_file)
         shutil.rmtree = dying(shutil.rmtree)
         try:
             save(folder, step, trained)
-            checkpoint.prune(folder, 1, None)
+            prune_checkpoints(folder, 1, None)
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -103,12 +117,12 @@ def test_death_at_every_point_of_a_save_leaves_a_whole_checkpoint(tmp_path, trai
         if again:
             save(folder, 2, trained)
         completed = crash_at(call, folder, 2, trained)
-        found = checkpoint.newest_intact(folder)
-        assert found is not None and checkpoint.step_of(found) in (1, 2)
-        for path in checkpoint.complete_checkpoints(folder):
-            checkpoint.verify(path)  # torn ones are never taken for complete
+        found = newest_intact(folder)
+        assert found is not None and step_of(found) in (1, 2)
+        for path in complete_checkpoints(folder):
+            verify_checkpoint(path)  # torn ones are never taken for complete
         save(folder, 3, trained)  # the next writer is not in the way of what is left
-        assert checkpoint.latest(folder).name == "step_0000003"
+        assert latest_checkpoint(folder).name == "step_0000003"
         assert not list((folder / "checkpoints").glob(".tmp_*"))
         shutil.rmtree(folder)
         if completed:
@@ -132,15 +146,15 @@ def test_every_damaged_file_is_seen_and_the_previous_checkpoint_taken(tmp_path, 
             path.write_bytes(content[: len(content) // 2])
         else:
             path.unlink()
-        if name == checkpoint.MANIFEST and harm == "flip":
+        if name == MANIFEST and harm == "flip":
             with pytest.raises(ValueError):
-                checkpoint.verify(path.parent)
-        assert checkpoint.newest_intact(tmp_path) == checkpoint.step_folder(tmp_path, 1), name
+                verify_checkpoint(path.parent)
+        assert newest_intact(tmp_path) == tmp_path / "checkpoints" / "step_0000001", name
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, trained, monkeypatch):
     before = save(tmp_path, 1, trained)
-    real = checkpoint.save_file
+    real = run_folder.save_file
     for n in range(3):
         calls = iter(range(10))
 
@@ -149,12 +163,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, trained, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             real(tensors, path)
 
-        monkeypatch.setattr(checkpoint, "save_file", full)
+        monkeypatch.setattr(run_folder, "save_file", full)
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, 2, trained)
         names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
         assert [name for name in names if name.startswith((".tmp", "step"))] == [before.name]
-        checkpoint.verify(before)
+        verify_checkpoint(before)
 
 
 def test_free_space_is_looked_at_first(tmp_path, trained, monkeypatch):
@@ -167,8 +181,8 @@ def test_free_space_is_looked_at_first(tmp_path, trained, monkeypatch):
 def test_prune_keeps_the_newest_and_the_multiples(tmp_path, trained):
     for step in range(1, 8):
         save(tmp_path, step, trained)
-    checkpoint.prune(tmp_path, keep_last=2, keep_every=3)
-    assert [checkpoint.step_of(p) for p in checkpoint.complete_checkpoints(tmp_path)] == [3, 6, 7]
+    prune_checkpoints(tmp_path, keep_last=2, keep_every=3)
+    assert [step_of(p) for p in complete_checkpoints(tmp_path)] == [3, 6, 7]
 
 
 @pytest.mark.parametrize("what", ["missing", "empty"])  # files are for foreign.py to judge
@@ -177,20 +191,20 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path, what):
     if what == "empty":
         path.mkdir()
     with pytest.raises(ValueError, match=f"ckpt={path}"):
-        checkpoint.find(path)
+        find_checkpoint(path)
 
 
 def test_weights_of_another_model_are_refused_with_the_keys(tmp_path, trained):
     path = save(tmp_path, 1, trained)
     with pytest.raises(ValueError, match="another model.*blocks.1"):
-        checkpoint.load_weights(path, DiT(8, 4, 1, 16, 2, 2, num_classes=2, learn_sigma=False), "raw")
+        load_weights(path, DiT(8, 4, 1, 16, 2, 2, num_classes=2, learn_sigma=False), "raw")
     with pytest.raises(ValueError, match="another model.*is .* in the file and"):
-        checkpoint.load_weights(path, DiT(8, 4, 1, 32, 1, 2, num_classes=2, learn_sigma=False), "raw")
+        load_weights(path, DiT(8, 4, 1, 32, 1, 2, num_classes=2, learn_sigma=False), "raw")
     with pytest.raises(ValueError, match="ema or raw"):
-        checkpoint.load_weights(path, trained[0], "best")
+        load_weights(path, trained[0], "best")
 
 
 def test_manifest_names_every_file(tmp_path, trained):
     path = save(tmp_path, 1, trained)
-    listed = set(json.loads((path / checkpoint.MANIFEST).read_text())["files"]) | {checkpoint.MANIFEST}
+    listed = set(json.loads((path / MANIFEST).read_text())["files"]) | {MANIFEST}
     assert listed == {p.name for p in path.iterdir()}

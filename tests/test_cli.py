@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 import train as training
+from system import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,7 +123,7 @@ def test_a_label_outside_the_classes_is_refused(command, tiny_overrides, few_lat
     "script, arguments, expected",
     [
         ("sample.py", "ckpt=nowhere", "ckpt=nowhere"),
-        ("sample.py", "ckpt=tests", "no checkpoint"),
+        ("sample.py", "ckpt=tests", "not a checkpoint"),
         ("sample.py", "ckpt={runs}/tread seeds=5-1", "seeds=5-1"),
         ("sample.py", "ckpt={runs}/tread sedes=5", "unknown key 'sedes'; did you mean seeds"),
         ("sample.py", "ckpt={runs}/tread guidance=cgf", "unknown guidance=cgf; needed: one of"),
@@ -148,3 +148,16 @@ def test_help_is_no_error(command):
 def test_the_resolved_config_can_be_shown(command):
     code, out, err = command("train.py", "--cfg", "job", "model=dit")
     assert code == 0 and "max_steps" in out and "routes: []" in out, err
+
+
+def test_an_internal_error_keeps_its_traceback(command, tiny_overrides, tmp_path, monkeypatch):
+    import dit
+
+    def broken(self, *inputs):
+        raise ValueError("inside a block")
+
+    monkeypatch.setattr(dit.Block, "forward", broken)  # the command runs in a fork of this process
+    code, out, err = command("train.py", *tiny_overrides, f"results_dir={tmp_path}", "run_name=broken")
+    assert code == 1
+    assert "Traceback" in err and err.rstrip().endswith("ValueError: inside a block")
+    assert "error:" not in err.lower().replace("valueerror:", "")

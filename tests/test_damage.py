@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 import data.__main__
-import data.scan
-from data import make_loader, open_latents
-from data.files import atomic_file
+from data import BatchPlan, make_loader, open_latents
+from data.index import npy_header
 from data.inspect import inspect
-from data.manifest import read_manifest, write_manifest
-from data.order import Order
-from data.scan import npy_header
-from data.writer import shard_name
+from data.loader import Order
+from data.shards import read_manifest, shard_name, write_manifest
+from system import UserError
+from system.files import atomic_file, sha256_of
 from tests.made_sets import NUM_CLASSES, SHAPE, TOTAL, array_of, good, npy, numbers_in, write_members, write_set
 
 
@@ -69,7 +68,7 @@ def damaged(tmp_path):
         ]
         manifest = dict.fromkeys("bias codec codec_sha256 scale counts mean std".split())
         for shard in shards:
-            shard["sha256"] = data.scan.file_sha256(folder / shard["name"])
+            shard["sha256"] = sha256_of(folder / shard["name"])
         manifest |= {
             "kind": "sample_scaled",
             "shape": SHAPE,
@@ -85,7 +84,7 @@ def damaged(tmp_path):
 
 def check_stopped_and_skipped(folder: Path, message: str, capfd) -> None:
     """`stop` names the fault in one line; `skip` reads what is left, and says and counts what is not."""
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_latents(folder)
     assert "\n" not in str(error.value)
     latents = open_latents(folder, on_error="skip")
@@ -106,7 +105,7 @@ def test_bad_sample_is_named(damaged, defect, capfd, tmp_path, monkeypatch):
 
 def test_double_key_is_named(damaged):
     folder = damaged([*good(1), ("0000.latent.npy", npy(array_of(9)))])
-    with pytest.raises(ValueError, match=r"train-000000.tar: sample '0000' at byte \d+ has a second .latent.npy"):
+    with pytest.raises(UserError, match=r"train-000000.tar: sample '0000' at byte \d+ has a second .latent.npy"):
         open_latents(folder)
     assert numbers_in(open_latents(folder, on_error="skip").read([0, 1])[0]) == [0, 1]  # the first one counts
 
@@ -145,7 +144,7 @@ def test_truncation_anywhere_is_seen(tmp_path):
     whole = write_set(tmp_path / "whole", sizes=[6])
     contents = (whole / "train-000000.tar").read_bytes()
     last = tarfile.open(whole / "train-000000.tar").getmembers()[-1]
-    end_of_members = last.offset_data + 512  # behind it lie only blocks of zeros
+    end_of_members = last.offset_data + 512  # after it there are only blocks of zeros
     cuts = {*range(512, end_of_members, 512), *np.linspace(1, end_of_members - 1, 30).astype(int).tolist()}
     assert len(cuts) >= 50
     for cut in cuts:
@@ -155,7 +154,7 @@ def test_truncation_anywhere_is_seen(tmp_path):
             (folder / "train-000000.tar").write_bytes(contents[:cut])
             if manifest:
                 (folder / "meta.json").write_bytes((whole / "meta.json").read_bytes())
-            with pytest.raises(ValueError, match="train-000000.tar: .*(cut off|has no .cls|has no .latent.npy)"):
+            with pytest.raises(UserError, match="train-000000.tar: .*(cut off|has no .cls|has no .latent.npy)"):
                 open_latents(folder)
 
 
@@ -163,7 +162,7 @@ def test_manifest_sees_a_shard_of_other_contents(tmp_path):
     folder = write_set(tmp_path / "set", sizes=[6, 3])
     write_members(folder / "train-000000.tar", good(0))
     with pytest.raises(
-        ValueError, match="train-000000.tar: its sha256 is not the one in meta.json: 1 samples, needed 6"
+        UserError, match="train-000000.tar: its sha256 is not the one in meta.json: 1 samples, needed 6"
     ):
         open_latents(folder)
     assert len(open_latents(folder, on_error="skip")) == 3
@@ -185,22 +184,22 @@ def test_bit_flip_is_seen_wherever_it_happens(tmp_path):
     shard = folder / "train-000000.tar"
     member = tarfile.open(shard).getmember("0003.latent.npy")
     at, sample = member.offset_data + 140, f"train-000000.tar: sample '0003' at byte {member.offset_data} has changed"
-    flip_bit(shard, at, keep_time=True)  # behind the index's back: found when the sample is read
+    flip_bit(shard, at, keep_time=True)  # unnoticed by the index: found when the sample is read
     latents = open_latents(folder)
     assert numbers_in(latents.read([0, 1, 2, 4])[0]) == [0, 1, 2, 4]
-    with pytest.raises(ValueError, match=sample):
+    with pytest.raises(UserError, match=sample):
         latents.read([2, 3])
     assert inspect(folder)["wrong"] == [sample]
     flip_bit(shard, at, keep_time=True)
     flip_bit(shard, at, keep_time=False)  # with a new time: found when the set is opened
-    with pytest.raises(ValueError, match=sample):
+    with pytest.raises(UserError, match=sample):
         open_latents(folder)
-    (folder / ".train.index.npz").unlink()  # nobody remembers the sample any more
-    with pytest.raises(ValueError, match="train-000000.tar: its sha256 is not the one in meta.json"):
+    (folder / ".train.index.npz").unlink()  # nothing records the sample any more
+    with pytest.raises(UserError, match="train-000000.tar: its sha256 is not the one in meta.json"):
         open_latents(folder)
     flip_bit(shard, member.offset_data - 512 + 124, keep_time=False)  # in the header
     with pytest.raises(
-        ValueError, match=f"train-000000.tar: has a damaged tar header at byte {member.offset_data - 512}"
+        UserError, match=f"train-000000.tar: has a damaged tar header at byte {member.offset_data - 512}"
     ):
         open_latents(folder)
 
@@ -212,13 +211,13 @@ def test_sample_that_turns_bad_is_replaced_and_counted(tmp_path, num_workers, ca
     shard = folder / "train-000002.tar"
     for key in ("0020", "0021"):
         flip_bit(shard, tarfile.open(shard).getmember(f"{key}.latent.npy").offset_data + 200, keep_time=True)
-    settings = dict(global_batch_size=16, micro_batch_size=16, num_steps=2 * TOTAL // 16, num_workers=num_workers)
-    stream = [n for raw, y in make_loader(skipping, **settings) for n in numbers_in(raw)]
+    plan, settings = BatchPlan(16, 16, 1, 0, 1), dict(num_steps=2 * TOTAL // 16, num_workers=num_workers)
+    stream = [n for raw, y in make_loader(skipping, plan, **settings) for n in numbers_in(raw)]
     expected = Order(TOTAL, seed=0)(np.arange(2 * TOTAL))
     assert stream == [22 if i in (20, 21) else i for i in expected]  # never a shorter epoch, and the same for everybody
     assert len(skipping.faults) == 2 and capfd.readouterr().err.count("has changed since it was indexed") == 2
-    with pytest.raises(ValueError, match="sample '002[01]' at byte") as error:
-        list(make_loader(latents, **settings))
+    with pytest.raises(UserError, match="sample '002[01]' at byte") as error:
+        list(make_loader(latents, plan, **settings))
     assert "\n" not in str(error.value)
 
 
@@ -229,13 +228,13 @@ def test_shard_deleted_or_cut_while_reading(tmp_path):
     for shard in (0, 1):
         (folder / shard_name("train", shard)).unlink()
     assert numbers_in(latents.read([2])[0]) == [2]  # an open shard stays readable
-    with pytest.raises(ValueError, match="train-000001.tar: No such file"):
+    with pytest.raises(UserError, match="train-000001.tar: No such file"):
         latents.read([4])
     latents.read([6])
     os.truncate(folder / shard_name("train", 2), 2000)
-    with pytest.raises(ValueError, match="train-000002.tar: sample .* is cut off"):
+    with pytest.raises(UserError, match="train-000002.tar: sample .* is cut off"):
         latents.read([8])
-    with pytest.raises(ValueError, match="train-000000.tar: No such file or directory .and 2 more faults"):
+    with pytest.raises(UserError, match="train-000000.tar: No such file or directory .and 2 more faults"):
         open_latents(folder)
 
 
@@ -244,13 +243,13 @@ def test_empty_shard(tmp_path):
     folder.mkdir()
     write_members(folder / "train-0.tar", good(0))
     write_members(folder / "train-1.tar", [])
-    with pytest.raises(ValueError, match="train-1.tar: holds no .latent.npy$"):
+    with pytest.raises(UserError, match="train-1.tar: holds no .latent.npy$"):
         open_latents(folder)
     (folder / "train-1.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="train-1.tar: is cut off"):
+    with pytest.raises(UserError, match="train-1.tar: is cut off"):
         open_latents(folder)
     write_members(folder / "train-1.tar", [("0.latent", b"pickle"), ("0.cls", b"1")])
-    with pytest.raises(ValueError, match="train-1.tar: holds no .latent.npy, but .latent; python -m data inspect"):
+    with pytest.raises(UserError, match="train-1.tar: holds no .latent.npy, but .latent; python -m data inspect"):
         open_latents(folder)
 
 
@@ -270,7 +269,7 @@ def test_empty_shard(tmp_path):
 def test_bad_manifest_is_refused(tmp_path, change, message):
     folder = write_set(tmp_path / "set", sizes=[2])
     (folder / "meta.json").write_text(change(read_manifest(folder)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         open_latents(folder)
 
 
@@ -289,7 +288,7 @@ def test_inspect_lists_damage(damaged, capsys):
     assert "sample '0001' at byte 2560 has numbers that are not finite" in capsys.readouterr().out
 
 
-def test_every_flipped_bit_of_a_header_is_an_array_or_a_value_error():
+def test_every_flipped_bit_of_a_header_is_an_array_or_a_user_error():
     header = npy(np.zeros((1, 28, 28), np.float16))[:128]
     refused = 0
     for bit in range(8 * len(header)):
@@ -297,6 +296,6 @@ def test_every_flipped_bit_of_a_header_is_an_array_or_a_value_error():
         flipped[bit // 8] ^= 1 << bit % 8
         try:
             npy_header(bytes(flipped))
-        except ValueError:
+        except UserError:
             refused += 1
-    assert refused > 500  # the others change padding, or the shape, which the scan compares
+    assert refused > 500  # the others change padding, or the shape, which validation compares

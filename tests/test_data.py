@@ -16,17 +16,14 @@ import torch
 import data.__main__
 import data.index
 import data.latents
-import data.order
-import data.scan
-from data import channel_stats, has_split, make_loader, open_latents, prepare_mnist, scale_warning
-from data.index import Index, save_index
-from data.kinds import to_model_input
-from data.manifest import read_manifest
-from data.order import RUN, WINDOW, Order
-from data.publish import publish
-from data.scan import Entries
-from data.writer import shard_name, write_shard
-from randomness import Rows, seeded_generator
+import data.loader
+from data import BatchPlan, channel_stats, has_split, make_loader, open_latents, prepare_mnist, scale_warning
+from data.encoding import LatentEncoding
+from data.index import Entries, Index, save_index
+from data.loader import RUN, WINDOW, Order
+from data.shards import finalize, read_manifest, shard_name, write_shard
+from randomness import BatchSlice, seeded_generator
+from system import UserError
 from tests.made_sets import NUM_CLASSES, SHAPE, TOTAL, add, array_of, npy, numbers_in, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +49,8 @@ def test_every_epoch_is_every_sample_once(count):
 
 
 def test_any_position_is_reached_without_those_before(monkeypatch):
-    monkeypatch.setattr(data.order, "WINDOW", 64)
-    monkeypatch.setattr(data.order, "RUN", 4)
+    monkeypatch.setattr(data.loader, "WINDOW", 64)
+    monkeypatch.setattr(data.loader, "RUN", 4)
     stream = Order(1000, seed=0)(np.arange(5000))
     for start in (0, 60, 990, 3999, 4994):  # inside a window, across windows, across epochs
         np.testing.assert_array_equal(Order(1000, seed=0)(np.arange(start, start + 6)), stream[start : start + 6])
@@ -92,8 +89,8 @@ def global_batches(
     streams = []
     for rank in range(world_size):
         loader = make_loader(
-            open_latents(folder), global_batch_size=G, micro_batch_size=micro, rank=rank, world_size=world_size, seed=7,
-            start_step=start_step, num_steps=steps, num_workers=num_workers,
+            open_latents(folder), BatchPlan(G, micro, accumulation, rank, world_size), seed=7, start_step=start_step,
+            num_steps=steps, num_workers=num_workers,
         )  # fmt: skip
         assert len(loader) == (steps - start_step) * accumulation
         stream = []
@@ -131,24 +128,24 @@ def test_micro_batch_size_and_start_do_not_change_the_batches(uneven, one_proces
         assert global_batches(uneven, 2, 0, start_step=start_step) == one_process[start_step:]
 
 
-def test_indivisible_batch_is_refused(uneven):
-    with pytest.raises(ValueError, match="global_batch_size=12 is not a multiple of micro_batch_size=5 x 2 processes"):
-        make_loader(open_latents(uneven), global_batch_size=12, micro_batch_size=5, world_size=2, num_steps=1)
+def test_indivisible_batch_is_refused():
+    with pytest.raises(UserError, match="global_batch_size=12 is not micro_batch_size=5 x 1 accumulated x 2 processes"):
+        BatchPlan(12, 5, 1, rank=0, world_size=2)
 
 
 def test_loader_leaves_the_global_generator_alone(uneven):
     state = torch.get_rng_state()
-    for _ in make_loader(open_latents(uneven), global_batch_size=4, micro_batch_size=4, num_steps=2, num_workers=1):
+    for _ in make_loader(open_latents(uneven), BatchPlan(4, 4, 1, 0, 1), num_steps=2, num_workers=1):
         pass
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_each_window_is_asked_for_ahead_once(uneven, monkeypatch):
-    monkeypatch.setattr(data.order, "WINDOW", 32)
+    monkeypatch.setattr(data.loader, "WINDOW", 32)
     asked = []
     latents = open_latents(uneven)
     monkeypatch.setattr(latents, "will_need", lambda indices: asked.append(sorted(indices.tolist())))
-    list(make_loader(latents, global_batch_size=4, micro_batch_size=4, num_steps=TOTAL // 4, seed=1))
+    list(make_loader(latents, BatchPlan(4, 4, 1, 0, 1), num_steps=TOTAL // 4, seed=1))
     order = Order(TOTAL, seed=1)
     assert sorted(asked) == sorted(
         sorted(order.window(*key).tolist()) for key in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
@@ -159,7 +156,7 @@ def test_each_window_is_asked_for_ahead_once(uneven, monkeypatch):
 KILLED_WORKER = """
 import multiprocessing, os, sys, data
 loader = data.make_loader(
-    data.open_latents(sys.argv[1]), global_batch_size=4, micro_batch_size=4, num_steps=10**6, num_workers=1
+    data.open_latents(sys.argv[1]), data.BatchPlan(4, 4, 1, 0, 1), num_steps=10**6, num_workers=1
 )
 batches = iter(loader)
 next(batches)
@@ -209,7 +206,7 @@ def test_compvis_shards_without_a_manifest(tmp_path):
     assert numbers_in(raw) == [0, 1, 2, 10, 11, 12] and y.tolist() == [0, 3, 6] * 2
     assert (latents.num_classes, latents.kind, latents.meta) == (7, "sample_scaled", {})
     assert len(open_latents(tmp_path, split="val")) == 3
-    with pytest.raises(ValueError, match="no meta.json says the scale"):
+    with pytest.raises(UserError, match="no meta.json says the scale"):
         open_latents(tmp_path, kind="sample_raw")
     before = latents.fingerprint
     assert data.__main__.main(["index", str(tmp_path), "num_classes=8"]) == 0
@@ -221,10 +218,10 @@ def test_compvis_shards_without_a_manifest(tmp_path):
 def test_index_is_built_once(tmp_path, monkeypatch):
     folder = write_set(tmp_path / "set")
 
-    def scanned_again(self, path):
+    def read_again(self, path):
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(data.scan.ShardScan, "samples", scanned_again)
+    monkeypatch.setattr(data.index.ShardValidator, "read_samples", read_again)
     assert len(open_latents(folder)) == TOTAL
     os.utime(folder / shard_name("train", 1))
     with pytest.raises(AssertionError, match="read again"):
@@ -248,7 +245,7 @@ def test_fingerprint_knows_every_change(tmp_path):
         (tmp_path / name).mkdir()
         write_shard(tmp_path / name / "train-0.tar", [(f"{i}", array_of(n), y) for i, (n, y) in enumerate(samples)])
         fingerprints.add(open_latents(tmp_path / name).fingerprint)
-    publish(tmp_path / "plain", kind="sample_raw", scale=2.0, bias=0.0)
+    finalize(tmp_path / "plain", LatentEncoding("sample_raw", 2.0, 0.0))
     fingerprints.add(open_latents(tmp_path / "plain").fingerprint)
     assert len(fingerprints) == 5
 
@@ -268,7 +265,7 @@ def test_speed_and_memory(tmp_path):
     array = np.random.default_rng(0).standard_normal((4, 32, 32)).astype(np.float16)
     write_shard(tmp_path / "train-0.tar", ((f"{i}", array, i % 10) for i in range(512)))
     latents = open_latents(tmp_path)
-    loader = make_loader(latents, global_batch_size=64, micro_batch_size=64, num_steps=64)
+    loader = make_loader(latents, BatchPlan(64, 64, 1, 0, 1), num_steps=64)
     start = time.process_time()
     assert sum(len(y) for _, y in loader) == 4096
     assert 4096 / (time.process_time() - start) > 3000
@@ -294,7 +291,7 @@ def test_what_open_refuses(tmp_path, uneven):
         (uneven, {"kind": "latents"}, "unknown kind of latents 'latents'; needed: one of sample_scaled"),
         (uneven, {"on_error": "ignore"}, "needed: one of stop, skip"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             open_latents(path, **options)
 
 
@@ -307,23 +304,24 @@ def test_copies_read_for_themselves(uneven):
     assert numbers_in(twin.read([3, 50])[0]) == [3, 50] and twin.keys([50]) == ["0050"]
 
 
-# --- kinds and statistics -------------------------------------------------------------------------
+# --- encoding and statistics -------------------------------------------------------------------------
 
 
 def test_moments_are_drawn_from_the_generators_alone():
     raw = torch.cat([torch.randn(6, 2, 3, 3), torch.full((6, 2, 3, 3), -40.0)], dim=1)
-    x = to_model_input(raw, "moments_logvar", 0.5, 1.0, seeded_generator("a"))
+    x = LatentEncoding("moments_logvar", 0.5, 1.0).to_model_input(raw, seeded_generator("a"))
     torch.testing.assert_close(x, raw[:, :2] * 0.5 + 1, atol=1e-5, rtol=0)  # log variance is clamped at -30
     raw[:, 2:] = 0.0  # unit variance
-    whole = to_model_input(raw, "moments_logvar", 1.0, 0.0, Rows(seeded_generator("b"), 0, 6))
-    part = to_model_input(raw[4:], "moments_logvar", 1.0, 0.0, Rows(seeded_generator("b"), 4, 6))
+    encoding = LatentEncoding("moments_logvar", 1.0, 0.0)
+    whole = encoding.to_model_input(raw, BatchSlice(seeded_generator("b"), 0, 6))
+    part = encoding.to_model_input(raw[4:], BatchSlice(seeded_generator("b"), 4, 6))
     assert torch.equal(whole[4:], part)
-    assert not torch.equal(whole, to_model_input(raw, "moments_logvar", 1.0, 0.0, seeded_generator("c")))
+    assert not torch.equal(whole, encoding.to_model_input(raw, seeded_generator("c")))
 
 
 def test_scale_and_bias_of_each_channel(tmp_path):
     write_shard(tmp_path / "train-0.tar", [(f"{i}", array_of(i) * 0 + i, 0) for i in range(4)])
-    publish(tmp_path, kind="sample_raw", scale=[1.0, 2.0, 3.0, 4.0], bias=[0.0, 0.0, 0.0, -1.0])
+    finalize(tmp_path, LatentEncoding("sample_raw", scale=[1.0, 2.0, 3.0, 4.0], bias=[0.0, 0.0, 0.0, -1.0]))
     latents = open_latents(tmp_path)
     x = latents.to_model_input(latents.read([1, 3])[0])
     assert x.dtype == torch.float32 and x[:, :, 0, 0].tolist() == [[1, 2, 3, 3], [3, 6, 9, 11]]
@@ -387,7 +385,7 @@ def test_two_processes_prepare_the_same_bytes(digits, tmp_path):
 
 def test_digits_do_not_overwrite_other_data(tmp_path):
     write_set(tmp_path / "mine", sizes=[3])
-    with pytest.raises(ValueError, match="holds other shards"):
+    with pytest.raises(UserError, match="holds other shards"):
         prepare_mnist(tmp_path / "mine")
 
 
@@ -420,5 +418,5 @@ def test_commands_say_what_is_wrong_in_one_line(uneven, tmp_path):
         (["inspect"], "needs 1 path"),
         (["convert", uneven, "workers=1"], "needs 2 paths"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             data.__main__.main([str(argument) for argument in arguments])

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import cost
 from ddpm import DDPM
-from dit import SIZES, Block, DiT, build, unpatchify
+from dit import SIZES, Block, DiT, unpatchify
 from edm import EDM
 from lightningdit import LightningBlock, LightningDiT, rotary_angles, rotate
 from rf import RectifiedFlow
 from routing_module import Routing, draw_keep_ids, gather_tokens
+from system import cli
 
 
 def official_keys(depth):
@@ -43,7 +43,7 @@ PUBLISHED = {  # millions of parameters and forward GMACs (DiT's paper, Tables 1
 def test_counts_are_the_published_ones(size):
     millions, gmacs, routed = PUBLISHED[size]
     with torch.device("meta"):
-        net = build(f"DiT-{size}", input_size=32, in_channels=4, num_classes=1000, learn_sigma=True, routes=ROUTES)
+        net = DiT(size=f"DiT-{size}", routes=ROUTES)
     assert net.state_dict().keys() == official_keys(SIZES[size.split("/")[0]]["depth"])
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
     assert net.macs() / 1e9 == pytest.approx(gmacs, rel=1e-3, abs=5e-3)  # two decimals are published
@@ -66,7 +66,7 @@ def test_formula_counts_what_the_network_multiplies(network):
 def test_the_counter_agrees_with_the_formula_at_published_sizes(size):
     """On fake tensors: shapes only. On CPU attention is matrix products, and so is counted."""
     with FakeTensorMode():
-        net = build(f"DiT-{size}", input_size=32, in_channels=4, num_classes=1000, learn_sigma=True, routes=ROUTES)
+        net = DiT(size=f"DiT-{size}", routes=ROUTES)
         x, t, y = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             net(x, t, y)
@@ -75,7 +75,7 @@ def test_the_counter_agrees_with_the_formula_at_published_sizes(size):
 
 def test_initialisation_is_dits():
     torch.manual_seed(0)
-    net = build("DiT-S/2", input_size=16, in_channels=4, num_classes=10)
+    net = DiT(16, size="DiT-S/2", num_classes=10, learn_sigma=False)
     for name, p in net.named_parameters():
         if name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
             assert not p.any(), name
@@ -146,12 +146,12 @@ def test_patches_return_to_their_places():
 @pytest.mark.parametrize("bad", ["DiT-M/2", "DiT-XL", "XL2", "DiT-S/x"])
 def test_unknown_sizes_are_refused(bad):
     with pytest.raises(ValueError, match="needed"):
-        build(bad, input_size=32, in_channels=4, num_classes=10)
+        DiT(size=bad)
 
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="patch_size"):
-        build("DiT-S/8", input_size=28, in_channels=1, num_classes=10)
+        DiT(28, size="DiT-S/8")
     with pytest.raises(ValueError, match="num_heads"):
         DiT(8, 2, 1, 30, 1, 4)
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 import data.__main__
 from data.images import center_crop, open_images
-from data.latents import open_latents
-from data.writer import write_shard
+from data.shards import open_latents, write_shard
 from scripts.encode_latents import main
+from system import UserError, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, SCALE = 32, 0.5
@@ -135,7 +135,7 @@ def test_manifest_says_how_it_was_made(vae, encoded):
 
 
 def test_killed_and_started_again_gives_the_same_bytes_on_any_number_of_processes(photos, vae, tmp_path):
-    """Samples, with their noise: one process, against two that go on where one was killed behind its first shard."""
+    """Samples, with their noise: one process, against two that go on where one was killed after its first shard."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     main(settings(photos, whole, vae))
     two = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671")
@@ -154,7 +154,7 @@ def test_killed_and_started_again_gives_the_same_bytes_on_any_number_of_processe
     assert not list(cut.glob(".*.tmp"))
     latents = open_latents(cut)
     assert (latents.kind, latents.shape, latents.dtype) == ("sample_scaled", (4, 8, 8), torch.float16)
-    with pytest.raises(ValueError, match="flip=none, not both"):
+    with pytest.raises(UserError, match="flip=none, not both"):
         main(settings(photos, cut, vae, "flip=both"))
 
 
@@ -202,14 +202,14 @@ def test_what_encoding_refuses(photos, vae, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [
         ((tmp_path / "none", tmp_path / "o", vae), "is not there"),
-        ((tmp_path / "empty", tmp_path / "o", vae), "no pictures"),
+        ((tmp_path / "empty", tmp_path / "o", vae), "holds no images"),
         ((tmp_path / "bad", tmp_path / "o", vae), "class/a.jpg"),
         ((photos, tmp_path / "o", tmp_path / "no-vae"), "no-vae"),
         ((photos, tmp_path / "o", vae, "flip=all"), "flip=all; needed: none or both"),
         ((photos, tmp_path / "o", vae, "val=26"), "val=26 of 26 images"),
     ]
     for arguments, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(cli.USER_ERRORS, match=message):
             main(settings(*arguments))
     assert not list(tmp_path.glob("o*/meta.json"))
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import cli
 import cost
 import train as training
-from prepare import build
-from processes import start_processes
+from system import cli
+from system.processes import start_processes
+from training.prepare import build
 
 SIZES = {"S": 12, "B": 12, "L": 24, "XL": 28}
 PUBLISHED = {f"{model} {size}/2": f"{overrides} model.size=DiT-{size}/2" for model, overrides in {

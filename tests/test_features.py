@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
-import features
-import inception
+from evaluation import features, inception
+from system.files import sha256_of
 from tests.made_inception import made_state, noise, write_made_weights
 
 ROOT = features.MNIST_WEIGHTS.parent.parent
@@ -102,7 +101,7 @@ def test_inception_from_torchscript_is_the_same_network(inception_file, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(root), path)
-    theirs = features.load_extractor("inception", path, checkpoint.sha256(path))
+    theirs = features.load_extractor("inception", path, sha256_of(path))
     ours = features.load_extractor("inception", *inception_file)
     torch.testing.assert_close(theirs(noise(1)).pool, ours(noise(1)).pool, rtol=0, atol=0)
 
@@ -126,7 +125,7 @@ def test_inception_of_another_network_is_refused(tmp_path):
         path = tmp_path / "weights.pth"
         torch.save(content, path)
         with pytest.raises(ValueError, match="not Inception's weights") as error:
-            features.load_extractor("inception", path, checkpoint.sha256(path))
+            features.load_extractor("inception", path, sha256_of(path))
         assert "\n" not in str(error.value)
 
 
@@ -149,7 +148,7 @@ def test_no_pickle_runs(tmp_path):
         archive.writestr("a/version", "3")
     for path in tmp_path.glob("*.p*"):
         with pytest.raises(ValueError):
-            features.load_extractor("inception", path, checkpoint.sha256(path))
+            features.load_extractor("inception", path, sha256_of(path))
         assert not canary.exists()
 
 

@@ -18,14 +18,12 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-import cli
-import features
 import fid
-import metrics
 import sample
-import scoring
-from metrics import FeatureStats, frechet_distance
-from reference import Reference, read_reference, write_reference
+from evaluation import features, metrics, score
+from evaluation.metrics import FeatureStats, frechet_distance
+from evaluation.reference import Reference, read_reference, write_reference
+from system import cli
 from tests.made_inception import noise, write_made_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,13 +89,12 @@ def test_statistics_do_not_depend_on_batches_order_or_split():
     mu, sigma = moments(x)
     shuffled = torch.from_numpy(np.random.default_rng(0).permutation(x))
     for batch_size in (1000, 64, 7):
-        parts = [FeatureStats(32), FeatureStats(32)]
-        for i, batch in enumerate(shuffled.split(batch_size)):
-            parts[i % 2].update(batch)
-        parts[0].merge(parts[1])
-        assert parts[0].count == 1000
-        np.testing.assert_allclose(parts[0].mu, mu, rtol=0, atol=1e-9)
-        np.testing.assert_allclose(parts[0].sigma, sigma, rtol=0, atol=1e-9)
+        stats = FeatureStats(32)
+        for batch in shuffled.split(batch_size):
+            stats.update(batch)
+        assert stats.count == 1000
+        np.testing.assert_allclose(stats.mu, mu, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(stats.sigma, sigma, rtol=0, atol=1e-9)
     lonely = FeatureStats(32)
     lonely.update(shuffled[:1])
     with pytest.raises(ValueError, match="at least 2"):
@@ -119,13 +116,13 @@ def made_features(n: int, seed: int) -> features.Features:
 def score_made(path: Path) -> dict:
     """101 made images, each process its share in batches of 7, against 150; run by two processes as a script, too."""
     generated, real = made_features(101, 1), made_features(150, 0)
-    rows = scoring.share(101)
+    rows = score.shard_range(101)
     starts = range(rows.start, rows.stop, 7)
     batches = (features.Features(*(t[start : min(start + 7, rows.stop)] for t in generated)) for start in starts)
     extractor = features.Extractor("inception", Given(), "made", torch.device("cpu"))
     pool, spatial = real.pool.numpy(), real.spatial.numpy()
     reference = Reference(*moments(pool), *moments(spatial), pool, extractor_sha256="made")
-    result = scoring.score(batches, 101, extractor, reference)
+    result = score.score(batches, 101, extractor, reference)
     if result:
         path.write_text(json.dumps(result))
     return result
@@ -440,13 +437,13 @@ def test_killed_and_started_again(trained, digits, tmp_path, monkeypatch):
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*/*.safetensors")}
     assert 0 < len(finished) < 16
-    read, read_part = {}, scoring.read_part
+    read, read_part = {}, score.read_part
 
     def watched(path, device):
         read[path.name] = path.stat().st_mtime_ns
         return read_part(path, device)
 
-    monkeypatch.setattr(scoring, "read_part", watched)
+    monkeypatch.setattr(fid, "read_part", watched)
     again = calc(*settings, f"out={out}")
     assert read == finished
     once = calc(*settings, f"out={tmp_path / 'once'}")
@@ -559,8 +556,8 @@ def test_scores_equal_torch_fidelitys_command(two_folders, tmp_path):
 
 def test_fid_is_the_name_of_one_thing_only():
     def named(name: str, sha256: str, n: int) -> str:
-        return scoring.distance_name(features.Extractor(name, None, sha256, None), n)
+        return score.distance_name(features.Extractor(name, None, sha256, None), n)
 
-    true = scoring.inception.STATE_DICT
+    true = score.inception.STATE_DICT
     assert [named("inception", true, n) for n in (50_000, 5_000, 1234)] == ["fid50k", "fid5k", "fid1234"]
     assert named("inception", "other", 50_000) == "fd_inception" and named("mnist", "any", 50_000) == "fd_mnist"

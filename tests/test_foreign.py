@@ -12,17 +12,17 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import cli
 import export
 import fid
 import rf
 import sample
+from checkpoints.run_folder import latest_checkpoint, save_checkpoint
 from ddpm import DDPM
 from dit import DiT
 from lightningdit import LightningDiT
-from prepare import start_from
 from sample import load_run
+from system import cli
+from training.prepare import start_from
 
 WIDTH, DEPTH = 128, 6  # the smallest width whose number of heads is known
 SMALL = dict(in_channels=1, num_classes=3, hidden_size=32, num_heads=2, learn_sigma=False)
@@ -185,7 +185,7 @@ def trained(request, tmp_path_factory, few_latents):
         p.mul_(0.9)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {"data": "none"}
-    checkpoint.save(folder, 7, model=model, ema=ema, optimizer=optimizer, state=state, config=OmegaConf.to_yaml(config))
+    save_checkpoint(folder, 7, model=model, ema=ema, optimizer=optimizer, state=state, config=OmegaConf.to_yaml(config))
     (folder / "metrics.jsonl").write_text('{"step": 6, "train/loss": 0.5}\n{"step": 7, "val/loss_dense": 0.25}\n')
     (folder / "eval" / "x").mkdir(parents=True)
     scores = {"checkpoint_sha256": load_run(folder, device="cpu").sha256, "n": 100, "fd_mnist": 12.5, "seconds": 3}
@@ -233,7 +233,7 @@ def test_export_has_its_config_and_a_card_with_the_runs_figures(trained, few_lat
     metadata_and_tensors = (tmp_path / "out" / "model.safetensors").read_bytes()
     for text in (card, config, metadata_and_tensors.decode("latin1")):
         assert str(few_latents) not in text and str(folder.parent) not in text  # nobody's machine
-    ema = load_file(checkpoint.latest(folder) / "ema.safetensors")
+    ema = load_file(latest_checkpoint(folder) / "ema.safetensors")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(exported[key], ema[key]) for key in ema)
 
@@ -289,7 +289,7 @@ def test_no_pickle_runs(command, tmp_path, capsys):
 
 def test_the_command_line_says_it_in_one_line(tmp_path):
     path, mark = planted(tmp_path)
-    command = [sys.executable, "-m", "checkpoint", "export", f"ckpt={path}", f"out={tmp_path / 'out'}"]
+    command = [sys.executable, "export.py", f"ckpt={path}", f"out={tmp_path / 'out'}"]
     env = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}  # which asks for tracebacks
     done = subprocess.run(command, cwd=Path(export.__file__).parent, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

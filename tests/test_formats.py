@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.convert import convert, plan_shards
-from data.formats import SD_SCALE, open_source
+from data.convert import Conversion, convert, plan_shards
+from data.foreign import SD_SCALE, open_source
+from data.foreign.pickled import read_pickled_array
 from data.inspect import inspect
-from data.latents import open_latents
-from data.pickled import read_pickled_array
+from data.shards import open_latents
+from system import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 N, LABELS = 6, [3, 0, 3, 1, 2, 0]
@@ -168,7 +169,7 @@ def converted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write, *_, options = CASES[request.param]
     write(folder / "source")
-    convert(str(folder / "source"), str(folder / "shards"), shard_size=4, workers=1, **options)
+    convert(str(folder / "source"), str(folder / "shards"), Conversion(shard_size=4, workers=1, **options))
     return request.param, folder / "source", folder / "shards"
 
 
@@ -221,7 +222,7 @@ def test_mirror_images_are_second_entries(tmp_path):
     write_maskdit_lmdb(tmp_path / "lmdb", xflip=True)
     write_lightningdit(tmp_path / "lightning")
     for source, mirror in (("lmdb", lambda x: x.flip(-1)), ("lightning", torch.neg)):
-        convert(str(tmp_path / source), str(tmp_path / f"{source}-out"), workers=1, val=2)
+        convert(str(tmp_path / source), str(tmp_path / f"{source}-out"), Conversion(workers=1, val=2))
         train, val = (open_latents(tmp_path / f"{source}-out", split=split) for split in ("train", "val"))
         assert (train.meta["flip"], len(train), len(val)) == ("both", 2 * (N - 2), 4)
         for latents in (train, val):  # an image and its mirror image are never on two sides
@@ -229,7 +230,7 @@ def test_mirror_images_are_second_entries(tmp_path):
             for key in (key for key in places if not key.endswith("-flip")):
                 raw, y = latents.read([places[key], places[f"{key}-flip"]])
                 assert torch.equal(mirror(raw[0]), raw[1]) and y[0] == y[1]
-        convert(str(tmp_path / source), str(tmp_path / f"{source}-plain"), workers=1, flip="none")
+        convert(str(tmp_path / source), str(tmp_path / f"{source}-plain"), Conversion(workers=1, flip="none"))
         assert len(open_latents(tmp_path / f"{source}-plain")) == N
 
 
@@ -267,13 +268,13 @@ def test_pickles_run_nothing(tmp_path):
         b"",
         b"\x80\x04.",
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             read_pickled_array(crafted)
     write_wds(tmp_path / "train-0.tar", [{"cls": b"1", "latent": pickle.dumps(Canary(canary))}])
-    with pytest.raises(ValueError, match="0000000.latent"):
-        convert(str(tmp_path / "train-0.tar"), str(tmp_path / "out"), workers=1)
+    with pytest.raises(UserError, match="0000000.latent"):
+        convert(str(tmp_path / "train-0.tar"), str(tmp_path / "out"), Conversion(workers=1))
     np.save(tmp_path / "canary.npy", object_array, allow_pickle=True)
-    with pytest.raises(ValueError, match="canary.npy"):
+    with pytest.raises(UserError, match="canary.npy"):
         open_source(tmp_path, "npy").array(0, False)
     assert not canary.exists()
 
@@ -282,7 +283,7 @@ def test_conversion_goes_on_after_an_interruption_and_bytes_repeat(tmp_path, mon
     write_fastdit(tmp_path / "source")
     source = str(tmp_path / "source")
     whole = tmp_path / "whole"
-    convert(source, str(whole), shard_size=2, val=1, workers=2)  # in two processes
+    convert(source, str(whole), Conversion(shard_size=2, val=1, workers=2))  # in two processes
     import data.convert as module
 
     real, calls = module.write_shard, []
@@ -295,16 +296,16 @@ def test_conversion_goes_on_after_an_interruption_and_bytes_repeat(tmp_path, mon
 
     monkeypatch.setattr(module, "write_shard", failing)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, str(tmp_path / "cut"), shard_size=2, val=1, workers=1)
+        convert(source, str(tmp_path / "cut"), Conversion(shard_size=2, val=1, workers=1))
     assert not (tmp_path / "cut/meta.json").exists()
-    convert(source, str(tmp_path / "cut"), shard_size=2, val=1, workers=1)
+    convert(source, str(tmp_path / "cut"), Conversion(shard_size=2, val=1, workers=1))
     assert len(calls) == 5  # 4 shards, the second of them begun twice
     names = sorted(path.name for path in whole.glob("*.tar"))
     assert names == ["train-000000.tar", "train-000001.tar", "train-000002.tar", "val-000000.tar"]
     for name in [*names, "meta.json"]:
         assert (whole / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
-    with pytest.raises(ValueError, match="shard_size=2, not 3"):
-        convert(source, str(whole), shard_size=3, val=1)
+    with pytest.raises(UserError, match="shard_size=2, not 3"):
+        convert(source, str(whole), Conversion(shard_size=3, val=1))
 
 
 def test_plan_takes_every_image_once():
@@ -333,8 +334,8 @@ def test_plan_takes_every_image_once():
 )
 def test_what_convert_refuses(tmp_path, options, message):
     write_npy(tmp_path / "source")
-    with pytest.raises(ValueError, match=message):
-        convert(str(tmp_path / "source"), str(tmp_path / "out"), **{"workers": 1, **options})
+    with pytest.raises(UserError, match=message):
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), Conversion(**{"workers": 1, **options}))
 
 
 def test_damaged_sources_are_named(tmp_path):
@@ -346,12 +347,11 @@ def test_damaged_sources_are_named(tmp_path):
     write_numbered(tmp_path / "label/vae-sd", "img-mean-std-", mean_std)
     (tmp_path / "label/vae-sd/dataset.json").write_text('{"labels": [["00000/img-mean-std-00000000.npy", 1]]}')
     for name, message in (("nan", "not finite"), ("cut", "class0/1.npy"), ("label", "no label for 00000/img-mean")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             convert(
                 str(tmp_path / name),
                 str(tmp_path / f"{name}-out"),
-                kind=None if name == "label" else "sample_scaled",
-                workers=1,
+                Conversion(kind=None if name == "label" else "sample_scaled", workers=1),
             )
 
 
@@ -366,13 +366,13 @@ def test_convert_command(tmp_path):
 def test_converting_again_does_not_bless_damage(tmp_path):
     write_fastdit(tmp_path / "source")
     arguments = str(tmp_path / "source"), str(tmp_path / "out")
-    convert(*arguments, shard_size=4, workers=1)
+    convert(*arguments, Conversion(shard_size=4, workers=1))
     shard, other = tmp_path / "out/train-000000.tar", tmp_path / "out/train-000001.tar"
     sound = shard.read_bytes()
     shard.write_bytes(sound[:700] + bytes(4) + sound[704:])  # inside the first array
-    with pytest.raises(ValueError, match="train-000000.tar: sample .* has changed"):
-        convert(*arguments, shard_size=4, workers=1)
+    with pytest.raises(UserError, match="train-000000.tar: sample .* has changed"):
+        convert(*arguments, Conversion(shard_size=4, workers=1))
     shard.unlink()
     other.unlink()
-    convert(*arguments, shard_size=4, workers=1)  # what is missing is written again, to the same bytes
+    convert(*arguments, Conversion(shard_size=4, workers=1))  # what is missing is written again, to the same bytes
     assert shard.read_bytes() == sound

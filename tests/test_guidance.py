@@ -8,15 +8,15 @@ from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import dit
+from checkpoints.load import Run
 from edm import EDM
 from guidance import Branch, Guidance, guide, pair
-from loading import Run
 from randomness import seeded_generator
 from rf import RectifiedFlow
 from routing_module import Routing
 from sample import generate_latents, guidance_from
+from system import cli
 
 
 def at(t):
@@ -117,9 +117,7 @@ def small():
     """A routed DiT with random weights everywhere, as either objective."""
     torch.manual_seed(0)
     routes = [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 2}]
-    net = dit.build(
-        "DiT-XS/2", input_size=8, in_channels=1, num_classes=3, depth=4, hidden_size=32, num_heads=2, routes=routes
-    )
+    net = dit.DiT(8, 2, 1, 32, 4, 2, num_classes=3, learn_sigma=False, routes=routes)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return net.eval().requires_grad_(False)
@@ -162,7 +160,7 @@ def test_methods_differ_and_all_of_them_read_the_label(small, objective, name):
 
 def test_the_weak_branch_may_be_another_network(small):
     torch.manual_seed(1)
-    weak = dit.build("DiT-XS/2", input_size=8, in_channels=1, num_classes=3, depth=2, hidden_size=32, num_heads=2)
+    weak = dit.DiT(8, 2, 1, 32, 2, 2, num_classes=3, learn_sigma=False)
     run, other = (run_of(net, RectifiedFlow(), {"num_steps": 4}) for net in (small, weak))
     guidance = Guidance(1.5, weak_label="same", weak_ckpt="any")
     found = generate_latents(run, guidance, [0, 1], torch.tensor([0, 1]), {"num_steps": 4}, weak=other)
@@ -189,7 +187,7 @@ def test_cost_of_sparse_guidance_beside_classifier_free(size, gammas, ratio):
     routes = [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -4}]
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes_only:
-        net = dit.build(f"DiT-{size}", input_size=32, in_channels=4, num_classes=1000, learn_sigma=True, routes=routes)
+        net = dit.DiT(size=f"DiT-{size}", routes=routes)
 
     class Counted:
         in_channels, input_size, num_classes, macs = 4, 32, 1000, net.macs

@@ -10,8 +10,8 @@ from PIL import Image
 
 import dit
 import sample
+from checkpoints.load import load_run
 from guidance import Guidance
-from loading import load_run
 from tests.made_runs import make_run
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -66,7 +66,7 @@ def test_map_covers_the_pairs_with_strong_below_weak(run_folder, digits, tmp_pat
 def test_cost_is_counted_and_measured(capsys):
     script("guidance_cost").main(["size=DiT-S/8", "batch_size=1", "repeats=1"])
     said = capsys.readouterr().out
-    net = dit.build("DiT-S/8", input_size=32, in_channels=4, num_classes=1000, learn_sigma=True)
+    net = dit.DiT(size="DiT-S/8")
     assert f"{2 * net.macs() / 1e9:.2f} GMACs" in said and "counted 0." in said and "measured" in said
 
 

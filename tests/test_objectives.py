@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edm import EDM
-from randomness import Rows, seeded_generator
+from randomness import BatchSlice, seeded_generator
 from rf import RectifiedFlow
 
 
@@ -61,8 +61,10 @@ def test_flow_loss_is_zero_for_the_true_velocity_and_ends_are_data_and_noise():
 @pytest.mark.parametrize("objective", [EDM(), RectifiedFlow("uniform"), RectifiedFlow()])
 def test_loss_of_a_row_does_not_depend_on_the_split(objective):
     x, y = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(6, dtype=torch.int64)
-    whole = objective.loss(zero_net, x, y, Rows(seeded_generator(1), 0, 6))
-    parts = [objective.loss(zero_net, x[s : s + 2], y[s : s + 2], Rows(seeded_generator(1), s, 6)) for s in (0, 2, 4)]
+    whole = objective.loss(zero_net, x, y, BatchSlice(seeded_generator(1), 0, 6))
+    parts = [
+        objective.loss(zero_net, x[s : s + 2], y[s : s + 2], BatchSlice(seeded_generator(1), s, 6)) for s in (0, 2, 4)
+    ]
     torch.testing.assert_close(whole, torch.cat(parts))
 
 

@@ -50,8 +50,8 @@ def transformer():
     from diffusers import DiTTransformer2DModel
 
     net = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=5, sample_size=8, patch_size=2, norm_num_groups=1,
-        num_embeds_ada_norm=10,
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=5, sample_size=8, patch_size=2,
+        norm_num_groups=1, num_embeds_ada_norm=10,
     )  # fmt: skip
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
@@ -66,7 +66,8 @@ def routed(net, name):
 
 CASES = {
     "diffusers": (transformer, "transformer_blocks", lambda: dict(
-        hidden_states=torch.randn(2, 4, 8, 8), timestep=torch.tensor([3, 700]), class_labels=torch.tensor([1, 9]), return_dict=False,
+        hidden_states=torch.randn(2, 4, 8, 8), timestep=torch.tensor([3, 700]), class_labels=torch.tensor([1, 9]),
+        return_dict=False,
     )),
     "recurrence": (Recurrent, "blocks", lambda: dict(x=torch.randn(2, 16, 16))),
 }  # fmt: skip

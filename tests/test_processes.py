@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import complete_checkpoints, latest, verify
+from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, verify_checkpoint
 from tests.test_train import COMPARED, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ def test_two_processes_train_the_run_of_one(golden, settings):
 
 
 @pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
-def test_a_signal_to_one_process_stops_all_behind_the_same_step_and_nothing_is_lost(golden, settings, number, rank):
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_nothing_is_lost(golden, settings, number, rank):
     name = f"run_name=signal{number.value}"
     folder = settings[1] / name.partition("=")[2]
     job = start(torchrun(29620 + number.value), *settings[0], name)
@@ -98,15 +98,15 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step_and_nothing_is_l
     os.kill(workers(job)[rank], number)
     out, err = job.communicate(timeout=60)
     assert time.monotonic() - sent < 30
-    assert f"stopped by {number.name} behind step" in out and "exitcode  : 75" in err
+    assert f"stopped by {number.name} after step" in out and "exitcode  : 75" in err
     stopped = numbers(folder)[-1]["step"]
-    assert latest(folder).name == f"step_{stopped:07d}" and 20 <= stopped < 90
+    assert latest_checkpoint(folder).name == f"step_{stopped:07d}" and 20 <= stopped < 90
     job = start(torchrun(29620 + number.value), *settings[0], name)
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0 and "from" in out, err
     assert numbers(folder) == numbers(golden[0])
     for file in COMPARED:
-        assert (latest(folder) / file).read_bytes() == (latest(golden[0]) / file).read_bytes()
+        assert (latest_checkpoint(folder) / file).read_bytes() == (latest_checkpoint(golden[0]) / file).read_bytes()
 
 
 def test_a_killed_process_ends_the_job_in_seconds_and_is_named(settings):
@@ -119,7 +119,7 @@ def test_a_killed_process_ends_the_job_in_seconds_and_is_named(settings):
     assert job.returncode != 0 and time.monotonic() - killed < 10
     assert "rank      : 1" in err
     for path in complete_checkpoints(folder):
-        verify(path)
+        verify_checkpoint(path)
 
 
 def test_a_hung_process_ends_the_job_at_the_timeout_and_is_named(settings):
@@ -145,7 +145,8 @@ def test_a_hung_process_ends_the_job_at_the_timeout_and_is_named(settings):
 def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
     script = tmp_path / "drift.py"
     script.write_text(
-        "import sys, torch\nsys.path.insert(0, sys.argv[1])\nimport train\nfrom processes import start_processes\n"
+        "import sys, torch\nsys.path.insert(0, sys.argv[1])\n"
+        "import train\nfrom system.processes import start_processes\n"
         "dist = start_processes()\ntorch.manual_seed(0)\nmodel = torch.nn.Linear(3, 3)\n"
         "train.check_replicas(model, 1, dist)\n"
         "if dist.process_index == 1:\n"
@@ -160,7 +161,8 @@ def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
 def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp_path):
     script = tmp_path / "poisoned.py"
     script.write_text(
-        "import os, sys, torch\nsys.path.insert(0, sys.argv[1])\nimport cli, train\nstep = train.train_step\n"
+        "import os, sys, torch\nsys.path.insert(0, sys.argv[1])\n"
+        "import train\nfrom system import cli\nstep = train.train_step\n"
         "def poisoned(state, objective, latents, batches, number, plan, cfg):\n"
         "    if number == 6 and plan.rank == 1:\n"
         "        state.model.final_layer.linear.bias.register_hook(lambda grad: grad * torch.inf)\n"
@@ -172,7 +174,7 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
     command = [*torchrun(29653), str(script), str(ROOT), *keys]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "exitcode  : 3" in done.stderr and "a gradient of step 6 was not finite" in done.stdout, done.stderr
-    assert latest(settings[1] / "poisoned").name == "step_0000005"
+    assert latest_checkpoint(settings[1] / "poisoned").name == "step_0000005"
     assert (settings[1] / "poisoned" / "nonfinite_step_0000006.json").is_file()
 
 
@@ -189,7 +191,7 @@ def test_a_run_goes_on_with_another_number_of_processes(golden, settings):
 def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):
     job = start([sys.executable], *settings[0], "run_name=hours", "train.max_hours=1e-6")
     out, err = job.communicate(timeout=60)
-    assert job.returncode == 75 and "stopped by max_hours behind step 1" in out, err
+    assert job.returncode == 75 and "stopped by max_hours after step 1" in out, err
 
 
 def test_a_second_interrupt_leaves_at_once(settings):
@@ -209,5 +211,5 @@ def test_sweeps_give_a_complete_run_a_job(settings):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     folders = sorted(p.parent for p in (settings[1] / "multirun").glob("*/config.yaml"))
-    assert len(folders) == 2 and all(latest(f).name == "step_0000002" for f in folders)
+    assert len(folders) == 2 and all(latest_checkpoint(f).name == "step_0000002" for f in folders)
     assert [f.name for f in folders] == ["model=dit", "model=tread"]

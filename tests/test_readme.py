@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {
     "train.py": "train.max_steps=2 train.compile=off model.depth=6 model.hidden_size=32 sampler.num_steps=2 "
-                "preview.num_images=10 train.val_samples=50",
+    "preview.num_images=10 train.val_samples=50",
     "sample.py": "steps=2",
     "rf.py": "steps=2",
     "fid.py calc": "steps=2 seeds=0-49",

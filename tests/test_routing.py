@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit import DiT
-from randomness import Rows, seeded_generator
+from randomness import BatchSlice, seeded_generator
 from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, resolve_routes, scatter_tokens
 
 
@@ -59,8 +59,8 @@ def test_a_row_depends_on_its_own_generator_only():
 
 
 def test_rows_of_a_global_batch_do_not_depend_on_the_split():
-    whole = draw_keep_ids(6, 64, 0.5, generators=Rows(seeded_generator(0), 0, 6))
-    parts = [draw_keep_ids(2, 64, 0.5, generators=Rows(seeded_generator(0), start, 6)) for start in (0, 2, 4)]
+    whole = draw_keep_ids(6, 64, 0.5, generators=BatchSlice(seeded_generator(0), 0, 6))
+    parts = [draw_keep_ids(2, 64, 0.5, generators=BatchSlice(seeded_generator(0), start, 6)) for start in (0, 2, 4)]
     assert torch.equal(whole, torch.cat(parts))
 
 

@@ -15,14 +15,14 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-import checkpoint
-import cli
+import export
 import gallery
 import rf
 import sample
 from autoencoder import VAECodec, to_uint8
+from checkpoints.load import load_run
 from guidance import Guidance
-from loading import load_run
+from system import cli
 from tests.made_runs import make_run
 
 SPARSE = Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="random")
@@ -100,6 +100,7 @@ def test_folder_holds_png_npz_grid_and_manifest(runs, tmp_path, capsys):
     assert manifest["settings"]["checkpoint_sha256"] == run.sha256 and manifest["settings"]["scale"] == 1.5
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same_but_for_rounding_and_says_so(runs, tmp_path):
     call = [f"ckpt={runs['rf']}", "guidance=sparse", "steps=4", "seeds=0-5"]
     sample.main([*call, f"out={tmp_path / 'eager'}"])
@@ -205,8 +206,8 @@ def test_bf16_weights_are_what_autocast_rounds_to(runs):
 
 def test_without_ckpt_the_shipped_run_serves(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "SHIPPED", tmp_path / "assets")
-    export = ["export", f"ckpt={runs['rf']}", f"out={tmp_path / 'assets' / 'mnist-tread-rf'}", "dtype=float16"]
-    checkpoint.main(export)
+    overrides = [f"ckpt={runs['rf']}", f"out={tmp_path / 'assets' / 'mnist-tread-rf'}", "dtype=float16"]
+    export.main(overrides)
     monkeypatch.chdir(tmp_path)
     rf.main(["sample_tread", "seeds=0-5"])
     said = capsys.readouterr().out

@@ -26,8 +26,10 @@ def unsafe_calls(source: str) -> list[str]:
         unsafe = (
             name in UNSAFE
             or name.endswith((".extractall", ".extract"))
-            or name == "torch.load" and keywords.get("weights_only") != "True"
-            or keywords.get("allow_pickle") == "True" and name.endswith("load")
+            or name == "torch.load"
+            and keywords.get("weights_only") != "True"
+            or keywords.get("allow_pickle") == "True"
+            and name.endswith("load")
             or keywords.get("shell") == "True"
         )
         found += [f"{name} in line {node.lineno}"] if unsafe else []

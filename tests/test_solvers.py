@@ -10,8 +10,16 @@ from guidance import guide
 from randomness import seeded_generator
 from rf import RectifiedFlow
 from solvers import (
-    SIGMA_RANGES, as_denoised, as_velocity, edm_sampler, flow_sampler, flow_times, iddpm_levels, noise_curve,
-    noise_levels, solve,
+    SIGMA_RANGES,
+    as_denoised,
+    as_velocity,
+    edm_sampler,
+    flow_sampler,
+    flow_times,
+    iddpm_levels,
+    noise_levels,
+    schedule_named,
+    solve,
 )  # fmt: skip
 
 MEAN, STD = 0.3, 0.5
@@ -94,13 +102,13 @@ def test_noise_levels_are_the_papers():
 
 @pytest.mark.parametrize("schedule", ["linear", "vp", "ve"])
 def test_curves_invert_and_differentiate_themselves(schedule):
-    curve = noise_curve(schedule, 0.002, 80)
+    noise_schedule = schedule_named(schedule, 0.002, 80)
     sigma = torch.tensor([0.002, 0.1, 1.0, 30.0, 80.0], dtype=torch.float64)
-    t = curve.time(sigma)
-    torch.testing.assert_close(curve.sigma(t), sigma)
+    t = noise_schedule.time(sigma)
+    torch.testing.assert_close(noise_schedule.sigma(t), sigma)
     step = t * 1e-6
-    slope = (curve.sigma(t + step) - curve.sigma(t - step)) / (2 * step)
-    torch.testing.assert_close(curve.rate(t), slope, rtol=1e-4, atol=0)
+    slope = (noise_schedule.sigma(t + step) - noise_schedule.sigma(t - step)) / (2 * step)
+    torch.testing.assert_close(noise_schedule.rate(t), slope, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -22,22 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import bench
 from bench import OpCounter
 
-import cli
 import cost
 import lightningdit
 import train as training
-from compiling import compile_blocks
+from checkpoints.load import Run, round_linears
 from cost import BYTES_PER_PARAMETER
-from dit import Attention, Block, build, gelu
+from data import BatchPlan
+from dit import Attention, Block, DiT, gelu
 from edm import EDM
-from guard import FiniteGuard
 from guidance import Guidance
-from loading import Run, round_linears
-from prepare import BatchPlan, State
 from randomness import seeded_generator, uniform
 from rf import RectifiedFlow
 from routing_module import Routing
 from sample import generate_latents
+from system import cli
+from system.compiling import compile_blocks
+from training.guard import FiniteGuard
+from training.prepare import TrainState
 
 TREAD = [dict(selection_ratio=0.5, start_layer_idx=2, end_layer_idx=-4)]
 
@@ -51,10 +52,10 @@ def settings(**train):
 def state_on(device, routes=TREAD, size="DiT-S/2"):
     torch.manual_seed(0)
     with torch.device(device):
-        model = build(size, input_size=32, in_channels=4, num_classes=1000, routes=routes)
-        ema = build(size, input_size=32, in_channels=4, num_classes=1000, routes=routes).requires_grad_(False)
+        model = DiT(size=size, learn_sigma=False, routes=routes)
+        ema = DiT(size=size, learn_sigma=False, routes=routes).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return State(model, model, ema, optimizer, FiniteGuard(optimizer, torch.device(device), "stop"))
+    return TrainState(model, model, ema, optimizer, FiniteGuard(optimizer, torch.device(device), "stop"))
 
 
 class Latents:
@@ -71,7 +72,7 @@ def test_a_cuda_step_never_waits_and_copies_only_its_batch(objective, monkeypatc
         # A CUDA build cannot walk backwards without a driver. The walk itself asks for no value: see the test below.
         monkeypatch.setattr(torch.Tensor, "backward", made_up_gradients)
     monkeypatch.setattr(training, "seeded_generator", lambda *key, device: None)  # there is no CUDA generator to make
-    monkeypatch.setattr(BatchPlan, "rows", lambda self, generator, micro: None)
+    monkeypatch.setattr(BatchPlan, "slice", lambda self, generator, micro: None)
     attended, attention = [], torch.nn.functional.scaled_dot_product_attention
     watched = lambda q, k, v: attended.append(q.shape) or attention(q, k, v)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
@@ -104,7 +105,7 @@ def made_up_gradients(loss):
 
 
 def test_the_backward_pass_asks_for_no_value():
-    net = build("DiT-XS/4", input_size=32, in_channels=4, num_classes=10, routes=TREAD)
+    net = DiT(size="DiT-XS/4", num_classes=10, learn_sigma=False, routes=TREAD)
     y = torch.zeros(2, dtype=torch.int64)
     routed = lambda x, t, y: net(x, t, y, routing=Routing(generators=torch.Generator().manual_seed(0)))  # noqa: E731
     loss = EDM().loss(routed, torch.randn(2, 4, 32, 32), y, torch.Generator().manual_seed(0)).mean()
@@ -146,11 +147,12 @@ def test_nearly_all_matrix_work_is_bf16(fp32_after_route, in_fp32):
     assert work[torch.float32] / sum(work.values()) == pytest.approx(in_fp32, abs=0.01)
 
 
-def test_float32_behind_a_route_where_it_is_asked_for(capsys):
+def test_float32_after_a_route_where_it_is_asked_for(capsys):
     cost.main(["model.size=DiT-B/2", "data=imagenet256", "model.fp32_after_route=true"])
     assert "11.9% of a routed pass" in capsys.readouterr().out
-    for builder in (build, lightningdit.build):
-        net = builder("DiT-XS/4", input_size=16, in_channels=4, num_classes=10, routes=TREAD, fp32_after_route=True)
+    for network in (DiT, lightningdit.LightningDiT):
+        sizes = dict(size="DiT-XS/4", input_size=16, in_channels=4, num_classes=10, learn_sigma=False)
+        net = network(**sizes, routes=TREAD, fp32_after_route=True)
         assert net.fp32_blocks == {9}
         round_linears(net)  # bf16 sampling
         inputs = torch.randn(2, 4, 16, 16), torch.rand(2), torch.zeros(2, dtype=torch.int64)
@@ -177,7 +179,7 @@ def test_a_training_step_is_three_forward_passes_or_four(checkpointed, ratio):
 
 
 def test_one_full_size_copy_a_route():
-    net = build("DiT-XS/4", input_size=32, in_channels=4, num_classes=10, routes=TREAD)
+    net = DiT(size="DiT-XS/4", num_classes=10, learn_sigma=False, routes=TREAD)
     x, y, t = torch.randn(2, 4, 32, 32), torch.zeros(2, dtype=torch.int64), torch.rand(2)
     with torch.no_grad(), OpCounter() as dense:
         net(x, t, y)
@@ -188,16 +190,14 @@ def test_one_full_size_copy_a_route():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("build, of_blocks", [(build, 3), (lightningdit.build, 4)])
-def test_training_evaluation_and_guidance_share_at_most_four_graphs(build, of_blocks, checkpointed, monkeypatch):
+@pytest.mark.parametrize("network, of_blocks", [(DiT, 3), (lightningdit.LightningDiT, 4)])
+def test_training_evaluation_and_guidance_share_at_most_four_graphs(network, of_blocks, checkpointed, monkeypatch):
     """Routed training: one a token count. EMA evaluation, at any batch size and token count, guided or not: one for
     DiT; two where positions differ by sample or not. The final layer: one for training and one for evaluation."""
     torch.compiler.reset()
     eager = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # graphs are counted, none is built
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    net = build(
-        "DiT-XS/4", input_size=16, in_channels=4, num_classes=10, depth=8, hidden_size=32, num_heads=2, routes=TREAD
-    )
+    net = network(16, 4, 4, hidden_size=32, depth=8, num_heads=2, num_classes=10, learn_sigma=False, routes=TREAD)
     net.gradient_checkpointing = checkpointed
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     cpu = torch.device("cpu")
@@ -290,7 +290,7 @@ def test_a_step_clips_as_pytorch_does(grad_clip):
         optimizer.param_groups[0]["eps"] = 1e-3  # or AdamW's first step would not depend on the gradient's size
     _, grad_norm = training.train_step(state, RectifiedFlow(), Latents, iter([batch]), 1, plan, config)
 
-    rows = plan.rows(seeded_generator(config.seed, "train", 1), 0)
+    rows = plan.slice(seeded_generator(config.seed, "train", 1), 0)
     uniform((4,), rows)  # of the label dropout
     routed = lambda x, t, y: other.model(x, t, y, routing=Routing(generators=rows))
     RectifiedFlow().loss(routed, *batch, rows).mean().backward()
@@ -318,6 +318,7 @@ def activation_peak(size, routed, gradient_checkpointing=False):
     return next(n for kind, n in snapshot.items() if getattr(kind, "name", kind) == "ACT")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, bar", [("DiT-B/2", 0.74), ("DiT-XL/2", 0.62)])
 def test_routing_saves_memory_as_well(size, bar, monkeypatch):
     """P8. Where all that is kept is linear in tokens, the limits are 0.708 and 0.589. Attention as on GPUs."""
@@ -348,7 +349,7 @@ def test_state_is_twenty_bytes_a_parameter():
 def test_sampling_asks_the_device_for_no_value(objective, monkeypatch):
     """On a device without values, whoever asks for one raises."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no such device
-    net = build("DiT-XS/4", input_size=16, in_channels=4, num_classes=10, routes=TREAD).to("meta")
+    net = DiT(16, size="DiT-XS/4", num_classes=10, learn_sigma=False, routes=TREAD).to("meta")
     run = Run(net, objective, None, OmegaConf.create(), torch.device("meta"))
     seeds, labels = range(3), torch.zeros(3, dtype=torch.int64)
     sparse, random = Guidance(1.5, None, 0.3, 0.7, "same"), Guidance(2.0, (0.1, 0.9), weak_label="random")

@@ -10,25 +10,25 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import cli
 import train as training
-from checkpoint import latest, read_tensors
-from guard import FiniteGuard
-from stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Stopper
+from checkpoints.run_folder import latest_checkpoint, read_tensors
+from system import cli
 from tests.conftest import ROOT, write_shard
+from training.guard import FiniteGuard
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
 
 COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 @pytest.fixture
 def run(tiny_overrides, tmp_path):
-    """run(name, *overrides, stop_behind=None) -> (exit code, run folder)."""
+    """run(name, *overrides, stop_after=None) -> (exit code, run folder)."""
 
-    def run(name, *overrides, stop_behind=None):
+    def run(name, *overrides, stop_after=None):
         config = cli.load_config("config", [*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
         with pytest.MonkeyPatch.context() as patch:
-            if stop_behind is not None:
-                patch.setattr(Stopper, "should_stop", lambda self, step: step == stop_behind)
+            if stop_after is not None:
+                patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
             return training.train(config), tmp_path / name
 
     return run
@@ -43,16 +43,12 @@ def numbers(folder):
 def assert_same_run(a, b):
     assert numbers(a) == numbers(b)
     for name in COMPARED:
-        assert (latest(a) / name).read_bytes() == (latest(b) / name).read_bytes(), name
+        assert (latest_checkpoint(a) / name).read_bytes() == (latest_checkpoint(b) / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        [],
-        ["train.precision=bf16", "objective=rf", "data.num_workers=2"],
-        ["train.micro_batch_size=8", "model=dit"],
-    ],
+    [[], ["train.precision=bf16", "objective=rf", "data.num_workers=2"], ["train.micro_batch_size=8", "model=dit"]],
 )
 def test_resume_is_exact_at_every_step_of_two_epochs(run, settings):
     settings = [*settings, "train.val_every=3"]
@@ -60,7 +56,7 @@ def test_resume_is_exact_at_every_step_of_two_epochs(run, settings):
     assert code == 0
     cuts = range(1, 7) if not settings[:-1] else (2, 5)
     for cut in cuts:
-        assert run(f"cut{cut}", *settings, stop_behind=cut)[0] == EXIT_START_AGAIN
+        assert run(f"cut{cut}", *settings, stop_after=cut)[0] == EXIT_START_AGAIN
         code, folder = run(f"cut{cut}", *settings)
         assert code == 0
         assert_same_run(golden, folder)
@@ -91,7 +87,7 @@ def test_without_a_compiler_training_says_so_and_goes_on(tiny_overrides, tmp_pat
 
 
 def test_log_lines_of_steps_taken_again_are_dropped(run):
-    _, folder = run("again", "train.save_every=2", stop_behind=4)
+    _, folder = run("again", "train.save_every=2", stop_after=4)
     log = folder / "metrics.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "train/loss": 1.0}\n{"step": 6, "tra')  # killed while writing
     run("again", "train.save_every=2")
@@ -100,7 +96,7 @@ def test_log_lines_of_steps_taken_again_are_dropped(run):
 
 def test_ema_and_learning_rate(run):
     _, folder = run("ema", "train.max_steps=1")
-    model, ema = (read_tensors(latest(folder) / name) for name in ("model.safetensors", "ema.safetensors"))
+    model, ema = (read_tensors(latest_checkpoint(folder) / name) for name in ("model.safetensors", "ema.safetensors"))
     torch.manual_seed(0)
     config = OmegaConf.load(folder / "config.yaml")
     start = training.instantiate(config.model).state_dict()
@@ -135,13 +131,13 @@ def poison(monkeypatch, bad_step, value=float("nan")):
 def test_stop_at_the_first_gradient_that_is_not_finite(run, monkeypatch, value, capsys):
     _, good = run("good", "train.max_steps=3")
     poison(monkeypatch, 4, value)
-    code, folder = run("bad", "train.save_every=3", "train.log_every=7")  # seen only behind step 7, when it is read
+    code, folder = run("bad", "train.save_every=3", "train.log_every=7")  # seen only after step 7, when it is read
     assert code == EXIT_NOT_FINITE
-    assert latest(folder).name == "step_0000003"  # nothing was saved after it
+    assert latest_checkpoint(folder).name == "step_0000003"  # nothing was saved after it
     dump = json.loads((folder / "nonfinite_step_0000004.json").read_text())
     assert dump["step"] == 4 and len(dump["keys"]) == 16 and len(set(dump["keys"])) >= 14  # two epochs meet in it
     for name in COMPARED[:1]:
-        assert (latest(folder) / name).read_bytes() == (latest(good) / name).read_bytes()
+        assert (latest_checkpoint(folder) / name).read_bytes() == (latest_checkpoint(good) / name).read_bytes()
 
 
 def test_no_optimizer_step_after_the_first_non_finite_value(run, monkeypatch):
@@ -165,8 +161,8 @@ def test_skip_leaves_the_bad_step_out_and_counts_it(run, monkeypatch):
     lines = numbers(folder)
     assert code == 0 and [line["train/skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 1]
     assert lines[3]["train/loss"] is None and all(line["train/loss"] for i, line in enumerate(lines) if i != 3)
-    assert all(t.isfinite().all() for t in read_tensors(latest(folder) / "ema.safetensors").values())
-    assert read_tensors(latest(folder) / "optimizer.safetensors")["x_embedder.proj.weight/step"] == 6
+    assert all(t.isfinite().all() for t in read_tensors(latest_checkpoint(folder) / "ema.safetensors").values())
+    assert read_tensors(latest_checkpoint(folder) / "optimizer.safetensors")["x_embedder.proj.weight/step"] == 6
     code, _ = run("skip0", "train.on_nonfinite=skip", "train.max_skipped=0")
     assert code == EXIT_NOT_FINITE
 
@@ -174,7 +170,7 @@ def test_skip_leaves_the_bad_step_out_and_counts_it(run, monkeypatch):
 def test_a_preview_that_crashes_costs_a_warning_and_the_save_came_first(run, monkeypatch, capsys):
     monkeypatch.setattr(training, "preview", lambda *args: 1 / 0)
     code, folder = run("crash", "preview.every=4")
-    assert code == 0 and latest(folder).name == "step_0000007"
+    assert code == 0 and latest_checkpoint(folder).name == "step_0000007"
     warnings = [line for line in capsys.readouterr().err.splitlines() if "preview" in line]
     assert len(warnings) == 2 and all("ZeroDivisionError" in line for line in warnings)
 
@@ -199,7 +195,7 @@ def test_scores_while_training_are_those_of_the_command_line(run, digits, capsys
 
 def test_an_evaluation_that_crashes_costs_a_warning_and_the_save_came_first(run, digits, capsys):
     code, folder = run("crashing", "eval.every=7", f"eval.digits={digits}")  # the digit classifier refuses 8x8 images
-    assert code == 0 and latest(folder).name == "step_0000007"
+    assert code == 0 and latest_checkpoint(folder).name == "step_0000007"
     assert [line for line in capsys.readouterr().err.splitlines() if "evaluation failed" in line and "28" in line]
 
 
@@ -268,7 +264,7 @@ CHANGES = {
 
 
 def test_every_changed_setting_is_refused_by_name(run):
-    run("refuse", stop_behind=2)
+    run("refuse", stop_after=2)
     for key, value in CHANGES.items():
         with pytest.raises(ValueError, match=f"another run.*{key}"):
             run("refuse", f"{key}={value}")
@@ -277,7 +273,7 @@ def test_every_changed_setting_is_refused_by_name(run):
 
 
 def test_other_data_is_refused(run, tiny_overrides, digits, tmp_path):
-    run("data", stop_behind=2)
+    run("data", stop_after=2)
     other = tmp_path / "other"
     other.mkdir()
     source = next(p.partition("=")[2] for p in tiny_overrides if p.startswith("data.path"))

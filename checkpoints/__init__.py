@@ -1,0 +1,1 @@
+"""Run folders, networks ready to sample, and weights of other projects."""

@@ -1,0 +1,114 @@
+"""A trained network with everything that sampling needs: objective, codec and config."""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from checkpoints import foreign
+from checkpoints.run_folder import (
+    WEIGHTS_FILES,
+    find_checkpoint,
+    load_strictly,
+    read_config,
+    read_weights,
+    split_family,
+    step_of,
+    verify_checkpoint,
+)
+from routing_module import Routing
+from system import UserError
+from system.compiling import compile_blocks, decide_compile
+from system.files import sha256_of
+from system.instantiate import check_targets, instantiate
+from system.processes import start_processes
+
+
+@dataclass
+class Run:
+    """A network ready to sample: what `load_run` returns, and the EMA of a run in training."""
+
+    model: torch.nn.Module
+    objective: object
+    codec: object
+    config: DictConfig  # resolved
+    device: torch.device
+    precision: str = "fp32"  # fp32 or bf16 (autocast); the sampler's own state is float64
+    compile: str = "off"  # off, or blocks, which rounds differently
+    step: int = 0
+    weights: str = "ema"
+    folder: Path | None = None  # the run folder
+    checkpoint: Path | None = None
+    calls: int = field(default=0, init=False)  # network evaluations per image of the last batch
+    macs: int = field(default=0, init=False)  # and their multiply-adds
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights file that was loaded."""
+        path = self.checkpoint
+        return sha256_of(path if path.is_file() else path / WEIGHTS_FILES[self.weights])
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+        """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
+        self.calls += len(x)
+        self.macs += len(x) * self.model.macs(routing)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.objective.predict(partial(self.model, routing=routing), x, t, y)
+
+
+def load_run(
+    ckpt: str | Path, weights: str = "ema", *, device=None, precision: str = "fp32", compile: str = "off"
+) -> Run:
+    """The network of a run folder, checkpoint folder or file (foreign.py), with its objective, codec and config.
+
+    weights: "ema" or "raw". device: None = this process's own. Raises UserError where there is no checkpoint or it is
+    damaged.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"precision={precision}; needed: fp32 or bf16")
+    path = find_checkpoint(ckpt)
+    if path.is_file():
+        config, tensors, step = foreign.read(path, weights, split_family(ckpt)[0])
+    else:
+        verify_checkpoint(path)
+        config, step = read_config(path), step_of(path)
+        tensors = read_weights(path, weights)
+    check_targets(config)
+    device = torch.device(device) if device is not None else start_processes().device
+    compiled, reason = decide_compile(compile, device)
+    if reason:
+        print(f"warning: compile off: {reason}", file=sys.stderr)
+    model = instantiate(config.model)
+    load_strictly(model, tensors, source=str(path))
+    if precision == "bf16":
+        round_linears(model)
+    model.to(device).eval().requires_grad_(False)
+    compile_blocks(model, compiled, dynamic=True)
+    return Run(
+        model=model,
+        objective=instantiate(config.objective),
+        codec=instantiate(config.data.codec).to(device),
+        config=config,
+        device=device,
+        precision=precision,
+        compile=compiled,
+        step=step,
+        weights=weights,
+        folder=path.with_suffix("") if path.is_file() else path.parent.parent,
+        checkpoint=path,
+    )
+
+
+def round_linears(model: torch.nn.Module) -> None:
+    """Gives the blocks' linear layers bf16 weights: autocast would make the same ones anew in every call."""
+    for i, block in enumerate(model.blocks):
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear) and i not in model.fp32_blocks:
+                module.to(torch.bfloat16)

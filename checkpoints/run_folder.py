@@ -1,0 +1,258 @@
+"""Run folders: the one writer and the one strict reader.
+
+    <results_dir>/<run_name>/checkpoints/step_0050000/   model.safetensors, ema.safetensors, optimizer.safetensors,
+                                                         config.yaml, trainer_state.json, manifest.json (sha256 of each)
+    <results_dir>/<run_name>/checkpoints/latest          the name of the newest
+
+A checkpoint is written to a temporary folder, flushed to disk and renamed: it exists whole or not at all. Tensors are
+safetensors and settings are text, so reading a checkpoint runs no code.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from system import UserError
+from system.files import sha256_of, sync, write_text_atomic
+
+MANIFEST = "manifest.json"
+WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+TEMPORARY = ".tmp_"
+STEP_NAME = re.compile(r"step_(\d{7,})")
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    *,
+    model: torch.nn.Module,
+    ema: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,  # plain numbers and strings, for trainer_state.json
+    config: str,  # the resolved config, as YAML
+) -> Path:
+    """Writes the checkpoint of `step` and points `latest` at it. Modules come unwrapped: names carry no prefix.
+
+    Raises OSError where the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    tensors = {
+        WEIGHTS_FILES["raw"]: model.state_dict(),
+        WEIGHTS_FILES["ema"]: ema.state_dict(),
+        "optimizer.safetensors": optimizer_tensors(model, optimizer),
+    }
+    target = run_folder / "checkpoints" / f"step_{step:07d}"
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    check_free_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, named in tensors.items():
+            _save_tensors(named, temporary / name)
+        (temporary / "config.yaml").write_text(config)
+        (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        for path in temporary.iterdir():
+            sync(path)
+        sync(temporary)
+        if target.exists():
+            # A damaged checkpoint of this step, skipped at the resume: moved aside until its replacement is there.
+            shutil.rmtree(aside := target.with_name(f"{TEMPORARY}old_{target.name}"), ignore_errors=True)
+            os.rename(target, aside)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(target.parent)
+    write_text_atomic(target.parent / "latest", target.name + "\n")
+    remove_temporaries(run_folder)
+    return target
+
+
+def check_free_space(run_folder: Path, needed: int) -> None:
+    """Raises OSError (ENOSPC) where the disk has less free than `needed` bytes plus a margin of 2 %."""
+    existing = next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.02:
+        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
+        raise OSError(errno.ENOSPC, reason, str(run_folder))
+
+
+def remove_temporaries(run_folder: Path) -> None:
+    """Removes what a killed writer left."""
+    folder = run_folder / "checkpoints"
+    for path in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".latest.*.tmp")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Deletes all but the newest `keep_last` checkpoints and those whose step is a multiple of `keep_every`."""
+    for path in complete_checkpoints(run_folder)[:-keep_last]:
+        if not (keep_every and step_of(path) % keep_every == 0):
+            shutil.rmtree(path)
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """The run's checkpoint folders that have a manifest, oldest first."""
+    folders = (run_folder / "checkpoints").glob("step_*")
+    return sorted((p for p in folders if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()), key=step_of)
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The checkpoint that `latest` names, or the newest complete one where that file is missing; None = none."""
+    pointer = run_folder / "checkpoints" / "latest"
+    if pointer.is_file():
+        named = pointer.with_name(pointer.read_text().strip())
+        if (named / MANIFEST).is_file():
+            return named
+    complete = complete_checkpoints(run_folder)
+    return complete[-1] if complete else None
+
+
+def newest_intact(run_folder: Path) -> Path | None:
+    """The newest checkpoint that matches its manifest, or None; damaged ones are skipped with a warning."""
+    for path in reversed(complete_checkpoints(run_folder)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except UserError as error:
+            print(f"warning: {error}; going back to the one before", file=sys.stderr)
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(STEP_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
+    """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself (foreign.py)."""
+    named = re.fullmatch(r"(dit|sit|repa|tread):(.+)", str(ckpt))
+    return (named.group(1), Path(named.group(2))) if named else (None, Path(ckpt))
+
+
+def find_checkpoint(ckpt: str | Path) -> Path:
+    """The checkpoint folder of a run folder or checkpoint folder, or the weights file for foreign.py.
+
+    Raises UserError where there is neither.
+    """
+    family, path = split_family(ckpt)
+    if not path.exists():
+        raise UserError(
+            f"ckpt={ckpt}: no such file or folder; needed: a run folder, a checkpoint folder or a file of weights"
+        )
+    if path.is_file() or (path / MANIFEST).is_file() and family is None:
+        return path
+    if (path / "config.json").is_file():  # an export
+        return path / "model.safetensors"
+    newest = latest_checkpoint(path) if path.is_dir() else None
+    if newest is None:
+        raise UserError(
+            f"ckpt={ckpt} is not a checkpoint; "
+            f"needed: a run folder (with checkpoints/step_*/{MANIFEST}) or one of its checkpoints"
+        )
+    return newest
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Raises UserError where a file is missing or differs from the manifest in any byte."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing, but the manifest names it: the checkpoint is damaged")
+        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
+            raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
+
+
+def read_config(checkpoint: Path) -> DictConfig:
+    """The config that a checkpoint was trained with, in today's names."""
+    return in_todays_names(OmegaConf.load(checkpoint / "config.yaml"))
+
+
+def in_todays_names(config: DictConfig) -> DictConfig:
+    """Changes what earlier versions named otherwise; in place."""
+    renamed = {"dit.build": "dit.DiT", "lightningdit.build": "lightningdit.LightningDiT"}
+    config.model._target_ = renamed.get(config.model._target_, config.model._target_)
+    config.data.pop("P_mean", None)  # objective.P_mean has the same number
+    return config
+
+
+def load_weights(checkpoint: Path, module: torch.nn.Module, weights: str = "ema") -> None:
+    """Loads `ema` or `raw` weights strictly into a module. Raises UserError where they do not fit."""
+    load_strictly(module, read_weights(checkpoint, weights), source=str(checkpoint / WEIGHTS_FILES[weights]))
+
+
+def read_weights(checkpoint: Path, weights: str) -> dict[str, torch.Tensor]:
+    if weights not in WEIGHTS_FILES:
+        raise UserError(f"weights={weights!r}; needed: ema or raw")
+    return read_tensors(checkpoint / WEIGHTS_FILES[weights])
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Loads tensors whose names and shapes are exactly the module's. Raises UserError with the first that differ."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        for key in own.keys() & tensors.keys()
+        if tensors[key].shape != own[key].shape
+    ]
+    if missing or extra or shapes:
+        parts = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {extra[:3]}"] * bool(extra) + sorted(shapes)[:3]
+        raise UserError(f"{source} is of another model: {'; '.join(parts)}")
+    module.load_state_dict(tensors)
+
+
+def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restores the optimizer's state, which is saved by parameter name. Raises UserError for names the model lacks."""
+    path = checkpoint / "optimizer.safetensors"
+    names = dict(model.named_parameters())
+    state = {name: {} for name in names}
+    for key, value in read_tensors(path).items():
+        name, _, field = key.rpartition("/")
+        if name not in state:
+            raise UserError(f"{path} has state of {name!r}, which the model lacks")
+        state[name][field] = value
+    order = {id(p): name for name, p in names.items()}
+    saved = optimizer.state_dict()
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved["state"] = {i: state[order[id(p)]] for i, p in zip(ids, parameters) if state[order[id(p)]]}
+    optimizer.load_state_dict(saved)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `<parameter name>/<field>` tensors."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}/{field}": torch.as_tensor(value)
+        for parameter, fields in optimizer.state.items()
+        for field, value in fields.items()
+    }
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file, on the CPU. Raises UserError where it is damaged or something else."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error})") from None
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how safetensors reports what the operating system refused
+        raise OSError(errno.EIO, str(error), str(path)) from None

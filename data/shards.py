@@ -1,0 +1,208 @@
+"""A folder of shards and its meta.json: opened, written and completed.
+
+meta.json is written last, so that where it exists the shards are complete. Its keys:
+
+kind, scale, bias     the latent encoding (encoding.py); scale and bias are null for sample_scaled
+codec                 what turns latents into pixels, as encoding recorded it; null if unknown
+codec_sha256          of its weights; null if unknown
+shape, dtype          of each stored array
+num_classes           labels are 0..num_classes-1
+flip                  "none", or "both": every image has a second entry, the latent of its mirror image
+counts                {split: entries}
+mean, std             of each channel of the model's input
+shards                [{name, split, n, sha256}]
+"""
+
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from data.archives import ARRAY, LABEL
+from data.encoding import LatentEncoding, check_kind
+from data.index import build_index, load_index, save_index
+from data.latents import ON_ERROR, Latents, channel_stats, warn
+from system import UserError
+from system.files import atomic_file, sha256_of, write_text_atomic
+
+SPLITS, FLIPS = ("train", "val"), ("none", "both")
+FILE_NAME = "meta.json"
+KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
+SHARD_KEYS = "name split n sha256".split()
+
+
+def open_latents(path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop") -> Latents:
+    """The latents of one split of a data folder: shards with a meta.json, or CompVis's without one.
+
+    kind: one of encoding.KINDS; None takes meta.json's, and sample_scaled if there is no meta.json.
+    on_error: "stop" raises at damage; "skip" leaves damaged shards and samples out, reports each in one line and counts
+    it in `Latents.faults`; a sample found damaged later is replaced by the next good one.
+    Raises UserError for a folder that is missing or has no shards, for damage, and for a kind that does not fit.
+    """
+    folder = Path(path)
+    if on_error not in ON_ERROR:
+        raise UserError(f"unknown data.on_error={on_error}; needed: one of {', '.join(ON_ERROR)}")
+    if not folder.is_dir():
+        raise UserError(
+            f"no data folder {folder}; needed: a folder of latent shards, see 'Your own data' in the README"
+        )
+    manifest = read_manifest(folder)
+    shards = split_shards(folder, split, manifest)
+    if not shards:
+        raise UserError(f"no {split} shards in {folder}; python -m data inspect {folder} says what is there")
+    encoding = read_encoding(folder, manifest, kind)
+    index = load_index(folder, split, shards, manifest)
+    if index.faults and on_error == "stop" or not len(index.entries):
+        more = f" (and {len(index.faults) - 1} more faults)" if len(index.faults) > 1 else ""
+        raise UserError(f"damaged data in {folder}: {index.faults[0]}{more}")
+    return Latents(folder, manifest, index, encoding, on_error)
+
+
+def has_split(path: str | Path, split: str) -> bool:
+    """Whether a data folder has shards of this split."""
+    folder = Path(path)
+    return folder.is_dir() and bool(split_shards(folder, split, read_manifest(folder)))
+
+
+def split_shards(folder: Path, split: str, manifest: dict) -> list[str]:
+    """Names of a split's shards: those that the manifest lists, or without one every tar with the split in its name."""
+    if manifest:
+        return [shard["name"] for shard in manifest["shards"] if shard["split"] == split]
+    return sorted(path.name for path in folder.glob("*.tar") if split in path.name)
+
+
+def read_encoding(folder: Path, manifest: dict, kind: str | None = None) -> LatentEncoding:
+    """The latent encoding in meta.json, whose kind `kind` overrides. Raises UserError if the scale is missing."""
+    recorded = manifest.get("kind", "sample_scaled")
+    kind = kind or recorded
+    check_kind(kind)
+    if manifest and kind != recorded:
+        warn(f"data.kind={kind} overrides {recorded} of {folder}/meta.json")
+    if kind == "sample_scaled":
+        return LatentEncoding(kind)
+    if manifest.get("scale") is None:
+        raise UserError(
+            f"{folder} is to be read as {kind} and no meta.json says the scale; "
+            f"python -m data index {folder} kind={kind} scale=... writes one"
+        )
+    return LatentEncoding(kind, manifest["scale"], manifest["bias"])
+
+
+def read_manifest(folder: Path) -> dict:
+    """The contents of a data folder's meta.json, {} if there is none. Raises UserError if it is not a manifest."""
+    path = folder / FILE_NAME
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    missing = [key for key in KEYS if key not in manifest] if isinstance(manifest, dict) else KEYS
+    if not missing:
+        missing = [key for key in SHARD_KEYS for shard in manifest["shards"] if key not in shard]
+    if missing:
+        raise UserError(
+            f"{path} does not say {missing[0]}; remove it, and python -m data index {folder} writes a new one"
+        )
+    for shard in manifest["shards"]:
+        if Path(shard["name"]).name != shard["name"]:
+            raise UserError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")
+    check_kind(manifest["kind"])
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    assert sorted(manifest) == sorted(KEYS), sorted(manifest)
+    write_text_atomic(folder / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, int]]) -> None:
+    """A tar of (key, array, label) samples: written whole or not at all, and to the same bytes every time."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
+        leftover.unlink(missing_ok=True)
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, array, label in samples:
+            contents = BytesIO()
+            np.save(contents, np.ascontiguousarray(array), allow_pickle=False)
+            _add(tar, f"{key}.{ARRAY}", contents.getvalue())
+            _add(tar, f"{key}.{LABEL}", b"%d" % label)
+
+
+def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
+    info = tarfile.TarInfo(name)  # mode 644, owner 0, time 0: nothing of this machine
+    info.size = len(contents)
+    tar.addfile(info, BytesIO(contents))
+
+
+def reserve(folder: Path, recipe: dict) -> None:
+    """Makes the folder and records in it what it is for: an interrupted job can resume, and no other one mixes in.
+
+    Raises UserError if the folder was reserved for something else or holds shards of unknown origin.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / ".recipe.json"
+    if note.exists():
+        before = json.loads(note.read_text())
+        changed = [key for key in recipe if recipe[key] != before.get(key)]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{folder} was begun with {key}={before.get(key)}, not {recipe[key]}; needed: the same settings, or an "
+                f"empty folder"
+            )
+    elif any(folder.glob("*.tar")):
+        raise UserError(f"{folder} holds other shards; needed: an empty folder")
+    else:
+        write_text_atomic(note, json.dumps(recipe, sort_keys=True))
+
+
+def finalize(
+    folder: Path, encoding: LatentEncoding, *, codec: dict | None = None, codec_sha256: str | None = None,
+    flip: str = "none", num_classes: int | None = None,
+) -> dict:  # fmt: skip
+    """Reads back the shards in a folder, writes meta.json and the index of each split; returns the manifest.
+
+    If there is a meta.json already, the shards are checked against it instead, and the other arguments have no effect.
+    num_classes: None = largest label + 1. Raises UserError for damaged or missing shards.
+    """
+    if flip not in FLIPS:
+        raise UserError(f"flip={flip}; needed: {' or '.join(FLIPS)}")
+    existing = read_manifest(folder)
+    if existing:
+        for split in existing["counts"]:
+            open_latents(folder, split=split)
+        return existing
+    manifest = {"shards": [], "shape": None, "dtype": None, "num_classes": num_classes}
+    indices = {}
+    for split in SPLITS:
+        shards = split_shards(folder, split, {})
+        if not shards:
+            continue
+        index = build_index(folder, shards, manifest)
+        if index.faults:
+            raise UserError(f"damaged data in {folder}: {index.faults[0]}")
+        manifest |= {"shape": list(index.shape), "dtype": index.dtype}
+        manifest["shards"] += [
+            {"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)}
+            for name, n in zip(shards, index.counts.tolist())
+        ]
+        indices[split] = index
+    if not indices:
+        raise UserError(f"no shards train-*.tar in {folder}")
+    manifest |= asdict(encoding) | {"codec": codec, "codec_sha256": codec_sha256, "flip": flip}
+    manifest["num_classes"] = num_classes or 1 + max(int(index.entries.labels.max()) for index in indices.values())
+    manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
+    first = next(iter(indices.values()))
+    manifest["mean"], manifest["std"] = channel_stats(Latents(folder, manifest, first, encoding, "stop"))
+    for split, index in indices.items():
+        save_index(folder, split, index, manifest)
+    write_manifest(folder, manifest)
+    return manifest

@@ -1,0 +1,185 @@
+"""Extractors: uint8 images (B, 3, H, W) -> the features that Frechet distances, precision and recall are computed in.
+
+    mnist      a small digit classifier, in assets/, trained by scripts/train_mnist_classifier.py
+    inception  torch-fidelity's port of the 2015 TensorFlow graph: FID, sFID and Inception score of the ADM protocol
+    dinov2     timm's DINOv2 ViT-L/14
+
+Shapes: B images, D features, K classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from autoencoder import PixelCodec
+from checkpoints.run_folder import load_strictly, read_tensors
+from data import open_latents, prepare_mnist
+from evaluation import inception
+from system import UserError
+from system.files import sha256_of
+
+MNIST_WEIGHTS = Path(__file__).resolve().parents[1] / "assets" / "mnist_classifier.safetensors"
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+
+
+class Features(NamedTuple):
+    """Features of one batch of images, float32."""
+
+    pool: torch.Tensor  # (B, D)
+    logits: torch.Tensor | None = None  # (B, K): classes, or Inception's logits without bias
+    spatial: torch.Tensor | None = None  # (B, 2023): sFID
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, as a key of caches
+class Extractor:
+    """uint8 images (B, 3, H, W) on any device -> `Features` on its own device."""
+
+    name: str
+    net: nn.Module  # uint8 (B, 3, H, W) -> Features
+    sha256: str  # of the weights file
+    device: torch.device
+
+    @property
+    def num_features(self) -> int:
+        return self.net.num_features
+
+    @property
+    def num_spatial(self) -> int | None:
+        return self.net.num_spatial
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> Features:
+        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, images.shape
+        return self.net(images.to(self.device))
+
+
+def load_extractor(
+    name: str, weights: str | Path | None = None, sha256: str | None = None, *, device: torch.device | str = "cpu"
+) -> Extractor:
+    """An extractor by name: mnist, inception, dinov2.
+
+    weights: a file; None = the shipped one (mnist) or the published one, downloaded once (inception, dinov2).
+    sha256: required of that file; None = the published one's, where known (inception).
+    Raises UserError for an unknown name and for weights that are missing, wrong or of another network.
+    """
+    if name == "mnist":
+        path = Path(weights or MNIST_WEIGHTS)
+        net, found = MnistClassifier(), sha256_of(path)
+        load_strictly(net, read_tensors(path), str(path))
+    elif name == "inception":
+        state, found = inception.read_weights(inception.find_weights(weights), sha256)
+        net = Inception(state)
+    elif name == "dinov2":
+        path = dinov2_weights(weights)
+        net, found = DinoV2(path), sha256_of(path)
+    else:
+        raise UserError(f"extractor={name}; needed: mnist, inception or dinov2")
+    if found != (sha256 or found):
+        raise UserError(f"the weights of {name} have sha256 {found}; needed: {sha256}")
+    return Extractor(name, net.eval().requires_grad_(False).to(device), found, torch.device(device))
+
+
+class Inception(nn.Module):
+    """torch-fidelity's port of the 2015 graph, with TensorFlow's resizing; images of any size.
+
+    spatial: the first 7 channels of mixed_6/conv, 17 x 17, in TensorFlow's order (arXiv 2103.03841).
+    """
+
+    num_features = 2048
+    num_spatial = 17 * 17 * 7
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__()
+        self.net = inception.build(state, ["2048", "logits_unbiased"])
+        self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self.spatial = None
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.spatial = output[:, :7]  # (B, 7, 17, 17)
+
+    def forward(self, images: torch.Tensor) -> Features:
+        pool, logits = self.net(images)
+        return Features(pool, logits, self.spatial.permute(0, 2, 3, 1).flatten(1))
+
+
+class DinoV2(nn.Module):
+    """The class token of timm's DINOv2 ViT-L/14 (arXiv 2306.04675); images are resized to 224 x 224, bicubic."""
+
+    num_spatial = None
+
+    def __init__(self, path: Path):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise UserError("extractor=dinov2 needs the package timm: pip install timm") from None
+        self.net = timm.create_model(DINOV2, num_classes=0, dynamic_img_size=True)
+        self.num_features = self.net.num_features
+        load_strictly(self.net, read_tensors(path), str(path))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> Features:
+        pixels = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255
+        return Features(self.net((pixels - self.mean) / self.std))
+
+
+def dinov2_weights(path: str | Path | None) -> Path:
+    """The file given, or timm's on the Hugging Face hub, downloaded once. Raises UserError where there is neither."""
+    if path is not None:
+        return Path(path)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(f"timm/{DINOV2}", "model.safetensors"))
+    except (ImportError, OSError, ValueError):
+        raise UserError(
+            f"no DINOv2 weights: timm/{DINOV2} could not be downloaded from the Hugging Face hub; "
+            "give extractor_weights=<its model.safetensors>"
+        ) from None
+
+
+class MnistClassifier(nn.Module):
+    """Three convolutions and two linear layers, 93,482 parameters; features are the 64 inputs of the last layer.
+
+    Images are 28 x 28, averaged over channels. Raises UserError for another size.
+    """
+
+    num_features = 64
+    num_spatial = None
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *_conv(1, 32), nn.MaxPool2d(2),
+            *_conv(32, 64), nn.MaxPool2d(2),
+            *_conv(64, 64), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * 3 * 3, 64), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> Features:
+        if images.shape[2:] != (28, 28):
+            raise UserError(f"images of {images.shape[3]}x{images.shape[2]} pixels; the mnist extractor reads 28x28")
+        pixels = images.float().mean(1, keepdim=True) / 127.5 - 1  # (B, 1, 28, 28)
+        pool = self.trunk(pixels)  # (B, 64)
+        return Features(pool, self.head(pool))
+
+
+def _conv(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()
+
+
+def digits(split: str, path: str | Path = "datasets/mnist") -> tuple[torch.Tensor, torch.Tensor]:
+    """The embedded digits, written to the folder `path` on first use: uint8 (n, 3, 28, 28), labels (n,) int64.
+
+    split: "train" (4,500) or "val" (500, unseen by the shipped classifier).
+    """
+    prepare_mnist(path)
+    latents = open_latents(path, split=split)
+    raw, labels = latents.read(range(len(latents)))
+    return PixelCodec().decode(latents.to_model_input(raw, None)), labels

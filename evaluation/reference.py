@@ -1,0 +1,104 @@
+"""References: statistics of real images in an extractor's features, as an .npz of plain arrays.
+
+    mu (D,), sigma (D, D)            float64, normalised by N - 1
+    mu_s (2023,), sigma_s            the same of Inception's spatial features, for sFID
+    features (M, D)                  float32, of M of the images, for precision, recall and KID
+    n, extractor, extractor_sha256   the number of images, and the extractor
+
+A file of OpenAI's ADM evaluation (VIRTUAL_*.npz) has the first four, and 10,000 images instead of features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.images import read_arrays
+from evaluation import inception
+from evaluation.features import Extractor, digits
+from evaluation.metrics import FeatureStats
+from system import UserError
+from system.files import atomic_file, sha256_of
+
+KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256")
+MAX_FEATURES = 10_000  # images whose features are kept, as many as ADM's files have
+
+
+@dataclass
+class Reference:
+    mu: np.ndarray  # (D,)
+    sigma: np.ndarray  # (D, D)
+    mu_s: np.ndarray | None = None  # (2023,)
+    sigma_s: np.ndarray | None = None  # (2023, 2023)
+    features: np.ndarray | None = None  # (M, D)
+    n: int | None = None  # None = unknown (ADM's files)
+    extractor: str = "inception"
+    extractor_sha256: str | None = None
+    source: str = ""  # the file, or a description
+    sha256: str | None = None  # of the file
+
+
+def reference_from(
+    stats: FeatureStats, spatial: FeatureStats | None, features: torch.Tensor | None, extractor: Extractor, source: str
+) -> Reference:
+    """A reference of images whose features `extractor` made."""
+    return Reference(
+        stats.mu,
+        stats.sigma,
+        None if spatial is None else spatial.mu,
+        None if spatial is None else spatial.sigma,
+        None if features is None else features.cpu().numpy(),
+        stats.count,
+        extractor.name,
+        extractor.sha256,
+        source,
+    )
+
+
+def digits_reference(extractor: Extractor, path: str | Path = "datasets/mnist") -> Reference:
+    """Of the 4,500 embedded training digits. path: their folder, written on first use."""
+    images, _ = digits("train", path)
+    features = torch.cat([extractor(batch).pool for batch in images.split(500)])  # (4500, D)
+    stats = FeatureStats(extractor.num_features)
+    stats.update(features)
+    return reference_from(stats, None, features, extractor, "the embedded digits, train split")
+
+
+def write_reference(path: Path, reference: Reference) -> None:
+    """Writes the .npz, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        np.savez(file, **{key: getattr(reference, key) for key in KEYS if getattr(reference, key) is not None})
+
+
+def read_reference(path: str | Path) -> Reference:
+    """Raises UserError for mu or sigma missing, misshapen or not finite, and for damaged or pickled files."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no reference {path}; needed: an .npz by `python fid.py ref`, or ADM's VIRTUAL_*.npz")
+    arrays = read_arrays(path, KEYS)
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mu == "mu_s" and mu not in arrays and sigma not in arrays:
+            continue
+        shapes = [arrays[key].shape if key in arrays else "missing" for key in (mu, sigma)]
+        if "missing" in shapes or len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0]:
+            raise UserError(f"{path}: {mu} {shapes[0]}, {sigma} {shapes[1]}; needed: numbers (D,) and (D, D)")
+        if not (np.isfinite(arrays[mu]).all() and np.isfinite(arrays[sigma]).all()):
+            raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
+    plain = {key: array.item() if array.ndim == 0 else array for key, array in arrays.items()}
+    return Reference(**plain, source=str(path), sha256=sha256_of(path))
+
+
+def check_extractor(reference: Reference, extractor: Extractor) -> None:
+    """Raises UserError for a reference in other features than `extractor`'s."""
+    made_with, sha256 = reference.extractor, reference.extractor_sha256
+    same_weights = sha256 in (None, extractor.sha256) or {sha256, extractor.sha256} <= inception.TRUE_WEIGHTS
+    if made_with != extractor.name or not same_weights:
+        raise UserError(
+            f"{reference.source} was made with {made_with} ({str(sha256)[:8]}), "
+            f"the extractor is {extractor.name} ({extractor.sha256[:8]}); needed: one and the same"
+        )
+    if len(reference.mu) != extractor.num_features:
+        given = f"{extractor.name} gives {extractor.num_features}"
+        raise UserError(f"{reference.source} has {len(reference.mu)} features; {given}")

@@ -1,0 +1,194 @@
+"""Scores of images' features against a reference: `score`, for training and the command line alike.
+
+On several processes each takes one block of the images (`shard_range`), one message sums the statistics, and the first
+process computes the scores.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from evaluation import inception
+from evaluation.features import Extractor, Features
+from evaluation.metrics import (
+    FeatureStats,
+    all_reduce,
+    frechet_distance,
+    gather_rows,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from evaluation.reference import Reference, check_extractor
+from evaluation.table import finite
+from system import UserError
+from system.files import atomic_file, commit, write_text_atomic
+from system.processes import start_processes
+
+METRICS = ("fd", "sfid", "is", "pr", "kid")
+
+
+class Measured(NamedTuple):
+    """What scores are computed from, over the images of all processes."""
+
+    stats: FeatureStats
+    spatial: FeatureStats | None
+    logits: torch.Tensor | None  # (N, K)
+    pool: torch.Tensor | None  # (M, D), of the images selected by `keep`
+
+
+def shard_range(n: int) -> range:
+    """This process's block of n images; the blocks of all processes, in order, are all n. Raises UserError."""
+    state = start_processes()
+    if n < max(2, state.num_processes):
+        raise UserError(f"{n} images on {state.num_processes} processes; needed: at least 2, and one each")
+    first, after = (n * i // state.num_processes for i in (state.process_index, state.process_index + 1))
+    return range(first, after)
+
+
+def measure(
+    batches: Iterable[Features], extractor: Extractor, *, spatial: bool, logits: bool, keep: torch.Tensor | None
+) -> Measured:
+    """Statistics over the batches of all processes, the same on each; a process brings its `shard_range`.
+
+    keep: (n,) bool, which of this process's images keep their features; None = none.
+    """
+    on = extractor.device if extractor.device.type == "cuda" else "cpu"  # Apple's GPUs lack float64
+    stats = FeatureStats(extractor.num_features, on)
+    spatial_stats = FeatureStats(extractor.num_spatial, on) if spatial else None
+    all_logits, kept, seen = [], [], 0
+    for features in batches:
+        stats.update(features.pool)
+        if spatial:
+            spatial_stats.update(features.spatial)
+        if logits:
+            all_logits.append(features.logits)
+        if keep is not None:
+            kept.append(features.pool[keep[seen : seen + len(features.pool)].to(features.pool.device)])
+        seen += len(features.pool)
+    all_reduce([stats, spatial_stats] if spatial else [stats])
+    return Measured(
+        stats,
+        spatial_stats,
+        gather_rows(torch.cat(all_logits)) if logits else None,
+        gather_rows(torch.cat(kept)) if keep is not None else None,
+    )
+
+
+def score(
+    batches: Iterable[Features],
+    n: int,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    labels: torch.Tensor | None = None,
+    metrics: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """Scores of n images against a reference; an empty dict on every process but the first.
+
+    batches: features of this process's `shard_range(n)`, in order. labels: (n,) int64 of all images, for
+    class_accuracy. metrics: of fd, sfid, is, pr, kid; None = all that the extractor and the reference allow.
+    Raises UserError for a reference of another extractor and for metrics that the two do not allow.
+    """
+    check_extractor(reference, extractor)
+    metrics = choose_metrics(metrics, extractor, reference)
+    with_classes = labels is not None and extractor.name == "mnist"
+    keep = torch.ones(len(shard_range(n)), dtype=torch.bool) if {"pr", "kid"} & set(metrics) else None
+    measured = measure(batches, extractor, spatial="sfid" in metrics, logits="is" in metrics or with_classes, keep=keep)
+    if not start_processes().is_main_process:
+        return {}
+    assert measured.stats.count == n, f"{measured.stats.count} images instead of {n}"
+    if n <= extractor.num_features:
+        few = f"{n} images are too few for {extractor.num_features} features: distances are overestimated"
+        print(f"warning: {few}", file=sys.stderr)
+    scores = scores_of(measured, metrics, reference, distance_name(extractor, n), extractor.device)
+    if with_classes:
+        scores["class_accuracy"] = (measured.logits.argmax(1) == labels).double().mean().item()
+    return scores
+
+
+def scores_of(
+    measured: Measured, metrics: Sequence[str], reference: Reference, distance: str, device: torch.device
+) -> dict[str, float]:
+    """The metrics by name. distance: the name of the Frechet distance."""
+    scores, stats, spatial = {}, measured.stats, measured.spatial
+    if "fd" in metrics:
+        scores[distance] = frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma)
+    if "sfid" in metrics:
+        scores[f"s{distance}"] = frechet_distance(spatial.mu, spatial.sigma, reference.mu_s, reference.sigma_s)
+    if "is" in metrics:
+        scores["inception_score"], scores["inception_score_std"] = inception_score(measured.logits)
+    if measured.pool is not None:
+        generated = measured.pool.to(device)
+        real = torch.from_numpy(reference.features).to(generated)
+    if "pr" in metrics:
+        scores["precision"], scores["recall"] = precision_recall(generated, real)
+    if "kid" in metrics:
+        scores["kid"], scores["kid_std"] = kernel_distance(generated, real)
+    return scores
+
+
+def choose_metrics(wanted: Sequence[str] | None, extractor: Extractor, reference: Reference) -> list[str]:
+    """The metrics to compute. Raises UserError for one that is unknown or lacks what it needs."""
+    lacking = {
+        "sfid": reference.mu_s is None and "a reference with mu_s and sigma_s (extractor=inception)",
+        "is": extractor.name != "inception" and "extractor=inception",
+        "pr": reference.features is None and "a reference with features (`fid.py ref` keeps them)",
+        "kid": reference.features is None and "a reference with features (`fid.py ref` keeps them)",
+    }
+    for name in wanted or ():
+        if name not in METRICS:
+            raise UserError(f"metrics={name}; needed: of {', '.join(METRICS)}")
+        if lacking.get(name):
+            raise UserError(f"metric {name} needs {lacking[name]}")
+    return [name for name in METRICS if (name in wanted if wanted is not None else not lacking.get(name))]
+
+
+def distance_name(extractor: Extractor, n: int) -> str:
+    """fid50k, fid5k, fid1234, ... with the published Inception weights; fd_<extractor> with all others."""
+    if extractor.name != "inception" or extractor.sha256 not in inception.TRUE_WEIGHTS:
+        return f"fd_{extractor.name}"
+    return f"fid{n // 1000}k" if n % 1000 == 0 else f"fid{n}"
+
+
+def write_part(path: Path, features: Features, calls: int, macs: int) -> None:
+    """Keeps one batch's features, with network calls and multiply-adds per image."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in features._asdict().items() if tensor is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(save(tensors, {"network_calls": str(calls), "macs": str(macs)}))
+
+
+def read_part(path: Path, device: torch.device) -> tuple[Features, int, int]:
+    """Features of one batch, and network calls and multiply-adds per image."""
+    with safe_open(path, "pt", device=str(device)) as file:
+        features = Features(**{name: file.get_tensor(name) for name in file.keys()})
+        return features, int(file.metadata()["network_calls"]), int(file.metadata()["macs"])
+
+
+def describe_scoring(extractor: Extractor, reference: Reference) -> dict:
+    return {
+        "extractor": extractor.name, "extractor_sha256": extractor.sha256,
+        "reference": reference.source, "reference_sha256": reference.sha256, "reference_n": reference.n,
+        "processes": start_processes().num_processes, "commit": commit(),
+    }  # fmt: skip
+
+
+def write_metrics(result: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / "metrics.json", json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+
+
+def with_progress(batches: Iterable[Features], total: int) -> Iterator[Features]:
+    shown = sys.stderr.isatty() and start_processes().is_main_process
+    with tqdm(total=total, unit="img", desc="scoring", disable=not shown) as bar:
+        for features in batches:
+            yield features
+            bar.update(len(features.pool))

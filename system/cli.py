@@ -1,0 +1,123 @@
+"""Command lines: Hydra overrides become a config, and a user's mistake one line on stderr with exit code 2.
+
+HYDRA_FULL_ERROR=1 shows the traceback of such a line.
+"""
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from system import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+# An OSError here is a path that cannot be read or written, a full disk, ...: nothing that a traceback would explain.
+USER_ERRORS = (UserError, OSError, HydraException, OmegaConfBaseException)
+
+
+def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
+    """configs/<name>.yaml with the command line's overrides; an unknown key or group is an error."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose(name, overrides=list(overrides))
+        check_types(config, name, overrides)
+    return config
+
+
+def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
+    """Raises UserError for unknown keys, and for words, lists or null where configs/<name>.yaml has a number.
+
+    Hydra must be initialized.
+    """
+    groups = [o for o in overrides if (CONFIG_DIR / o.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
+    defaults = compose(name, overrides=groups)
+    known = set(flat_keys(defaults))
+    for key in flat_keys(config):
+        if key not in known and not key.startswith("hydra."):
+            raise UserError(f"unknown key '{key}'{_did_you_mean(key)}")
+    for key in known:
+        default, value = (OmegaConf.select(c, key, throw_on_missing=False) for c in (defaults, config))
+        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int, float)):
+            raise UserError(f"{key}={value}; needed: a value like {default}")
+        if isinstance(default, (int, float)) and (
+            not isinstance(value, (int, float)) or isinstance(default, int) and value != int(value)
+        ):
+            raise UserError(f"{key}={value}; needed: {'a whole number' if isinstance(default, int) else 'a number'}")
+
+
+def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, list[str]]:
+    """(verb, overrides) of a command line; prints `usage` and exits when help is asked for. Raises UserError."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage.strip())
+        sys.exit(0 if argv else 2)
+    if argv[0] not in choices:
+        raise UserError(f"unknown command {argv[0]!r}; needed: one of {', '.join(choices)}")
+    return argv[0], list(argv[1:])
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """A UserError, OSError or config error inside becomes `error: <one line>` on stderr and exit code 2.
+
+    Every other exception is a bug, and keeps its traceback.
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises its errors, instead of printing them and exiting 1
+    try:
+        yield
+    except USER_ERRORS as error:
+        if SHOW_TRACEBACK:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line, without Hydra's and OmegaConf's paragraphs."""
+    text = str(error) or type(error).__name__
+    key = re.search(r"Could not (?:override|append to config\.[^']*) '([^']+)'", text)
+    if key:
+        return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
+    group = re.search(
+        r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path",
+        text, re.DOTALL,
+    )  # fmt: skip
+    if group:
+        return f"unknown {group.group(1)}={group.group(2)}; needed: one of {', '.join(group.group(3).split())}"
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines)[:600]
+
+
+def _did_you_mean(key: str) -> str:
+    """The keys of the config files that are nearest to a mistyped one."""
+    known = set()
+    for path in CONFIG_DIR.rglob("*.yaml"):
+        group = path.parent.relative_to(CONFIG_DIR).as_posix()
+        at_root = group == "." or "# @package _global_" in path.read_text()
+        prefix = "" if at_root else f"{group.replace('/', '.')}."
+        loaded = OmegaConf.load(path)
+        known |= {prefix + k for k in flat_keys(loaded)} if isinstance(loaded, DictConfig) else set()
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(near)}?" if near else "; the keys are in configs/"
+
+
+def flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a config's values."""
+    for key in config:
+        value = config._get_node(key)
+        if isinstance(value, DictConfig) and len(value):
+            yield from flat_keys(value, f"{prefix}{key}.")
+        elif key not in ("defaults", "hydra"):
+            yield f"{prefix}{key}"

@@ -1,0 +1,90 @@
+"""Files that are there whole or not at all, their hashes, locks between processes, and the version of this code."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from system import UserError
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write. On success it is on disk under `path`; after any failure `path` is as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replaces a text file as a whole."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or a folder's names, to disk: what a rename shows is then what a power cut leaves."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time. The kernel releases the lock when its holder ends, however that happens.
+
+    Without locks (some network file systems) the work is done twice, which is harmless: files appear whole.
+    """
+    with open(path, "a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def reserve(folder: Path) -> TextIO:
+    """Locks a folder for this process until the returned file is closed. Raises UserError where another holds it."""
+    lock = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        lock.seek(0)
+        owner = lock.read().strip() or "another job"
+        raise UserError(f"{folder} is in use by {owner}; needed: another run_name") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def commit() -> str | None:
+    """The git commit of this code, "-dirty" where files differ from it; None outside of git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

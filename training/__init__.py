@@ -1,0 +1,1 @@
+"""What surrounds the training loop: preparation, the log, preemption, and the guard against non-finite steps."""

@@ -1,0 +1,148 @@
+"""The numbers of training: metrics.jsonl always, wandb when asked for, and the terminal."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from system import cli
+from training.guard import FiniteGuard
+
+
+class TimedBatches:
+    """The same batches; `waited` is the number of seconds spent waiting for them so far."""
+
+    def __init__(self, batches: Iterator):
+        self.batches, self.waited = batches, 0.0
+
+    def __iter__(self) -> "TimedBatches":
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, ...]:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - started
+        return batch
+
+
+class Log:
+    """Written by the main process; the others take part in the mean of the loss alone."""
+
+    def __init__(self, cfg: DictConfig, run_folder: Path, start_step: int, dist: PartialState):
+        self.cfg, self.dist, self.path = cfg.train, dist, run_folder / "metrics.jsonl"
+        self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
+        self.started, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
+        self.skipped, self.unwritten, self.warned = 0.0, "", set()
+        self.wandb = None
+        if dist.is_main_process and cfg.wandb.mode != "disabled":
+            with self.survive("wandb"):
+                self.wandb = start_wandb(cfg, run_folder)
+        self.bar = tqdm(
+            total=cfg.train.max_steps, initial=start_step, unit="step", dynamic_ncols=True,
+            disable=not (dist.is_main_process and sys.stderr.isatty()),
+        )  # fmt: skip
+
+    def say(self, text: str) -> None:
+        if self.dist.is_main_process:
+            self.bar.write(text)
+            sys.stdout.flush()
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.losses += loss
+        self.steps += 1
+        self.bar.update()
+
+    def train(
+        self, step: int, grad_norm: torch.Tensor, lr: float, guard: FiniteGuard, waited: float, left_out: int
+    ) -> int:
+        """One line on the steps since the last one -> the first non-finite step, where it ends the run, else 0.
+
+        waited: seconds spent waiting for data so far. left_out: this process's damaged samples (data.on_error=skip).
+        The only place where training waits for the device.
+        """
+        totals = torch.stack([self.losses, torch.full_like(self.losses, left_out)])
+        if self.dist.num_processes > 1:
+            torch.distributed.all_reduce(totals)
+        totals[0] /= self.dist.num_processes
+        loss, left_out = totals.tolist()
+        norm, skipped, first_bad = torch.stack([grad_norm, guard.count, guard.first]).tolist()
+        seconds = time.perf_counter() - self.started - self.paused
+        good_steps = self.steps - (skipped - self.skipped)
+        values = {
+            "train/loss": loss / good_steps if good_steps else None,
+            "train/grad_norm": norm if math.isfinite(norm) else None,
+            "train/lr": lr, "train/skipped": int(skipped), "data/left_out": int(left_out),
+            "perf/step_s": seconds / self.steps,
+            "perf/img_per_s": self.steps * self.cfg.global_batch_size / seconds,
+            "perf/data_wait": (waited - self.waited) / seconds,
+        }  # fmt: skip
+        self.write(step, values)
+        self.bar.set_postfix(loss=values["train/loss"], refresh=False)
+        self.losses.zero_()
+        self.skipped, self.steps = skipped, 0
+        self.started, self.paused, self.waited = time.perf_counter(), 0.0, waited
+        return int(first_bad) if skipped > (0 if guard.mode == "stop" else self.cfg.max_skipped) else 0
+
+    @contextmanager
+    def survive(self, what: str, once: bool = False) -> Iterator[None]:
+        """An exception inside becomes a warning; with `once`, only the first of its kind is printed."""
+        try:
+            yield
+        except Exception as error:
+            if not (once and what in self.warned):
+                self.warn(f"{what} failed: {type(error).__name__}: {cli.one_line(error)}")
+            self.warned.add(what)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not self.dist.is_main_process:
+            return
+        self.unwritten += json.dumps({"step": step, **values}) + "\n"
+        try:
+            with open(self.path, "a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:  # kept, and written with the next line
+            self.warn(f"{self.path}: {error.strerror}; training goes on")
+        if self.wandb is not None:
+            with self.survive("wandb", once=True):
+                self.wandb.log({"train/step": step, **values})
+        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in values.items() if value is not None]
+        self.say(f"step {step}  " + "  ".join(shown))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside does not count as training time."""
+        started = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - started
+
+    def close(self, text: str) -> None:
+        self.bar.close()
+        self.say(text)
+        if self.wandb is not None:
+            with self.survive("wandb"):
+                self.wandb.finish()
+
+
+def start_wandb(cfg: DictConfig, run_folder: Path):
+    """A wandb run whose id is the run's name, so that a resumed run continues its curves."""
+    import wandb
+
+    name = cfg.run_name.replace("/", "-")
+    run = wandb.init(
+        mode=cfg.wandb.mode, project=cfg.wandb.project, name=name, id=name, resume="allow", dir=run_folder,
+        config=OmegaConf.to_container(cfg), settings=wandb.Settings(init_timeout=60),
+    )  # fmt: skip
+    run.define_metric("*", step_metric="train/step")
+    return run

@@ -1,0 +1,273 @@
+"""Everything before the first training step. What cannot run is refused here, before anything slow or written."""
+
+import copy
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from accelerate import PartialState
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import data
+from checkpoints.load import load_run
+from checkpoints.run_folder import (
+    find_checkpoint,
+    latest_checkpoint,
+    load_optimizer,
+    load_strictly,
+    load_weights,
+    newest_intact,
+    read_config,
+    remove_temporaries,
+    step_of,
+    verify_checkpoint,
+)
+from cost import cost_table
+from data import BatchPlan
+from guidance import guidance_from
+from system import UserError, cli
+from system.files import reserve, write_text_atomic
+from system.instantiate import instantiate
+from training.guard import FiniteGuard
+
+AT_LEAST = {
+    "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,
+    "train.warmup_steps": 0, "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1,
+    "train.save_every": 0, "train.keep_last": 1, "train.max_hours": 0, "train.timeout_s": 1, "train.max_skipped": 0,
+    "train.check_replicas_every": 0, "train.keep_every": 1, "preview.every": 0, "eval.every": 0,
+    "preview.num_images": 1, "data.num_workers": 0,
+}  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """What a training step changes. `net` is `model`, wrapped in DDP for several processes."""
+
+    net: nn.Module
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    guard: FiniteGuard
+
+
+def name_run(cfg: DictConfig) -> DictConfig:
+    """Names the run and checks key types. A sweep's jobs go to <run_name or multirun>/<swept overrides>."""
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("-m runs its jobs one after another in one process; needed: one launch per job")
+        given = OverridesParser.create().parse_overrides(overrides_of(sys.argv))
+        swept = {o.key_or_group for o in given if o.is_sweep_override()}
+        job = ",".join(o for o in hydra_cfg.overrides.task if o.partition("=")[0] in swept) or f"job{hydra_cfg.job.num}"
+        cfg.run_name = f"{cfg.run_name or 'multirun'}/{job.replace('/', '-')}"
+    elif cfg.run_name is None:
+        choices = hydra_cfg.runtime.choices
+        cfg.run_name = f"{choices.data}-{choices.model}-{choices.objective}"
+    cli.check_types(cfg, "config", hydra_cfg.overrides.task)
+    return cfg
+
+
+def overrides_of(argv: list[str]) -> list[str]:
+    return [argument for argument in argv[1:] if "=" in argument and not argument.startswith("-")]
+
+
+def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
+    """The config with interpolations and automatic choices resolved. Raises UserError for what cannot run."""
+    OmegaConf.resolve(cfg)
+    train = cfg.train
+    for key, least in AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (isinstance(value, (int, float)) and value >= least):
+            raise UserError(f"{key}={value}; needed: at least {least}")
+    if cfg.wandb.mode not in ("disabled", "offline", "online"):
+        raise UserError(f"wandb.mode={cfg.wandb.mode}; needed: disabled, offline or online")
+    if not 0 <= train.label_dropout < 1 or not 0 <= train.ema_decay < 1 or not train.grad_clip > 0:
+        raise UserError("needed: train.label_dropout and train.ema_decay in [0, 1), train.grad_clip > 0")
+    if train.compile not in ("blocks", "off", False):  # YAML reads a bare off as false
+        raise UserError(f"train.compile={train.compile}; needed: blocks or off")
+    train.compile = "blocks" if train.compile == "blocks" else "off"
+    train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
+    guidance_from(cfg.preview)
+    guidance_from(cfg.eval)
+    return cfg
+
+
+def decide_precision(wanted: str, device: torch.device) -> str:
+    """bf16 or fp32. "auto" follows accelerate's launch flag, else it is bf16 on hardware with bf16 matrix units."""
+    if wanted == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched == "no":
+            return "bf16" if has_fast_bf16(device) else "fp32"
+        wanted = launched
+    if wanted not in ("bf16", "fp32"):
+        raise UserError(
+            f"precision {wanted!r}; needed: auto, bf16 or fp32 (fp16 overflows in long runs and is not offered)"
+        )
+    return wanted
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return device.type == "cpu" and cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
+
+
+def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
+    """How the global batch splits over processes and accumulation. Raises UserError where it does not."""
+    world, total = dist.num_processes, train.global_batch_size
+    micro = train.micro_batch_size or total // world
+    if total < 1 or total % (world * max(micro, 1)):
+        raise UserError(
+            f"train.global_batch_size={total} is not "
+            f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
+        )
+    return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)
+
+
+def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.Latents]:
+    """(train, validation) latents. Raises UserError where their shape or classes are not the model's."""
+    if cfg.data.prepare == "mnist":
+        with dist.local_main_process_first():
+            data.prepare_mnist(cfg.data.path)
+    train = data.open_latents(cfg.data.path, kind=cfg.data.kind, on_error=cfg.data.on_error)
+    wanted = (cfg.data.channels, cfg.data.input_size, cfg.data.input_size)
+    if tuple(train.shape) != wanted:
+        raise UserError(
+            f"{cfg.data.path} holds latents of shape {tuple(train.shape)}, the model is for {wanted}: "
+            f"set data.channels and data.input_size, or data.path"
+        )
+    if train.num_classes > cfg.data.num_classes:
+        raise UserError(
+            f"{cfg.data.path} has {train.num_classes} classes, the model has data.num_classes={cfg.data.num_classes}"
+        )
+    if not data.has_split(cfg.data.path, "val"):
+        return train, train
+    return train, data.open_latents(cfg.data.path, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)
+
+
+def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[TrainState, object]:
+    """(state, objective) before the first step; a `new` run starts from cfg.init_from, if set. Raises UserError."""
+    starts_elsewhere = new and cfg.init_from is not None
+    if starts_elsewhere:
+        find_checkpoint(cfg.init_from)
+    torch.manual_seed(cfg.seed)  # for the initial weights; training itself never uses the global generator
+    model = instantiate(cfg.model).to(dist.device)
+    objective = instantiate(cfg.objective)
+    if starts_elsewhere:
+        start_from(cfg.init_from, model, objective)
+    model.gradient_checkpointing = cfg.train.gradient_checkpointing
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, cfg)
+    guard = FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite)
+    return TrainState(model, model, ema, optimizer, guard), objective
+
+
+def start_from(ckpt: str, model: nn.Module, objective) -> None:
+    """Loads the EMA weights of `ckpt`. Raises UserError where its model or objective is another."""
+    source = load_run(ckpt, "ema", device="cpu")
+    if type(source.objective) is not type(objective):
+        found, wanted = type(source.objective).__name__, type(objective).__name__
+        raise UserError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
+    load_strictly(model, source.model.state_dict(), source=str(ckpt))
+
+
+def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.AdamW:
+    settings = cfg.optimizer
+    return torch.optim.AdamW(
+        model.parameters(), lr=cfg.train.lr, betas=tuple(settings.betas), eps=settings.eps,
+        weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
+    """The verified checkpoint to resume from; None for a new run. Raises UserError."""
+    if cfg.resume is None:
+        if (run_folder / "config.yaml").exists() or latest_checkpoint(run_folder) is not None:
+            raise UserError(f"{run_folder} exists already; set resume=auto to continue it, or another run_name")
+        return None
+    if cfg.resume != "auto":
+        found = find_checkpoint(cfg.resume)
+        verify_checkpoint(found)
+        return found
+    return newest_intact(run_folder)
+
+
+# Keys that may differ between a run and its continuation: none of them changes a number.
+HARMLESS = (
+    "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "wandb", "hardware", "sampler", "data.path",
+    "data.prepare", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
+    "train.val_every", "train.val_samples", "train.save_every", "train.keep_last", "train.keep_every",
+    "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
+    "train.gradient_checkpointing",
+)  # fmt: skip
+
+
+def resume(path: Path, state: TrainState, cfg: DictConfig, latents: data.Latents) -> int:
+    """Restores weights, EMA and optimizer -> the checkpoint's step. Raises UserError where the run is another."""
+    saved = read_config(path)
+    allowed = (*HARMLESS, *cfg.resume_allow) + (() if cfg.train.decay_steps else ("train.max_steps",))
+    differing = [
+        f"{key} was {OmegaConf.select(saved, key)}, is {OmegaConf.select(cfg, key)}"
+        for key in dict.fromkeys([*cli.flat_keys(saved), *cli.flat_keys(cfg)])
+        if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in allowed)
+        and OmegaConf.select(saved, key) != OmegaConf.select(cfg, key)
+    ]
+    fingerprint = json.loads((path / "trainer_state.json").read_text())["data"]
+    if fingerprint != latents.fingerprint and "data" not in cfg.resume_allow:
+        differing.append(f"the data's fingerprint was {fingerprint}, is {latents.fingerprint}")
+    if differing:
+        raise UserError(
+            f"{path} is of another run: {'; '.join(differing)} (resume_allow=[key,...] continues it nevertheless)"
+        )
+    load_weights(path, state.model, "raw")
+    load_weights(path, state.ema, "ema")
+    load_optimizer(path, state.model, state.optimizer)
+    return step_of(path)
+
+
+def reserve_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> TextIO:
+    """Creates and locks the folder, writes the resolved config, and drops log lines of steps that will run again.
+
+    Closing the returned file releases the lock. Raises UserError where another job holds it.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    lock = reserve(run_folder)
+    remove_temporaries(run_folder)
+    write_text_atomic(run_folder / "config.yaml", OmegaConf.to_yaml(cfg))
+    metrics = run_folder / "metrics.jsonl"
+    if metrics.exists():
+        complete = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_text_atomic(metrics, "".join(line for line in complete if was_logged_before(line, start_step)))
+    return lock
+
+
+def was_logged_before(line: str, start_step: int) -> bool:
+    """Whether a log line stays at a resume: those up to the checkpoint, but not its evaluations, which run again."""
+    values = json.loads(line)
+    return values["step"] < start_step or (values["step"] == start_step and "train/loss" in values)
+
+
+def describe(
+    cfg: DictConfig, model: nn.Module, latents: data.Latents, plan: BatchPlan, resumed: Path | None,
+    compiled: str, why_not: str,
+) -> str:  # fmt: skip
+    """The first lines of a run's output."""
+    lines = [
+        f"run        {Path(cfg.results_dir) / cfg.run_name}" + (f", from {resumed}" if resumed else ""),
+        f"model      {cfg.model.size}",
+        cost_table(model, cfg),
+        f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
+        f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
+        f"x {plan.accumulation} accumulated",
+        f"precision  {cfg.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
+    ]
+    return "\n".join(lines)
