@@ -17,9 +17,15 @@ import torch
 from randomness import Generators, normal
 from system import UserError
 
-# Lowest and highest noise level of each discretization (EDM, Table 1).
-SIGMA_RANGES = {"edm": (0.002, 80.0), "vp": (0.0105, 152.2), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
 VP_TIME_MIN = 1e-3  # epsilon_s, where the VP schedule reaches its lowest noise level; it reaches the highest at 1
+VP_BETA_D, VP_BETA_MIN = 19.9, 0.1  # of the published VP schedule (EDM, Table 1)
+# Lowest and highest noise level of each discretization (EDM, Table 1).
+SIGMA_RANGES = {
+    "edm": (0.002, 80.0),
+    "vp": tuple(math.sqrt(math.expm1(VP_BETA_D * t**2 / 2 + VP_BETA_MIN * t)) for t in (VP_TIME_MIN, 1.0)),
+    "ve": (0.02, 100.0),
+    "iddpm": (0.002, 81.0),
+}
 
 
 def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, generators: Generators) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_the_table_holds_what_was_counted(report):
 
 @pytest.mark.parametrize(
     "overrides, message",
-    [(["model=dit"], "no routes"), (["model=lightningdit_tread"], "knows a plain form of dit alone")],
+    [(["model=dit"], "no routes"), (["model=lightningdit_tread"], "has a plain form of dit.DiT only")],
 )
 def test_what_cannot_be_compared_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):

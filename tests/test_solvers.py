@@ -92,7 +92,7 @@ def test_noise_levels_are_the_papers():
     assert karras[1] == pytest.approx((80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 17) ** 7)
     vp = lambda t: math.sqrt(math.exp(19.9 * t**2 / 2 + 0.1 * t) - 1)  # noqa: E731  Table 1, beta_d 19.9 and beta_min 0.1
     low, high = SIGMA_RANGES["vp"]
-    assert low == pytest.approx(vp(1e-3), rel=0.01) and high == pytest.approx(vp(1), rel=0.001)
+    assert low == pytest.approx(vp(1e-3), rel=1e-12) and high == pytest.approx(vp(1), rel=1e-12)
     assert noise_levels(3, "vp", vp(1e-3), vp(1))[1] == pytest.approx(vp((1 + 1e-3) / 2))
     assert noise_levels(3, "ve", 0.01, 100)[1] == pytest.approx(1)
     cosine = iddpm_levels()  # away from the cap of C_1 they are what the cosine schedule's alpha_bar says
