@@ -47,9 +47,7 @@ def open_latents(path: str | Path, *, split: str = "train", kind: str | None = N
     if on_error not in ON_ERROR:
         raise UserError(f"unknown data.on_error={on_error}; needed: one of {', '.join(ON_ERROR)}")
     if not folder.is_dir():
-        raise UserError(
-            f"no data folder {folder}; needed: a folder of latent shards, see 'Your own data' in the README"
-        )
+        raise UserError(f"no data folder {folder}; needed: a folder of latent shards, see docs/data.md")
     manifest = read_manifest(folder)
     shards = split_shards(folder, split, manifest)
     if not shards:

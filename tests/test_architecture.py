@@ -1,6 +1,7 @@
 """The floor plan of docs/architecture.md, held against the imports: `python -m tests.test_architecture` prints it."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def test_every_door_leads_down():
     floor = {name: i for i, rooms in enumerate(FLOORS) for name in rooms}
     assert {room(module) for module in modules()} <= floor.keys()
     assert [door for door in sorted(doors()) if floor[door[0]] <= floor[door[1]]] == []
+
+
+def test_the_floors_are_the_documented_ones():
+    rows = re.findall(r"^\| (\d) \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in sorted(rows)] == FLOORS
 
 
 def test_the_modules_of_a_package_form_no_circle():

@@ -214,14 +214,16 @@ def test_what_encoding_refuses(photos, vae, tmp_path):
     assert not list(tmp_path.glob("o*/meta.json"))
 
 
-README = ROOT / "README.md"
+def bash_lines(text):
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
 
 
-@pytest.mark.skipif(not README.exists(), reason="a checkout without its README")
-def test_every_line_of_the_readmes_your_own_data(photos, vae, tmp_path):
-    """From pictures to a training step, then foreign latents and bare shards, as the README has it, on small sets."""
-    section = README.read_text().split("## Your own data")[1].split("\n## ")[0]
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+def test_every_command_of_the_page_on_data(photos, vae, tmp_path):
+    """From pictures to a training step, then foreign latents and bare shards, as docs/data.md has it, on small sets."""
+    lines = bash_lines((ROOT / "docs/data.md").read_text())
+    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
+    commands = {line.partition("#")[0].strip() for line in lines}
+    assert {line.partition("#")[0].strip() for line in bash_lines(section)} <= commands
     assert len(lines) >= 6
     features, labels = tmp_path / "their-latents/imagenet256_features", tmp_path / "their-latents/imagenet256_labels"
     for folder in (features, labels, tmp_path / "their-shards"):

@@ -1,6 +1,7 @@
 """Every row of the paper's tables is one command, and each of them starts."""
 
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,21 @@ def test_routing_saves_gpu_hours_as_predicted():
             model = training.instantiate(cfg.model)
         hours[row] = cost.gpu_hours(model.macs(training.Routing()), cfg)
     assert hours["DiT + TREAD XL/2"] / hours["DiT XL/2"] == pytest.approx(0.5828, abs=5e-4)
+
+
+def test_the_documented_rows_are_these_and_cost_as_predicted():
+    """docs/training.md: a line for each row, or for its four sizes, with the GPU-hours that cost.py counts."""
+    page = (Path(training.__file__).parent / "docs" / "training.md").read_text()
+    lines = re.findall(r"^\| [^|]+ \| `(experiment=[^`]+)` \| [^|]+ \| ([\d. /]+) \|$", page, re.MULTILINE)
+    found = {}
+    for overrides, hours in lines:
+        overrides = overrides.replace("<the routed run>", "null")
+        values = [float(value) for value in hours.split("/")]
+        sizes = [f" model.size=DiT-{size}/2" for size in SIZES] if len(values) > 1 else [""]
+        found |= {overrides + size: value for size, value in zip(sizes, values, strict=True)}
+    assert found.keys() == set(ROWS.values())
+    for row, overrides in ROWS.items():
+        cfg = config(row)
+        with torch.device("meta"):
+            model = training.instantiate(cfg.model)
+        assert cost.gpu_hours(model.macs(training.Routing()), cfg) == pytest.approx(found[overrides], rel=0.01), row

@@ -1,4 +1,7 @@
-"""Routing for networks that are not ours: the README's ten lines, on a transformer of diffusers and on a recurrence."""
+"""Routing for networks that are not ours, as in docs/architecture.md: a transformer of diffusers, and a recurrence."""
+
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from routing_module import draw_keep_ids, gather_tokens, scatter_tokens
 
 
 class Routed(nn.ModuleList):
-    """A span of blocks that half of the tokens bypass while training."""
+    """A span of blocks that half of the tokens skip in training."""
 
     def forward(self, x, *args, **kwargs):
         keep_ids = draw_keep_ids(*x.shape[:2], 0.5 if self.training else 0.0, device=x.device)
@@ -83,6 +86,11 @@ def case(request):
 
 def first(output):
     return output[0] if isinstance(output, tuple) else output
+
+
+def test_the_class_is_the_documented_one():
+    page = Path(__file__).resolve().parent.parent / "docs" / "architecture.md"
+    assert inspect.getsource(Routed) in page.read_text()
 
 
 def test_dense_in_evaluation_and_cheaper_in_training(case):

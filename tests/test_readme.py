@@ -1,4 +1,4 @@
-"""Every command of the README's bash blocks, word for word, in a clean copy; training is cut short by appended keys."""
+"""Every command in the bash blocks of README and docs, word for word, in a clean copy, with training cut short."""
 
 import os
 import re
@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SHORT = {
     "train.py": "train.max_steps=2 train.compile=off model.depth=6 model.hidden_size=32 sampler.num_steps=2 "
     "preview.num_images=10 train.val_samples=50",
@@ -19,12 +22,19 @@ SHORT = {
 }
 
 
+def text_of(page: str) -> str:
+    """A page without the commands that tests/test_encode.py runs."""
+    if page == "docs/data.md":
+        return ""
+    return re.sub(r"## Your own data.*?\n## ", "## ", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
 def commands() -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    text = re.sub(r"## Your own data.*?\n## ", "## ", text, flags=re.DOTALL)  # test_encode.py runs it
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    """In the order of the pages, each once."""
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(map(text_of, PAGES)), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     lines = [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = list(dict.fromkeys(lines))
     return [line for line in lines if "scripts/guidance_" not in line]  # tests/test_guidance_scripts.py runs them
 
 
@@ -35,7 +45,7 @@ def shortened(command: str) -> list[str]:
     return shlex.split(command)
 
 
-def test_every_command_of_the_readme_runs(tmp_path, digits):
+def test_every_command_runs(tmp_path, digits):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     clone = tmp_path / "clone"
     made = {".venv", "runs", "datasets", "__pycache__"}
@@ -51,3 +61,18 @@ def test_every_command_of_the_readme_runs(tmp_path, digits):
             shortened(command), cwd=clone, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "assets/README.md"], ids=str)
+def test_links_and_files_that_are_named_exist(name):
+    page = ROOT / name
+    links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
+    assert not [link for link in links if not (page.parent / link).exists()]
+    folders = "configs|data|docs|evaluation|scripts|system|tests|training|checkpoints"
+    named = re.findall(rf"`((?:{folders})/[\w/.]+)`", page.read_text())
+    named = [path for path in named if "/my" not in path]  # what a reader is told to write
+    assert not [path for path in named if not (ROOT / path).exists()]
