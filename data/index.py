@@ -5,10 +5,12 @@ Building the index reads every byte: shards are compared with the manifest's sha
 and a CRC of each array is kept, so that reading a sample later is one `pread` and one comparison. 18 bytes a sample.
 
 The cache is kept beside the shards (`.train.index.npz`), or in the user's cache folder if that is not writable, and is
-used only while the shards' names, sizes and times and the manifest are unchanged.
+used only while the shards' names, sizes and times and the manifest are unchanged. What the system failed to read (EIO,
+ESTALE, ...) is left out of the index but never cached: it may be readable the next time.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -87,7 +89,8 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
         if before is not None and known_stamp == stamp:  # another process has just built it
             return before
         index = build_index(folder, shards, manifest, before)
-        _write_cache(path, index, stamp)
+        if not any(map(_is_read_error, index.faults)):
+            _write_cache(path, index, stamp)
     return index
 
 
@@ -147,11 +150,15 @@ class ShardValidator:
         described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
         that have changed since.
         """
-        try:
-            entries, faults = self.read_samples(path)
-        except OSError as error:
-            return Entries.of([]), [f"{path.name}: {error.strerror}"]
-        if described is None or faults or sha256_of(path) == described["sha256"]:
+        for attempt in (1, 2):
+            try:
+                entries, faults = self.read_samples(path)
+                unchanged = described is None or faults or sha256_of(path) == described["sha256"]
+                break
+            except OSError as error:
+                if attempt == 2:
+                    return Entries.of([]), [f"{path.name}: {error.strerror}"]
+        if unchanged:
             return entries, [f"{path.name}: {fault}" for fault in faults]
         if before is not None and np.array_equal(before.offsets, entries.offsets):
             changed = (before.crcs != entries.crcs) | (before.labels != entries.labels)
@@ -241,6 +248,11 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
     return shape, dtype.name, len(header)
 
 
+def _is_read_error(fault: str) -> bool:
+    """Whether the system failed to read a shard that exists, rather than found damage in it."""
+    return any(fault.endswith(f": {os.strerror(code)}") for code in errno.errorcode if code != errno.ENOENT)
+
+
 def describe_sample(path: Path, offset: int) -> str:
     """`shard: sample 'key' at byte offset`, with the key read back from the archive."""
     try:
@@ -289,7 +301,7 @@ def _write_cache(path: Path, index: Index, stamp: str) -> None:
 
 
 def _read_cache(path: Path) -> tuple[Index | None, str]:
-    """(index, stamp) of a cached index; (None, '') if there is none or it cannot be read."""
+    """(index, stamp) of a cached index; (None, '') if there is none, it cannot be read or lacks an unread shard."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
@@ -297,6 +309,6 @@ def _read_cache(path: Path) -> tuple[Index | None, str]:
             index = Index(
                 about["shards"], arrays["ends"], entries, tuple(about["shape"]), about["dtype"], about["faults"]
             )
-            return index, about["stamp"]
+            return (None, "") if any(map(_is_read_error, index.faults)) else (index, about["stamp"])
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         return None, ""

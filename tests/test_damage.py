@@ -1,5 +1,6 @@
 """Every damage of the data is seen and named, by shard, key and byte; nothing is silently left out, written or run."""
 
+import errno
 import json
 import os
 import tarfile
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import data.__main__
+import data.index
 from data import BatchPlan, make_loader, open_latents
 from data.index import npy_header
 from data.inspect import inspect
@@ -194,7 +196,7 @@ def test_bit_flip_is_seen_wherever_it_happens(tmp_path):
     flip_bit(shard, at, keep_time=False)  # with a new time: found when the set is opened
     with pytest.raises(UserError, match=sample):
         open_latents(folder)
-    (folder / ".train.index.npz").unlink()  # nothing records the sample any more
+    without_index(folder)  # nothing records the sample any more
     with pytest.raises(UserError, match="train-000000.tar: its sha256 is not the one in meta.json"):
         open_latents(folder)
     flip_bit(shard, member.offset_data - 512 + 124, keep_time=False)  # in the header
@@ -299,3 +301,46 @@ def test_every_flipped_bit_of_a_header_is_an_array_or_a_user_error():
         except UserError:
             refused += 1
     assert refused > 500  # the others change padding, or the shape, which validation compares
+
+
+@pytest.fixture
+def failing_reads(monkeypatch):
+    """Makes the next `times` reads of a file fail as those of a network file system do."""
+    real, left = os.pread, {}
+
+    def pread(fd: int, count: int, offset: int) -> bytes:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        if left.get(name, 0) > 0:
+            left[name] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, count, offset)
+
+    monkeypatch.setattr(data.index.os, "pread", pread)
+    return lambda name, times: left.update({name: times})
+
+
+def without_index(folder: Path) -> Path:
+    for path in folder.glob(".*.index.npz"):
+        path.unlink()
+    return folder
+
+
+def test_read_error_that_passes_is_not_damage(tmp_path, failing_reads):
+    folder = without_index(write_set(tmp_path / "set", sizes=[6, 3]))
+    failing_reads("train-000001.tar", times=1)
+    assert len(open_latents(folder)) == 9
+
+
+def test_read_errors_are_not_remembered(tmp_path, failing_reads, capfd):
+    folder = without_index(write_set(tmp_path / "set", sizes=[6, 3]))
+    failing_reads("train-000001.tar", times=10**6)
+    assert len(open_latents(folder, on_error="skip")) == 6
+    assert "train-000001.tar: Input/output error" in capfd.readouterr().err
+    with pytest.raises(UserError, match="train-000001.tar: Input/output error"):
+        open_latents(folder)
+    failing_reads("train-000001.tar", times=0)
+    assert len(open_latents(folder)) == 9
+    index = data.index.build_index(folder, [shard_name("train", 0)], {})  # as earlier versions kept it
+    index.faults.append("train-000001.tar: Input/output error")
+    data.index.save_index(folder, "train", index, read_manifest(folder))
+    assert len(open_latents(folder)) == 9
