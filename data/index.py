@@ -4,9 +4,9 @@ A shard is a tar of `<key>.latent.npy` and `<key>.cls` pairs; other members are 
 Building the index reads every byte: shards are compared with the manifest's sha256, every array and label is checked,
 and a CRC of each array is kept, so that reading a sample later is one `pread` and one comparison. 18 bytes a sample.
 
-The cache is kept beside the shards (`.train.index.npz`), or in the user's cache folder if that is not writable, and is
-used only while the shards' names, sizes and times and the manifest are unchanged. What the system failed to read (EIO,
-ESTALE, ...) is left out of the index but never cached: it may be readable the next time.
+The cache is kept beside the shards, or in the user's cache folder if theirs is not writable, and is used only while the
+shards' names, sizes and times and the manifest are unchanged. What the system failed to read (EIO, ESTALE, ...) is left
+out of the index, which is not cached then: it may be readable the next time.
 """
 
 import contextlib
@@ -79,6 +79,7 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
     sha256), `shape`, `dtype` and `num_classes`.
     """
     stamp = _stamp(folder, shards, manifest)
+    _rename_earlier(folder, split)
     for path in _cache_paths(folder, split):
         index, known_stamp = _read_cache(path)
         if index is not None and known_stamp == stamp:
@@ -101,6 +102,7 @@ def cached_index(folder: Path, split: str) -> Index | None:
 
 def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
     """Caches an index that was built before the manifest was written."""
+    _rename_earlier(folder, split)
     _write_cache(_cache_path(folder, split), index, _stamp(folder, index.shards, manifest))
 
 
@@ -276,16 +278,26 @@ def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
     return json.dumps([files, checks])
 
 
-def _cache_paths(folder: Path, split: str) -> tuple[Path, Path]:
-    """Beside the shards, and in the user's cache folder under a name made from the path."""
+def _cache_paths(folder: Path, split: str) -> list[Path]:
+    """Beside the shards, there as earlier versions named it, and in the user's cache folder under the path's hash."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tread"
-    path_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return folder / f".{split}.index.npz", user_cache / f"{path_hash}.{split}.index.npz"
+    path_hash, split_hash = (hashlib.sha256(name.encode()).hexdigest() for name in (str(folder.resolve()), split))
+    # Without the split's name: CompVis's loader takes every file with "train" in its name for a shard.
+    beside = folder / f".{split_hash[:8]}.index.npz"
+    return [beside, folder / f".{split}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"]
+
+
+def _rename_earlier(folder: Path, split: str) -> None:
+    """Gives an index that an earlier version cached beside the shards its present name, if that is allowed."""
+    beside, earlier, _ = _cache_paths(folder, split)
+    with contextlib.suppress(OSError):
+        earlier.with_suffix(".lock").unlink(missing_ok=True)
+        os.replace(earlier, beside)
 
 
 def _cache_path(folder: Path, split: str) -> Path:
     """The one to write: beside the shards if that is allowed."""
-    beside, elsewhere = _cache_paths(folder, split)
+    beside, _, elsewhere = _cache_paths(folder, split)
     if os.access(folder, os.W_OK):
         return beside
     elsewhere.parent.mkdir(parents=True, exist_ok=True)

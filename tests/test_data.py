@@ -230,11 +230,55 @@ def test_index_is_built_once(tmp_path, monkeypatch):
 
 def test_index_of_a_read_only_folder_lies_in_the_cache_folder(tmp_path, monkeypatch):
     folder = write_set(tmp_path / "set")
-    (folder / ".train.index.npz").unlink()
+    for path in folder.glob(".*.index.npz"):
+        path.unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(data.index.os, "access", lambda path, mode: False)
     assert len(open_latents(folder)) == TOTAL
-    assert not (folder / ".train.index.npz").exists() and len(list((tmp_path / "cache/tread").glob("*.npz"))) == 1
+    assert not list(folder.glob("*.npz")) and len(list((tmp_path / "cache/tread").glob("*.npz"))) == 1
+
+
+def write_bare(folder: Path, names: tuple) -> Path:
+    """Shards without a meta.json, as other projects have them: one sample each."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        write_shard(folder / name, [(f"{number}", array_of(number), 0)])
+    return folder
+
+
+def test_nothing_in_a_folder_of_shards_looks_like_a_shard(tmp_path):
+    """CompVis's loader takes every file whose name contains the split for a shard."""
+    shards = ("train-0.tar", "train-1.tar", "val-0.tar")
+    folder = write_bare(tmp_path / "theirs", shards)
+    for split in ("train", "val"):
+        open_latents(folder, split=split)
+    data.__main__.main(["inspect", str(folder)])
+    (folder / ".train.index.npz").touch()  # of an earlier version
+    data.__main__.main(["index", str(folder)])
+    for split in ("train", "val"):
+        open_latents(folder, split=split)
+        assert {name for name in os.listdir(folder) if split in name} == {name for name in shards if split in name}
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_index_of_an_earlier_version_is_read_and_renamed(tmp_path, monkeypatch, writable):
+    folder = write_bare(tmp_path / "set", ("train-0.tar",))
+    open_latents(folder)
+    (cached,) = folder.glob(".*.index.npz")
+    cached.rename(folder / ".train.index.npz")
+    (folder / ".train.index.lock").touch()
+
+    def read_again(self, path):
+        raise AssertionError(f"{path} was read again")
+
+    def refused(source, target):
+        raise PermissionError
+
+    monkeypatch.setattr(data.index.ShardValidator, "read_samples", read_again)
+    if not writable:
+        monkeypatch.setattr(data.index.os, "replace", refused)
+    assert len(open_latents(folder)) == 1
+    assert [name for name in os.listdir(folder) if "train" in name] == ["train-0.tar"] or not writable
 
 
 def test_fingerprint_knows_every_change(tmp_path):
