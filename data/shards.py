@@ -14,6 +14,7 @@ shards                [{name, split, n, sha256}]
 """
 
 import json
+import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -67,10 +68,20 @@ def has_split(path: str | Path, split: str) -> bool:
 
 
 def split_shards(folder: Path, split: str, manifest: dict) -> list[str]:
-    """Names of a split's shards: those that the manifest lists, or without one every tar with the split in its name."""
+    """Names of a split's shards: those that the manifest lists, or without one every tar with the split in its name.
+
+    A name such as pretrain-val-0.tar goes by its words. Raises UserError if they do not tell either.
+    """
     if manifest:
         return [shard["name"] for shard in manifest["shards"] if shard["split"] == split]
-    return sorted(path.name for path in folder.glob("*.tar") if split in path.name)
+    shards = []
+    for path in sorted(folder.glob("*.tar")):
+        words = re.findall("[A-Za-z]+", path.name)
+        named = [s for s in SPLITS if s in words] or [s for s in SPLITS if s in path.name]
+        if len(named) > 1:
+            raise UserError(f"{path} may be of the split {' or '.join(named)}; needed: one in its name")
+        shards += [path.name] if named == [split] else []
+    return shards
 
 
 def read_encoding(folder: Path, manifest: dict, kind: str | None = None) -> LatentEncoding:

@@ -281,6 +281,18 @@ def test_index_of_an_earlier_version_is_read_and_renamed(tmp_path, monkeypatch, 
     assert [name for name in os.listdir(folder) if "train" in name] == ["train-0.tar"] or not writable
 
 
+def test_shards_belong_to_one_split(tmp_path):
+    folder = write_bare(tmp_path / "set", ("pretrain-val-0.tar", "interval-train-1.tar", "training-2.tar"))
+    train, val = (open_latents(folder, split=split) for split in ("train", "val"))
+    assert (sorted(numbers_in(train.read([0, 1])[0])), numbers_in(val.read([0])[0])) == ([1, 2], [0])
+    assert (len(train), len(val)) == (2, 1)
+    finalize(folder, LatentEncoding("sample_scaled"))
+    assert read_manifest(folder)["counts"] == {"train": 2, "val": 1}
+    both = write_bare(tmp_path / "both", ("train-val-0.tar",))
+    with pytest.raises(UserError, match="train-val-0.tar may be of the split train or val; needed: one in its name"):
+        has_split(both, "val")
+
+
 def test_fingerprint_knows_every_change(tmp_path):
     fingerprints = set()
     for name, samples in {
