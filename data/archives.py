@@ -20,7 +20,7 @@ BLOCK = 512
 MAX_MEMBER = 1 << 28  # bytes; a larger member is no latent and no picture
 REGULAR, DIRECTORY, PAX, PAX_GLOBAL, LONG_NAME = (b"0", b"\0", b"7"), b"5", b"x", b"g", b"L"
 ARRAY, LABEL = "latent.npy", "cls"  # what follows the key in a member's name
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class Member(NamedTuple):
@@ -124,15 +124,27 @@ class Tree(NamedTuple):
 def open_tree(path: Path) -> Tree:
     """The files of a folder, a zip or a tar. Raises UserError for anything else and for damaged archives."""
     if path.is_dir():
-        found = [
-            Path(folder, name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names
-        ]
-        return Tree(sorted(found), lambda name: (path / name).read_bytes())
+        return Tree(sorted(_files(path)), lambda name: (path / name).read_bytes())
     if zipfile.is_zipfile(path):
         return _open_zip(path)
     if path.suffix == ".tar":
         return _open_tar(path)
     raise UserError(f"{path} is {'not there' if not path.exists() else 'neither a folder, a .zip nor a .tar'}")
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Relative paths of all files, through linked folders too, but not through links back to a folder that leads there.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
+        yield from (Path(folder, name).relative_to(root).as_posix() for name in names)
 
 
 def is_picture(name: str) -> bool:

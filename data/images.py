@@ -18,7 +18,13 @@ from PIL import Image
 from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, open_tree, parse_number, split_name
 from system import UserError
 
+SPLIT_FOLDERS = {"train", "training", "val", "validation", "test"}
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
+ORIENTATION = 0x0112  # EXIF's tag for how a picture is to be turned, and what undoes each of its values
+TURNS = dict(zip(range(2, 9), (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+)))  # fmt: skip
 
 
 @dataclass
@@ -34,8 +40,31 @@ class Images:
         return len(self.names)
 
     def read(self, i: int) -> Image.Image:
-        """Picture i, converted to RGB."""
-        return Image.fromarray(self.array[i]) if self.tree is None else self._decode(i).convert("RGB")
+        """Picture i as a viewer shows it: turned as its EXIF orientation says, 16 bits reduced to 8, in RGB.
+
+        Raises UserError for several frames and for 32-bit pixels, whose range is unknown.
+        """
+        if self.tree is None:
+            return Image.fromarray(self.array[i])
+        image = self._decode(i)
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's preview is no frame
+            raise UserError(f"{self.path}: {self.names[i]} has {image.n_frames} frames; needed: one")
+        if image.mode in ("I", "F"):
+            raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8 or 16 bits per channel")
+        orientation = _orientation(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return (image.transpose(TURNS[orientation]) if orientation in TURNS else image).convert("RGB")
+
+    @property
+    def others(self) -> list[str]:
+        """Files that are neither pictures nor labels and not hidden: what is left out."""
+        names = self.tree.names if self.tree else []
+        return [
+            name
+            for name in names
+            if not is_picture(name) and split_name(name)[1] not in (LABEL, "json") and "/." not in f"/{name}"
+        ]
 
     @property
     def labels(self) -> list[int]:
@@ -105,6 +134,8 @@ class Images:
             return labels, []
         folders = _class_folders(self.names)
         classes = sorted(set(folders))
+        if len(classes) > 1 and SPLIT_FOLDERS.issuperset(classes):
+            raise UserError(f"{self.path} has {', '.join(classes)} as class folders; needed: the path of one split")
         return [classes.index(folder) for folder in folders], classes
 
 
@@ -121,7 +152,7 @@ def open_images(path: str | Path) -> Images:
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(PICTURES)})")
     images = Images(path, names, tree)
-    images.read(0)  # what is no picture is refused before any slow work
+    images._decode(0)  # before any slow work
     return images
 
 
@@ -172,6 +203,14 @@ def _map_array(path: Path, key: str) -> np.ndarray | None:
         return np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
         raise UserError(f"{path} is damaged or no .npz file ({error})") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's 1..8; 1, upright, where there is none or it cannot be parsed."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return 1
 
 
 def _warn_of_grey(path: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from data.convert import check_counts, entries, plan_shards
 from data.encoding import LatentEncoding
 from data.images import Images, center_crop, open_images
 from data.index import DTYPES
+from data.latents import warn
 from data.shards import FLIPS, finalize, reserve, write_shard
 from randomness import seeded_generator
 from system import UserError, cli
@@ -46,6 +48,10 @@ def main(arguments: list[str]) -> None:
     # No process group: the work is split by rank and its results meet as files, so nothing can time out.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     images = open_images(cfg.images)
+    if rank == 0 and images.others:
+        counts = Counter(Path(name).suffix for name in images.others)
+        what = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in counts.most_common())
+        warn(f"{cfg.images}: files that are not pictures are left out: {what}")
     shards = plan_shards(len(images.labels), cfg.shard_size, cfg.val)
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)

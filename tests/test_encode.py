@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,77 @@ def test_what_encoding_refuses(photos, vae, tmp_path):
         with pytest.raises(cli.USER_ERRORS, match=message):
             main(settings(*arguments))
     assert not list(tmp_path.glob("o*/meta.json"))
+
+
+def test_linked_class_folders_are_read_and_loops_end(photos, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("china", "flower"):
+        shutil.copytree(photos / name, tmp_path / "set" / name)
+    (tmp_path / "set/house").symlink_to(photos / "plain")
+    (tmp_path / "set/china/again").symlink_to(tmp_path / "set")
+    images = open_images(tmp_path / "set")
+    assert images.classes == ["china", "flower", "house"] and images.labels.count(2) == 2
+    assert len(images) == NUM_PHOTOS + 2
+
+
+def test_every_format_keeps_its_classes(tmp_path):
+    for number, suffix in enumerate((".png", ".tiff", ".gif", ".JPEG", ".tif", ".webp", ".bmp")):
+        (tmp_path / "set" / f"class{number}").mkdir(parents=True)
+        Image.new("RGB", (9, 9), (250, 250, 250)).save(tmp_path / "set" / f"class{number}/a{suffix}")
+    (tmp_path / "set/class9").mkdir()
+    (tmp_path / "set/class9/b.heic").write_bytes(b"?")
+    (tmp_path / "set/.DS_Store").write_bytes(b"?")
+    images = open_images(tmp_path / "set")
+    assert images.labels == list(range(7)) and images.others == ["class9/b.heic"]
+    assert all(abs(int(np.asarray(images.read(i)).mean()) - 250) <= 1 for i in range(7))
+
+
+def test_pictures_that_are_left_out_are_said(photos, vae, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "set")
+    (tmp_path / "set/plain/c.heic").write_bytes(b"?")
+    main(settings(tmp_path / "set", tmp_path / "out", vae))
+    assert f"warning: {tmp_path}/set: files that are not pictures are left out: 1 .heic" in capsys.readouterr().err
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for name, array in (("a.png", ramp * 257), ("b.tiff", ramp * 257)):
+        Image.fromarray(array).save(tmp_path / name)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "c.tiff")
+    images = open_images(tmp_path)
+    for i in (0, 1):
+        np.testing.assert_array_equal(np.asarray(images.read(i)), np.repeat(ramp.astype(np.uint8)[..., None], 3, 2))
+    with pytest.raises(UserError, match="c.tiff has mode F; needed: 8 or 16 bits"):
+        images.read(2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path, orientation):
+    upright = np.zeros((24, 16, 3), np.uint8)
+    upright[:8, :8, 0] = upright[16:, 8:, 1] = 255  # no symmetry
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = [  # what a camera stores so that its orientation tag turns it upright
+        upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1], upright.transpose(1, 0, 2),
+        np.rot90(upright), np.rot90(upright.transpose(1, 0, 2), 2), np.rot90(upright, -1),
+    ][orientation - 1]  # fmt: skip
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_images(tmp_path).read(0)), upright)
+
+
+def test_animations_are_refused(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (i * 40, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="a.gif has 3 frames; needed: one"):
+        open_images(tmp_path).read(0)
+
+
+def test_splits_are_not_classes(photos, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "imagenet/Data/CLS-LOC" / split)
+    with pytest.raises(UserError, match="imagenet has train, val as class folders; needed: the path of one split"):
+        open_images(tmp_path / "imagenet").labels
+    assert open_images(tmp_path / "imagenet/Data/CLS-LOC/train").classes == ["china", "flower", "plain"]
 
 
 def bash_lines(text):
