@@ -136,7 +136,8 @@ class Images:
         classes = sorted(set(folders))
         if len(classes) > 1 and SPLIT_FOLDERS.issuperset(classes):
             raise UserError(f"{self.path} has {', '.join(classes)} as class folders; needed: the path of one split")
-        return [classes.index(folder) for folder in folders], classes
+        number = {folder: i for i, folder in enumerate(classes)}
+        return [number[folder] for folder in folders], classes
 
 
 def open_images(path: str | Path) -> Images:

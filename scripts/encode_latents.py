@@ -7,6 +7,7 @@ The keys: configs/encode.yaml. Each process takes every n-th shard. A shard that
 interruption the same command resumes, to the same bytes as an undisturbed run. Process 0 writes meta.json last.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -44,8 +45,8 @@ def main(arguments: list[str]) -> None:
     for key, choices in CHOICES.items():
         if cfg[key] not in choices:
             raise UserError(f"{key}={cfg[key]}; needed: {' or '.join(choices)}")
-    check_counts({key: cfg[key] for key in ("size", "shard_size", "batch_size", "num_threads")})
-    # No process group: the work is split by rank and its results meet as files, so nothing can time out.
+    check_counts({key: cfg[key] for key in ("size", "shard_size", "batch_size", "num_threads", "timeout_s")})
+    # No process group: the work is split by rank, and its results meet as files.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     images = open_images(cfg.images)
     if rank == 0 and images.others:
@@ -63,8 +64,7 @@ def main(arguments: list[str]) -> None:
         for name, chosen in mine.items():
             write_shard(folder / name, encode(codec, images, chosen, cfg, progress))
     if rank == 0:
-        while not all((folder / name).exists() for name in shards):  # a process that fails takes this one with it
-            time.sleep(0.2)
+        wait_for_shards(folder, list(shards), cfg.timeout_s)
         finish(folder, images, cfg, vae_sha256)
 
 
@@ -105,6 +105,27 @@ def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: DictCon
         noise = [seeded_generator("encode", key) for key in keys]
         out = LatentEncoding("moments_logvar", codec.scale).to_model_input(out.cpu(), noise)  # (B, C, h, w)
     return out.cpu().numpy().astype(cfg.dtype)
+
+
+def wait_for_shards(folder: Path, names: list[str], timeout_s: float) -> None:
+    """Returns when all shards exist. Raises UserError if no file in the folder has grown or appeared for `timeout_s`.
+
+    A launcher ends the processes of its own machine when one of them fails, but not those of other machines.
+    """
+    sizes, since = {}, time.monotonic()
+    while missing := [name for name in names if not (folder / name).exists()]:
+        found = {}
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a temporary file that has just become a shard
+                found[path.name] = path.stat().st_size
+        if found != sizes:
+            sizes, since = found, time.monotonic()
+        elif time.monotonic() - since > timeout_s:
+            raise UserError(
+                f"{folder}: {len(missing)} shards are missing, {missing[0]} first, and none has grown for {timeout_s} s"
+                ": has another process died? The same command resumes"
+            )
+        time.sleep(0.2)
 
 
 def finish(folder: Path, images: Images, cfg: DictConfig, vae_sha256: str) -> None:

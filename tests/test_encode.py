@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -19,9 +20,10 @@ import torch
 from PIL import Image
 
 import data.__main__
-from data.images import center_crop, open_images
+from data.archives import Tree
+from data.images import Images, center_crop, open_images
 from data.shards import open_latents, write_shard
-from scripts.encode_latents import main
+from scripts.encode_latents import main, wait_for_shards
 from system import UserError, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -284,6 +286,38 @@ def test_splits_are_not_classes(photos, tmp_path):
     with pytest.raises(UserError, match="imagenet has train, val as class folders; needed: the path of one split"):
         open_images(tmp_path / "imagenet").labels
     assert open_images(tmp_path / "imagenet/Data/CLS-LOC/train").classes == ["china", "flower", "plain"]
+
+
+def test_labels_of_many_classes_are_found_at_once():
+    names = [f"class{i:06d}/{i}.png" for i in range(30_000)]
+    start = time.process_time()
+    assert Images(Path("set"), names, Tree(names, None)).labels == list(range(30_000))
+    assert time.process_time() - start < 1
+
+
+def test_process_0_does_not_wait_for_a_dead_process(photos, vae, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 shards are missing, train-000001.tar first, and none has grown for 1 s"):
+        main(settings(photos, tmp_path / "out", vae, "timeout_s=1"))
+    monkeypatch.setenv("RANK", "1")
+    main(settings(photos, tmp_path / "out", vae))
+    monkeypatch.setenv("RANK", "0")
+    main(settings(photos, tmp_path / "out", vae))
+    assert len(open_latents(tmp_path / "out")) == NUM_PHOTOS + 2
+
+
+def test_process_0_waits_while_shards_grow(tmp_path):
+    def write_slowly() -> None:
+        for size in range(8):
+            (tmp_path / ".train-000000.tar.7.tmp").write_bytes(bytes(size))
+            time.sleep(0.3)
+        os.replace(tmp_path / ".train-000000.tar.7.tmp", tmp_path / "train-000000.tar")
+
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    wait_for_shards(tmp_path, ["train-000000.tar"], timeout_s=1)
+    writer.join()
 
 
 def bash_lines(text):
