@@ -284,7 +284,7 @@ def test_splits_are_not_classes(photos, tmp_path):
     for split in ("train", "val"):
         shutil.copytree(photos, tmp_path / "imagenet/Data/CLS-LOC" / split)
     with pytest.raises(UserError, match="imagenet has train, val as class folders; needed: the path of one split"):
-        open_images(tmp_path / "imagenet").labels
+        _ = open_images(tmp_path / "imagenet").labels
     assert open_images(tmp_path / "imagenet/Data/CLS-LOC/train").classes == ["china", "flower", "plain"]
 
 
