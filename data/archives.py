@@ -132,19 +132,14 @@ def open_tree(path: Path) -> Tree:
     raise UserError(f"{path} is {'not there' if not path.exists() else 'neither a folder, a .zip nor a .tar'}")
 
 
-def _files(root: Path) -> Iterator[str]:
-    """Relative paths of all files, through linked folders too, but not through links back to a folder that leads there.
-
-    Raises OSError for a folder that cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        here = Path(folder).resolve()
-        folders[:] = [name for name in folders if not here.is_relative_to(Path(folder, name).resolve())]
-        yield from (Path(folder, name).relative_to(root).as_posix() for name in names)
+def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """Relative paths of all files, in linked folders too; links back to a folder `above` are left out."""
+    above |= {folder.resolve()}
+    for entry in os.scandir(folder):
+        if not entry.is_dir():
+            yield prefix + entry.name
+        elif Path(entry).resolve() not in above:
+            yield from _files(Path(entry), f"{prefix}{entry.name}/", above)
 
 
 def is_picture(name: str) -> bool:

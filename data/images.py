@@ -20,7 +20,7 @@ from system import UserError
 
 SPLIT_FOLDERS = {"train", "training", "val", "validation", "test"}
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
-ORIENTATION = 0x0112  # EXIF's tag for how a picture is to be turned, and what undoes each of its values
+ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture with each of its values upright
 TURNS = dict(zip(range(2, 9), (
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
@@ -207,7 +207,7 @@ def _map_array(path: Path, key: str) -> np.ndarray | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's 1..8; 1, upright, where there is none or it cannot be parsed."""
+    """EXIF's 1..8; 1 (upright) if there is none or it cannot be parsed."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
@@ -232,12 +232,12 @@ def _given_labels(path: Path, tree: Tree, names: list[str]) -> list[int] | None:
         }
     missing = next((name for name in names if name not in labels), None)
     if missing is not None:
-        raise UserError(f"{path} has no label for picture {missing}, but for others")
+        raise UserError(f"{path} has labels, but none for picture {missing}")
     return [labels[name] for name in names]
 
 
 def _class_folders(names: list[str]) -> list[str]:
-    """The first folder of each name after those that all names share; '' for pictures in no folder of their own."""
+    """The first folder of each name after those that all names share; '' for pictures outside any."""
     parts = [name.split("/")[:-1] for name in names]
     while len({tuple(p[:1]) for p in parts}) == 1 and len({tuple(p) for p in parts}) > 1:
         parts = [p[1:] for p in parts]

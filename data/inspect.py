@@ -101,7 +101,7 @@ def _inspect_source(path: Path) -> dict:
     if not arrays:
         raise UserError(f"no readable array in {path}: {wrong[0]}")
     raw = torch.from_numpy(np.stack(arrays))
-    report = _describe(raw, source.kind, f"the format {source.format} has it so", source.scale, source.bias)
+    report = _describe(raw, source.kind, f"given by the format {source.format}", source.scale, source.bias)
     wrong += [] if torch.isfinite(raw).all() else [f"{path}: some numbers are not finite"]
     labels = [source.label(i) for i in spread_evenly(source.count, MAX_LABELS).tolist()]
     kind = f" kind={report['kind']}" if source.kind is None else ""

@@ -30,7 +30,8 @@ WINDOW = 32768  # samples; a set no larger than this is shuffled as a whole
 class BatchPlan:
     """How a global batch is divided: global_batch_size = world_size * micro_batch_size * accumulation.
 
-    Micro-batch m of rank r is rows (m * world_size + r) * micro_batch_size .. of it. Raises UserError for other sizes.
+    Micro-batch m of rank r is rows (m * world_size + r) * micro_batch_size .. of it. Raises UserError for sizes that do
+    not match.
     """
 
     global_batch_size: int

@@ -223,9 +223,15 @@ def test_linked_class_folders_are_read_and_loops_end(photos, tmp_path):
         shutil.copytree(photos / name, tmp_path / "set" / name)
     (tmp_path / "set/house").symlink_to(photos / "plain")
     (tmp_path / "set/china/again").symlink_to(tmp_path / "set")
+    for one, other in (("china", "flower"), ("flower", "china")):
+        (tmp_path / "other" / one).mkdir(parents=True)
+        shutil.copy(photos / one / "0.jpg", tmp_path / "other" / one)
+        (tmp_path / "other" / one / "link").symlink_to(tmp_path / "other" / other)
     images = open_images(tmp_path / "set")
     assert images.classes == ["china", "flower", "house"] and images.labels.count(2) == 2
     assert len(images) == NUM_PHOTOS + 2
+    names = open_images(tmp_path / "other").names
+    assert names == ["china/0.jpg", "china/link/0.jpg", "flower/0.jpg", "flower/link/0.jpg"]
 
 
 def test_every_format_keeps_its_classes(tmp_path):
