@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, resolve_routes, scatter_tokens
+from routing_module import Route, Routing, draw_route, gather_tokens, num_kept, resolve_routes, scatter_tokens
 from system import UserError
 
 # DiT's sizes (arXiv 2212.09748, Table 1), and XS for 28x28 digits on a laptop.
@@ -125,7 +125,7 @@ class DiT(nn.Module):
         fp32_blocks = self.fp32_blocks if routing is not None else ()
         for i, block in enumerate(self.blocks):
             if route is not None and i == route.start_layer_idx:
-                full, keep_ids = tokens, self.draw_route(route, routing, tokens)
+                full, keep_ids = tokens, draw_route(route, routing, *tokens.shape[:2], tokens.device)
                 if keep_ids is not None:
                     tokens, positions = gather_tokens(tokens, keep_ids), self.positions(keep_ids)  # (B, K, D)
             with torch.autocast(x.device.type, enabled=False) if i in fp32_blocks else nullcontext():
@@ -149,14 +149,6 @@ class DiT(nn.Module):
     def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Positional inputs of the blocks, for all tokens (None) or those at keep_ids (B, K). DiT has none."""
         return ()
-
-    def draw_route(self, route: Route, routing: Routing, tokens: torch.Tensor) -> torch.Tensor | None:
-        """keep_ids (B, K) for one route, or None where its ratio keeps all tokens."""
-        ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
-        B, N, _ = tokens.shape
-        if num_kept(N, ratio) == N:
-            return None
-        return draw_keep_ids(B, N, ratio, generators=routing.generators, device=tokens.device)
 
     def macs(self, routing: Routing | None = None) -> int:
         """Multiply-adds of one forward pass at batch 1, by formula: matrix products and attention (DiT's "Gflops")."""

@@ -16,6 +16,7 @@ SHORT = {
     "train.py": "train.max_steps=2 train.compile=off model.depth=6 model.hidden_size=32 sampler.num_steps=2 "
     "preview.num_images=10 train.val_samples=50",
     "sample.py": "steps=2",
+    "finetune_diffusers.py": "steps=2",
     "rf.py": "steps=2",
     "fid.py calc": "steps=2 seeds=0-49",
     "bench.py": "model.depth=6 model.hidden_size=32 model.num_heads=2 train.compile=off",
