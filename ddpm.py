@@ -6,7 +6,7 @@ x_t = x + sigma noise
 
     D(x_t; sigma) = x_t - sigma eps(x_t / sqrt(1 + sigma^2), k),    sigma_k = sigma
 
-and EDM's samplers, guidance and scores work on such weights unchanged.
+and EDM's samplers, guidance and scores work on such weights unchanged. `sampler=ddpm` takes DDPM's own steps.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from randomness import Generators, normal, uniform
-from solvers import broadcast_t, edm_sampler
+from solvers import broadcast_t, edm_sampler, linear_alpha_bar
 from system import UserError
 
 
@@ -30,30 +30,35 @@ class DDPM:
             raise UserError(
                 f"needed: num_steps >= 2, 0 < beta_start <= beta_end < 1; got {num_steps}, {beta_start}, {beta_end}"
             )
-        kept = torch.cumprod(1 - torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64), dim=0)  # a_k
-        self.log_sigma = ((1 - kept) / kept).sqrt().log().float()  # (num_steps,), rising
+        self.alpha_bar = linear_alpha_bar(num_steps, beta_start, beta_end)  # a_k
+        self.log_sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().log().float()  # (num_steps,), rising
 
     def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """Squared error of the noise per sample ("L_simple"): x (B, C, h, w), y (B,) -> (B,).
 
-        Learned variances (DiT's other C channels) are not trained: deterministic samplers do not use them.
+        Learned variances (DiT's other C channels) are not trained: only the ancestral sampler uses them.
         """
         self.log_sigma = self.log_sigma.to(x.device)
         step = (uniform((len(x),), generator, device=x.device) * len(self.log_sigma)).long()  # (B,)
         sigma = self.log_sigma[step].exp()
         noise = normal(x.shape, generator, device=x.device)
         x_t = x + sigma.view(-1, 1, 1, 1) * noise
-        return (self.noise(net, x_t, sigma, y) - noise).square().flatten(1).mean(dim=1)
+        return (self.noise(net, x_t, sigma, y)[:, : x.shape[1]] - noise).square().flatten(1).mean(dim=1)
 
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """D(x_t; sigma): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32."""
+        """D(x_t; sigma): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32.
+
+        The output of a network with learned variances goes on with those, as they are: (B, 2 C, h, w).
+        """
         x_t, sigma = x_t.float(), broadcast_t(t, x_t)
-        return x_t - sigma.view(-1, 1, 1, 1) * self.noise(net, x_t, sigma, y)
+        noise = self.noise(net, x_t, sigma, y)
+        denoised = x_t - sigma.view(-1, 1, 1, 1) * noise[:, : x_t.shape[1]]
+        return torch.cat([denoised, noise[:, x_t.shape[1] :]], dim=1)
 
     def noise(self, net: Callable, x_t: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """eps: x_t (B, C, h, w), sigma (B,) -> (B, C, h, w) float32; channels past C (learned sigma) are ignored."""
+        """eps: x_t (B, C, h, w), sigma (B,) -> (B, C, h, w) float32; (B, 2 C, h, w) with learned variances after it."""
         c_in = (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
-        return net(c_in * x_t, self.step_at(sigma), y)[:, : x_t.shape[1]].float()
+        return net(c_in * x_t, self.step_at(sigma), y).float()
 
     def step_at(self, sigma: torch.Tensor) -> torch.Tensor:
         """The fractional step k with sigma_k = sigma, interpolated in log sigma, clamped to both ends: (B,) -> (B,)."""

@@ -146,12 +146,13 @@ def guide(
 ) -> Callable:
     """(x, t) -> guided prediction. `weak` is called only where scale != 1 and t is in `interval`."""
 
-    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         weight = scale(t) if callable(scale) else scale
         if weight == 1 or (interval is not None and not interval[0] <= t <= interval[1]):
             return strong(x, t)
         prediction, reference = both(x, t) if both is not None else (strong(x, t), weak(x, t))
-        result = reference + weight * (prediction - reference)
-        return result if channels is None else torch.cat([result[:, :channels], prediction[:, channels:]], dim=1)
+        guided, by = prediction[:, :channels], reference[:, :channels]
+        result = by + weight * (guided - by)
+        return result if channels is None else torch.cat([result, prediction[:, channels:]], dim=1)
 
-    return guided
+    return predict

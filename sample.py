@@ -108,7 +108,7 @@ def generate_latents(
     strong_branch, weak_branch = branches(run, weak, guidance, seeds, labels.to(run.device))
     predict = guide(
         strong_branch, weak_branch, partial(setting, run, guidance, "scale"), guidance.interval,
-        both=pair(strong_branch, weak_branch), channels=guidance.cfg_channels,
+        both=pair(strong_branch, weak_branch), channels=guidance.cfg_channels or run.model.in_channels,
     )  # fmt: skip
     size = run.model.input_size
     noise = normal((len(seeds), run.model.in_channels, size, size), streams(seeds, "noise"), device=run.device)

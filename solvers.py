@@ -2,8 +2,9 @@
 
     edm_sampler   predict(x, sigma) -> denoised   EDM (arXiv 2206.00364): Heun or Euler over noise levels, with churn
     flow_sampler  predict(x, t) -> velocity       rectified flow: Euler, Heun, and SiT's SDE (arXiv 2401.08740)
+    ddpm_sampler  predict(x, sigma) -> denoised   DDPM's ancestral steps (arXiv 2006.11239) and DDIM (arXiv 2010.02502)
 
-Either runs on either kind of network: `solve` converts predictions by `as_velocity` and `as_denoised` where needed. A
+Each runs on each kind of network: `solve` converts predictions by `as_velocity` and `as_denoised` where needed. A
 denoiser's x is data + sigma noise, a flow's x_t is (1 - t) data + t noise: the same up to scale, with
 t = sigma / (1 + sigma). Times are () float64 tensors on the CPU, so no step waits for the device.
 """
@@ -31,18 +32,29 @@ SIGMA_RANGES = {
 def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, generators: Generators) -> torch.Tensor:
     """Latents (B, C, h, w) by the sampler of `settings` (configs/sampler/*.yaml; null = the sampler's default).
 
-    settings["takes"] is the prediction that the sampler needs, "denoised" or "velocity", and objective.predicts the
-    one that the network makes. Without it the sampler is the objective's own. Raises UserError for unknown settings.
+    settings["takes"] is the prediction that the sampler needs, "denoised" or "velocity" ("noise" for ddpm_sampler), and
+    objective.predicts the one that the network makes. Without it the sampler is the objective's own. Raises UserError
+    for unknown settings.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
     takes = settings.pop("takes", objective.predicts)
-    choose("sampler.takes", takes, ("denoised", "velocity"))
+    choose("sampler.takes", takes, ("denoised", "velocity", "noise"))
+    if takes == "noise":
+        settings["alpha_bar"] = getattr(objective, "alpha_bar", None)
+        denoise = predict if objective.predicts == "denoised" else as_denoised(predict)
+        return ddpm_sampler(denoise, noise, **settings, generators=generators)
+    predict = without_variance(predict)
     if takes == objective.predicts:
         return objective.sample(predict, noise, **settings, generators=generators)
     if takes == "denoised":
         return edm_sampler(as_denoised(predict), noise, **settings, generators=generators)
     settings = {"t_start": flow_time(80, "denoised")} | settings  # denoisers are trained for finite noise levels
     return flow_sampler(as_velocity(predict), noise, **settings, generators=generators)
+
+
+def without_variance(predict: Callable) -> Callable:
+    """The prediction alone, of one that has the network's learned variance after its channels."""
+    return lambda x, t: predict(x, t)[:, : x.shape[1]]
 
 
 def as_velocity(denoise: Callable) -> Callable:
@@ -253,7 +265,82 @@ def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = Non
     return shift * t / (1 + (shift - 1) * t)
 
 
-# --- both ---
+# --- the steps of DDPM ---
+
+
+def linear_alpha_bar(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> torch.Tensor:
+    """prod(1 - beta) over a linear schedule (arXiv 2006.11239, Section 4): (num_steps,) float64, falling."""
+    return torch.cumprod(1 - torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64), dim=0)
+
+
+def ddpm_sampler(
+    predict: Callable,  # predict(x, sigma) -> denoised (B, C, h, w), or with a learned variance after it (B, 2 C, h, w)
+    noise: torch.Tensor,  # (B, C, h, w), N(0, 1)
+    *,
+    num_steps: int = 250,
+    solver: str = "ancestral",  # drawn from `generators`; or ddim, deterministic
+    variance: str
+    | None = None,  # of ancestral: learned, small (beta tilde), large (beta); None = learned, if there is one
+    spacing: str = "even",  # of the steps taken among those trained: even, as official DiT; leading, as diffusers
+    alpha_bar: torch.Tensor | None = None,  # of the steps trained, (K,); None = linear_alpha_bar()
+    generators: Generators = None,
+) -> torch.Tensor:
+    """Steps over some of the noise levels of DDPM's training -> latents (B, C, h, w) float32.
+
+    Calls of `predict`: num_steps. A step goes from a to a' > a (alpha_bar), x = sqrt(a) data + sqrt(1 - a) eps, to
+
+        x' = sqrt(a') D + sqrt(1 - a' - v) eps + noise,    v = (1 - a') / (1 - a) beta,    beta = 1 - a / a'
+
+    which has the posterior's mean (arXiv 2006.11239, Eq. 7); ddim has v = 0. The noise has variance v (small), beta
+    (large), or one between their logarithms that the network has learned (arXiv 2102.09672, Eq. 15). The last step adds
+    none. The state is float64 where the device supports it. Raises UserError for unknown settings.
+    """
+    choose("solver", solver, ("ancestral", "ddim"))
+    if variance is not None:
+        choose("variance", variance, ("learned", "small", "large"))
+    alpha_bar = linear_alpha_bar() if alpha_bar is None else alpha_bar
+    levels = torch.cat([alpha_bar[step_indices(num_steps, len(alpha_bar), spacing)], alpha_bar.new_ones(1)])
+    x, channels = noise.to(state_dtype(noise.device)), noise.shape[1]
+    for a, a_next in zip(levels, levels[1:]):
+        sigma = ((1 - a) / a).sqrt()
+        prediction = predict(x / a.sqrt(), sigma)
+        denoised, learned = prediction[:, :channels].to(x.dtype), prediction[:, channels:].to(x.dtype)
+        eps = (x - a.sqrt() * denoised) / (1 - a).sqrt()
+        beta = 1 - a / a_next
+        small = beta * (1 - a_next) / (1 - a) if solver == "ancestral" else torch.zeros_like(a)
+        x = a_next.sqrt() * denoised + (1 - a_next - small).sqrt() * eps
+        if solver == "ancestral" and a_next < 1:
+            log_variance = noise_log_variance(variance, small, beta, learned)
+            x = x + (log_variance / 2).exp() * normal(x.shape, generators, device=x.device)
+    return x.float()
+
+
+def noise_log_variance(
+    variance: str | None, small: torch.Tensor, large: torch.Tensor, learned: torch.Tensor
+) -> torch.Tensor:
+    """Of an ancestral step's noise: (), or (B, C, h, w) where it is learned. Raises UserError for a network without."""
+    if variance == "learned" and not learned.shape[1]:
+        raise UserError("variance=learned, and the network has no learned variance; needed: small, large or null")
+    if variance in ("small", "large") or not learned.shape[1]:
+        return (large if variance == "large" else small).log()
+    fraction = (learned + 1) / 2
+    return fraction * large.log() + (1 - fraction) * small.log()
+
+
+def step_indices(num_steps: int, trained: int, spacing: str) -> torch.Tensor:
+    """Those of the trained steps 0..trained - 1 that are taken, from the last: (num_steps,). Raises UserError."""
+    check_steps(num_steps)
+    choose("spacing", spacing, ("even", "leading"))
+    if num_steps > trained:
+        raise UserError(f"num_steps {num_steps}; needed: at most the {trained} steps of training")
+    if spacing == "leading":
+        return torch.arange(num_steps).flip(0) * (trained // num_steps)
+    return (
+        (torch.arange(num_steps, dtype=torch.float64).flip(0) * ((trained - 1) / max(num_steps - 1, 1))).round().long()
+    )
+
+
+# --- all ---
 
 
 def broadcast_t(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:

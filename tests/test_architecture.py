@@ -21,7 +21,7 @@ FLOORS = [
     {"scripts"},
 ]
 # Their arguments are the papers': samplers, and constructors of networks.
-LONG_SIGNATURES = {"edm_sampler", "flow_sampler", "DiT.__init__", "LightningDiT.__init__"}
+LONG_SIGNATURES = {"edm_sampler", "flow_sampler", "ddpm_sampler", "DiT.__init__", "LightningDiT.__init__"}
 
 
 @cache

@@ -207,7 +207,7 @@ def test_guidance_means_the_same_on_a_denoiser_and_on_its_flow():
     [
         {"num_steps": 0}, {"num_steps": 2.5}, {"sigma_min": 80, "sigma_max": 1}, {"sigma_min": 0}, {"sigma_min": "low"},
         {"rho": 0}, {"solver": "rk4"}, {"discretization": "cosine"}, {"schedule": "cosine"}, {"scaling": "ve"},
-        {"takes": "noise"}, {"takes": "velocity", "solver": "euler2"}, {"takes": "velocity", "shift": 0},
+        {"takes": "score"}, {"takes": "velocity", "solver": "euler2"}, {"takes": "velocity", "shift": 0},
         {"takes": "velocity", "solver": "sde", "last_step": 0}, {"takes": "velocity", "t_start": 1.0},
         {"takes": "velocity", "t_start": 1.5}, {"discretization": "iddpm", "sigma_min": 1e-9, "sigma_max": 1e-8},
     ],
