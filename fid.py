@@ -1,7 +1,7 @@
 """Scores of images: of a run, which generates them here, or of a folder, .zip, .tar or .npz.
 
-    python fid.py calc ckpt=runs/mnist-tread-edm
-    python fid.py calc 'ckpt=runs/mnist-tread-edm/checkpoints/step_*' guidance=cfg scale=1.0,1.5 weights=ema,raw
+    python fid.py calc ckpt=runs/mnist-tread-XS4-edm
+    python fid.py calc 'ckpt=runs/mnist-tread-XS4-edm/checkpoints/step_*' guidance=cfg scale=1.0,1.5 weights=ema,raw
     python fid.py calc images=samples.npz extractor=inception ref=imagenet256.npz
     python fid.py ref images=FOLDER extractor=inception out=ref.npz
     python fid.py ref from=VIRTUAL_imagenet256_labeled.npz out=imagenet256.npz
@@ -97,7 +97,7 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
         [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
         else [override.input_line]
-        for override in OverridesParser.create().parse_overrides(list(overrides))
+        for override in OverridesParser.create().parse_overrides(cli.literal_paths(overrides, sweep=True))
     ]
     return [list(row) for row in itertools.product(*choices)]
 
@@ -153,13 +153,15 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
     if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision, compile=config.compile)
         run.config.sampler = config.get("sampler") or run.config.sampler
-        folder = row_folder(config, run.folder / "eval", row_name(run, config, extractor), alone)
+        source = f"{run.folder.name}-{run.sha256[:6]}"
+        folder = row_folder(config, run.folder / "eval", source, row_name(run, config, extractor), alone)
         result = evaluate(run, config, extractor, reference, folder / "parts")
         names = {"run": run.folder.name, "guidance": sample.settings_name(guidance_from(config), config.steps)}
     else:
         images, names = open_images(config.images), {}
-        name = f"{images.path.stem}-{distance_name(extractor, len(images))}"
-        folder = row_folder(config, images.path.parent, name, alone)
+        source = hashlib.sha256(str(images.path.absolute()).encode()).hexdigest()[:6]
+        name = f"{images.path.name}-{scoring_name(config, extractor, len(images))}"
+        folder = row_folder(config, images.path.parent, source, name, alone)
         result = evaluate_images(images, config, extractor, reference)
     if result:
         write_metrics(result, folder)
@@ -255,19 +257,29 @@ def evaluate_images(images: Images, config: DictConfig, extractor: Extractor, re
 def row_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
     """<step>-<extractor>-<settings>: equal names, equal scores."""
     guidance = sample.settings_name(guidance_from(config), config.steps)
-    distance = distance_name(extractor, len(sample.parse_seeds(config.seeds)))
-    parts = [f"{run.step:07d}", distance, guidance, run.weights, config.labels, config.seeds]
+    scoring = scoring_name(config, extractor, len(sample.parse_seeds(config.seeds)))
+    parts = [f"{run.step:07d}", scoring, guidance, run.weights, config.labels, config.seeds]
     parts += [config.precision] if config.precision != "fp32" else []
     parts += ["compiled"] if run.compile != "off" else []
     parts += [sample.sampler_name(config.sampler)] if config.get("sampler") is not None else []
     return "-".join(map(str, parts))
 
 
-def row_folder(config: DictConfig, default: Path, name: str, alone: bool) -> Path:
-    """out= is the folder of a single row, and the parent of the folders of several."""
+def scoring_name(config: DictConfig, extractor: Extractor, n: int) -> str:
+    """The distance's name, with the reference, the extractor's weights and the metrics where they are given."""
+    parts = [distance_name(extractor, n)]
+    parts += [extractor.sha256[:6]] if config.extractor_weights is not None else []
+    if config.ref is not None:
+        parts += [f"{Path(config.ref).stem}_{cached_reference(config.ref, config.digits, extractor).sha256[:6]}"]
+    parts += ["_".join(config.metrics)] if config.metrics is not None else []
+    return "-".join(parts)
+
+
+def row_folder(config: DictConfig, default: Path, source: str, name: str, alone: bool) -> Path:
+    """out= is the folder of a single row, and the parent of those of several, which say what was scored."""
     if config.out is None:
         return default / name
-    return Path(config.out) if alone else Path(config.out) / name
+    return Path(config.out) if alone else Path(config.out) / f"{source}-{name}"
 
 
 def ref(config: DictConfig) -> None:

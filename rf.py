@@ -2,8 +2,8 @@
 
 x_t = (1 - t) x + t z with noise z ~ N(0, 1): t = 0 is data, t = 1 is noise, and the target velocity is z - x.
 
-    python rf.py sample ckpt=runs/mnist-tread-rf                          unguided; scale=1.5: classifier-free guidance
-    python rf.py sample_tread ckpt=runs/mnist-tread-rf scale=1.5 gamma_strong=0.2 gamma_weak=0.7    sparse guidance
+    python rf.py sample ckpt=runs/mnist-tread-XS4-rf                      unguided; scale=1.5: classifier-free guidance
+    python rf.py sample_tread ckpt=runs/mnist-tread-XS4-rf scale=1.5 gamma_strong=0.2 gamma_weak=0.7    sparse guidance
 
 Without ckpt=, both use the run in assets/. Runs of objective=edm are sampled as flows. Keys: configs/sample.yaml.
 """

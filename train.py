@@ -352,4 +352,5 @@ def wrap(model: nn.Module) -> nn.Module:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        sys.argv[1:] = cli.literal_paths(sys.argv[1:], sweep=bool({"-m", "--multirun"} & set(sys.argv)))
         main()

@@ -1,7 +1,7 @@
 """Scores with known answers, as a Markdown table.
 
     python scripts/sanity_scores.py
-    python scripts/sanity_scores.py ckpt=runs/mnist-tread-edm guidance=cfg scale=2.0
+    python scripts/sanity_scores.py ckpt=runs/mnist-tread-XS4-edm guidance=cfg scale=2.0
 
 Real digits against other real digits, noise and, given keys of `fid.py calc`, the samples of a run.
 """

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,20 +23,60 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 # An OSError here is a path that cannot be read or written, a full disk, ...: nothing that a traceback would explain.
 USER_ERRORS = (UserError, OSError, HydraException, OmegaConfBaseException)
+# Keys, by their last part, whose values are paths or names: taken as they are, whatever characters they hold.
+LITERAL = {
+    "ckpt", "weak_ckpt", "init_from", "resume", "images", "from", "ref", "out", "path", "results_dir", "run_name",
+    "digits", "vae", "extractor_weights",
+}  # fmt: skip
+# Whole numbers whose default is null.
+WHOLE_OR_NULL = {
+    "depth", "hidden_size", "num_heads", "micro_batch_size", "keep_every", "steps", "class_idx", "cfg_channels",
+    "num_classes", "workers", "features",
+}  # fmt: skip
 
 
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """configs/<name>.yaml with the command line's overrides; an unknown key or group is an error."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose(name, overrides=list(overrides))
+    overrides = literal_paths(overrides)
+    # Within train.py Hydra is at work already, on the same folder.
+    at_work = GlobalHydra.instance().is_initialized()
+    with contextlib.nullcontext() if at_work else initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose(name, overrides=overrides)
         check_types(config, name, overrides)
     return config
 
 
-def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
-    """Raises UserError for unknown keys, and for words, lists or null where configs/<name>.yaml has a number.
+def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
+    """Overrides with their paths quoted for Hydra, whose grammar gives =, spaces, commas and parentheses a meaning.
 
-    Hydra must be initialized.
+    A value that is quoted already stays. sweep: commas separate several paths, unless the whole is one that exists.
+    """
+    return [_literal_path(override, sweep) for override in overrides]
+
+
+def _literal_path(override: str, sweep: bool) -> str:
+    key, _, value = override.partition("=")
+    if key.lstrip("+").rpartition(".")[2] not in LITERAL or value in ("", "null", "???") or value[0] in "'\"":
+        return override
+    if not os.path.exists(value):
+        if value[0] in "[{" or re.match(r"(choice|glob|range|sort|shuffle|interval)\(", value):
+            return override
+        if sweep and "," in value:
+            return f"{key}={','.join(map(_quoted, value.split(',')))}"
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    """In Hydra's quotes, within which a backslash means something only before a quote and at the end."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
+    """Makes 4e1 the whole number 40 where one is needed. Hydra must be initialized.
+
+    Raises UserError for unknown keys, for empty values, and for words, lists or null where configs/<name>.yaml has a
+    number.
     """
     groups = [o for o in overrides if (CONFIG_DIR / o.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
     defaults = compose(name, overrides=groups)
@@ -45,12 +86,20 @@ def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None
             raise UserError(f"unknown key '{key}'{_did_you_mean(key)}")
     for key in known:
         default, value = (OmegaConf.select(c, key, throw_on_missing=False) for c in (defaults, config))
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"{key}= is empty; needed: a value, or {key}=null for none")
         if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int, float)):
             raise UserError(f"{key}={value}; needed: a value like {default}")
-        if isinstance(default, (int, float)) and (
-            not isinstance(value, (int, float)) or isinstance(default, int) and value != int(value)
-        ):
-            raise UserError(f"{key}={value}; needed: {'a whole number' if isinstance(default, int) else 'a number'}")
+        if isinstance(default, bool):
+            continue
+        nullable = default is None and key.rpartition(".")[2] in WHOLE_OR_NULL
+        if isinstance(default, int) or nullable and value is not None:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer():
+                raise UserError(f"{key}={value}; needed: a whole number{' or null' if nullable else ''}")
+            if isinstance(value, float):
+                OmegaConf.update(config, key, int(value))
+        elif isinstance(default, float) and not isinstance(value, (int, float)):
+            raise UserError(f"{key}={value}; needed: a number")
 
 
 def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, list[str]]:
@@ -89,7 +138,7 @@ def one_line(error: BaseException) -> str:
     if key:
         return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
     group = re.search(
-        r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path",
+        r"Could not find '([^']+)/([^'/]*)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path",
         text, re.DOTALL,
     )  # fmt: skip
     if group:

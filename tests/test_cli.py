@@ -2,14 +2,21 @@
 
 import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+import fid
 import train as training
+from checkpoints.run_folder import latest_checkpoint
+from dit import DiT
 from system import cli
+from training.prepare import default_name, job_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +80,13 @@ TRAIN = {
     "train.max_steps=many": "train.max_steps=many; needed: a whole number",
     "train.lr=null": "train.lr=None; needed: a number",
     "train.max_steps=0": "train.max_steps=0; needed: at least 1",
+    "train.micro_batch_size=2.5": "train.micro_batch_size=2.5; needed: a whole number or null",
+    "train.keep_last=inf": "train.keep_last=inf; needed: a whole number",
+    "run_name=": "run_name= is empty",
+    "results_dir=": "results_dir= is empty",
+    "data.path=": "data.path= is empty",
+    "init_from=": "init_from= is empty",
+    "model=": "unknown model=; needed: one of",
     "train.global_batch_size=30 train.micro_batch_size=7": "is not processes (1) x",
     "train.precision=fp16": "precision 'fp16'",
     "train.compile=yes": "needed: blocks or off",
@@ -124,6 +138,9 @@ def test_a_label_outside_the_classes_is_refused(command, tiny_overrides, few_lat
     [
         ("sample.py", "ckpt=nowhere", "ckpt=nowhere"),
         ("sample.py", "ckpt=tests", "not a checkpoint"),
+        ("sample.py", "ckpt=", "ckpt= is empty"),
+        ("sample.py", "out=", "out= is empty"),
+        ("fid.py", "calc images=", "images= is empty"),
         ("sample.py", "ckpt={runs}/tread seeds=5-1", "seeds=5-1"),
         ("sample.py", "ckpt={runs}/tread sedes=5", "unknown key 'sedes'; did you mean seeds"),
         ("sample.py", "ckpt={runs}/tread guidance=cgf", "unknown guidance=cgf; needed: one of"),
@@ -137,6 +154,86 @@ def test_a_label_outside_the_classes_is_refused(command, tiny_overrides, few_lat
 )
 def test_the_other_commands_refuse(command, trained, script, arguments, expected):
     assert_refused(command(script, *arguments.format(runs=trained).split()), expected)
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(command, tiny_overrides, tmp_path):
+    keys = ["train.val_samples=1e1", "train.val_every=1e0", "train.keep_last=2e0", "train.micro_batch_size=8e0"]
+    for steps in ("2e0", "3e0"):  # a start, and a resume
+        code, _, err = command(
+            "train.py", *tiny_overrides, *keys, f"results_dir={tmp_path}", "run_name=x", f"train.max_steps={steps}"
+        )
+        assert code == 0, err
+    saved = OmegaConf.load(tmp_path / "x" / "config.yaml").train
+    assert type(saved.max_steps) is type(saved.keep_last) is type(saved.micro_batch_size) is int
+
+
+ODD_NAMES = ["model=tread", "a b", "é,ü", "(copy)", "it's", "[1]", "back\\slash", "#1", "a: b", "50%", "~x"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_paths_are_taken_as_they_are(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert cli.load_config("sample", [f"ckpt={folder}"]).ckpt == str(folder)
+    assert cli.load_config("sample", [f"ckpt=sit:{folder}"]).ckpt == f"sit:{folder}"
+    assert cli.load_config("config", [f"data.path={folder}/new"]).data.path == f"{folder}/new"
+    if "'" not in name:  # as before, in Hydra's quotes
+        assert cli.load_config("sample", [f"ckpt='{folder}'"]).ckpt == str(folder)
+    swept = fid.combinations([f"ckpt={folder}", "scale=1,2"])
+    assert [cli.load_config("fid", row).ckpt for row in swept] == [str(folder)] * 2
+    swept = fid.combinations([f"ckpt=first,{folder}"]) if "," not in name else []
+    assert [cli.load_config("fid", row).ckpt for row in swept] == ["first", str(folder)][: len(swept)]
+
+
+def test_a_run_in_a_folder_of_an_odd_name_trains_and_resumes(command, tiny_overrides, tmp_path):
+    own = [f"results_dir={tmp_path}/ö=1, (2)", "run_name=a 'b'"]
+    for steps in (1, 2):
+        code, out, err = command("train.py", *tiny_overrides, *own, f"train.max_steps={steps}")
+        assert code == 0 and f"trained to step {steps}" in out, err
+    assert latest_checkpoint(tmp_path / "ö=1, (2)" / "a 'b'").name == "step_0000002"
+
+
+def test_default_names_tell_sizes_and_experiments_apart():
+    choices = {"data": "imagenet256", "model": "dit", "objective": "ddpm", "experiment": "imagenet256"}
+    assert default_name(choices, "DiT-XL/2") == "imagenet256-dit-XL2-ddpm"
+    assert default_name(choices, "DiT-S/2") == "imagenet256-dit-S2-ddpm"
+    assert default_name(choices | {"experiment": "finetune"}, "DiT-XL/2") == "finetune-imagenet256-dit-XL2-ddpm"
+    assert default_name(choices | {"experiment": None, "data": "mnist"}, "DiT-XS/4") == "mnist-dit-XS4-ddpm"
+
+
+def test_names_of_sweeps_need_no_quotes_and_never_meet():
+    names = [job_name([f"train.lr={lr}", f"model.size={size}"]) for lr in ("1e-3", "2e-3") for size in ("S/2", "S/4")]
+    assert names[0] == "train.lr-1e-3_model.size-S-2" and len(set(names)) == 4
+    odd = [job_name([f"optimizer.betas={betas}"]) for betas in ("[0.9,0.99]", "[0.9,0.9,9]", "[0.9,0.999]")]
+    assert len(set(odd)) == 3
+    for name in names + odd:
+        assert shlex.quote(name) == name and not set("=, ") & set(name)
+
+
+def test_a_run_under_its_earlier_default_name_goes_on(command, tiny_overrides, tmp_path):
+    runs = tmp_path / "runs"
+    own = [*tiny_overrides, f"results_dir={runs}"]
+    code, out, err = command("train.py", *own, "train.max_steps=1")
+    assert code == 0 and [p.name for p in runs.iterdir()] == ["mnist-tread-XS2-edm"], err
+    (runs / "mnist-tread-XS2-edm").rename(runs / "mnist-tread-edm")
+    code, out, err = command("train.py", *own, "train.max_steps=2")
+    assert code == 0 and out.count("this run has a folder, named as in earlier versions: mnist-tread-edm") == 1, err
+    assert latest_checkpoint(runs / "mnist-tread-edm").name == "step_0000002"
+    code, out, err = command("train.py", *own, "train.max_steps=1", "model.depth=7")  # another run: a folder of its own
+    assert code == 0 and (runs / "mnist-tread-XS2-edm").is_dir() and "earlier versions" not in out, err
+
+
+def test_a_run_starts_from_a_file_of_another_project(command, tiny_overrides, tmp_path):
+    net = DiT(8, 2, 1, 128, 6, 4, num_classes=3, learn_sigma=False)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch.save(net.state_dict(), tmp_path / "DiT-a=b.pt")
+    own = ["model=dit", "objective=ddpm", "model.hidden_size=128", "model.num_heads=4", "train.lr=0"]
+    own += [f"results_dir={tmp_path}", "run_name=own", "train.max_steps=1", f"init_from={tmp_path}/DiT-a=b.pt"]
+    code, _, err = command("train.py", *tiny_overrides, *own)
+    assert code == 0, err
+    ema = load_file(latest_checkpoint(tmp_path / "own") / "ema.safetensors")
+    assert all(torch.equal(value, ema[key]) for key, value in net.state_dict().items())
 
 
 def test_help_is_no_error(command):

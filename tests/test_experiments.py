@@ -74,8 +74,8 @@ def test_each_row_has_the_papers_setting(row):
 def test_finetuning_is_dense_slow_and_from_the_routed_run():
     cfg = cli.load_config("config", ["experiment=finetune", "results_dir=runs", "data.path=x"])
     OmegaConf.resolve(cfg)
-    assert cfg.train.lr == 1e-5 and cfg.init_from == "runs/imagenet256-tread-edm" and not cfg.model.routes
-    with pytest.raises(ValueError, match="imagenet256-tread-edm"):  # which is not there: nothing starts from scratch
+    assert cfg.train.lr == 1e-5 and cfg.init_from == "runs/imagenet256-tread-XL2-edm" and not cfg.model.routes
+    with pytest.raises(ValueError, match="tread-XL2-edm"):  # which is not there: nothing starts from scratch
         build(cfg, start_processes(), new=True)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import fid
 import sample
@@ -24,6 +26,7 @@ from evaluation import features, metrics, score
 from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
 from system import cli
+from system.files import sha256_of
 from tests.made_inception import noise, write_made_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,14 +146,15 @@ def test_scores_are_those_of_the_features(tmp_path):
 # ---- Inception score, precision and recall, KID
 
 
-@pytest.mark.parametrize("n", [60, 120])
-def test_inception_score_in_splits(n):
+@pytest.mark.parametrize("n", [60, 120, 150, 7])
+def test_inception_score_in_parts_and_a_rest(n):
     logits = np.random.default_rng(0).normal(size=(n, 12)) * 2
     scores = []
-    for part in np.split(logits, n // 60):
-        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+    for start in range(0, n, 60):  # as ADM's evaluator.py, which counts in 5,000
+        p = np.exp(logits[start : start + 60])
+        p /= p.sum(1, keepdims=True)
         scores.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
-    mean, std = metrics.inception_score(torch.from_numpy(logits).float(), split_size=60)
+    mean, std = metrics.inception_score(torch.from_numpy(logits).float(), part_size=60)
     assert mean == pytest.approx(np.mean(scores), rel=1e-6) and std == pytest.approx(np.std(scores), abs=1e-6)
 
 
@@ -180,6 +184,19 @@ def test_kernel_distance_is_the_unbiased_mmd():
     expected = kernel(x, x)[off].mean() + kernel(y, y)[off].mean() - 2 * kernel(x, y).mean()
     mean, std = metrics.kernel_distance(torch.from_numpy(x), torch.from_numpy(y), subsets=3)
     assert mean == pytest.approx(expected, rel=1e-6) and std < 1e-9  # each subset is all of them
+
+
+def test_kernel_distance_asks_apples_gpus_for_no_float64():
+    class OnApplesGpu(torch.Tensor):
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    x, y = torch.from_numpy(gaussian(20, 4, 1)), torch.from_numpy(gaussian(20, 4, 0))
+    on_gpu = metrics.kernel_distance(x.as_subclass(OnApplesGpu), y.as_subclass(OnApplesGpu), subsets=3)
+    assert on_gpu == metrics.kernel_distance(x, y, subsets=3)
 
 
 # ---- References
@@ -476,6 +493,29 @@ def test_metrics_json_says_what_the_number_depends_on(trained, digits):
     assert result["gmacs_per_image"] > 0 and result["seconds"] > 0 and 0 <= result["class_accuracy"] <= 1
     assert len(result["checkpoint_sha256"]) == len(result["extractor_sha256"]) == 64
     assert result["config"]["model"]["depth"] == 6
+
+
+def test_rows_of_one_call_never_share_a_folder(trained, pictures, digits, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "other" / trained.name)  # of the same name, at the same step
+    weights = other / "checkpoints" / "step_0000002" / "ema.safetensors"
+    tensors = {key: value * 1.01 for key, value in load_file(weights).items()}
+    save_file(tensors, weights)
+    manifest = json.loads((weights.parent / "manifest.json").read_text())
+    manifest["files"][weights.name] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
+    (weights.parent / "manifest.json").write_text(json.dumps(manifest))
+    settings = [f"digits={digits}", "seeds=0-3", "steps=1", "metrics=[fd]"]
+    fid.main(["calc", f"ckpt={trained},{other}", f"out={tmp_path / 'runs'}", *settings])
+    assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
+
+    for i in "ab":
+        (tmp_path / i).mkdir()
+        digits_of = f"images={pictures / ('images.npz' if i == 'a' else 'folder/sub')}"
+        fid.main(["ref", digits_of, "extractor=mnist", f"out={tmp_path / i / 'ref.npz'}", "features=0"])
+    references = f"ref={tmp_path / 'a' / 'ref.npz'},{tmp_path / 'b' / 'ref.npz'}"
+    shutil.copy(pictures / "images.npz", tmp_path)
+    fid.main(["calc", f"images={tmp_path / 'images.npz'}", references])
+    found = [json.loads(p.read_text())["reference"] for p in tmp_path.glob("images.npz-*/metrics.json")]
+    assert {Path(reference).parent.name for reference in found} == {"a", "b"}
 
 
 def test_several_rows_make_a_table_and_a_plot(trained, digits, tmp_path, capsys):

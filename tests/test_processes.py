@@ -212,4 +212,4 @@ def test_sweeps_give_a_complete_run_a_job(settings):
     assert done.returncode == 0, done.stderr
     folders = sorted(p.parent for p in (settings[1] / "multirun").glob("*/config.yaml"))
     assert len(folders) == 2 and all(latest_checkpoint(f).name == "step_0000002" for f in folders)
-    assert [f.name for f in folders] == ["model=dit", "model=tread"]
+    assert [f.name for f in folders] == ["model-dit", "model-tread"]
