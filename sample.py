@@ -1,7 +1,7 @@
 """Images from a trained run: a grid, one PNG per seed, and samples.npz (`arr_0`, uint8, NHWC).
 
-    python sample.py ckpt=runs/mnist-tread-edm
-    python sample.py ckpt=runs/mnist-tread-edm guidance=cfg scale=2.0 seeds=0-9 class_idx=7
+    python sample.py ckpt=runs/mnist-tread-XS4-edm
+    python sample.py ckpt=runs/mnist-tread-XS4-edm guidance=cfg scale=2.0 seeds=0-9 class_idx=7
     accelerate launch sample.py ckpt=... seeds=0-49999              on several processes; a second start continues
 
 An image depends on its seed and label alone: its noise, label and routing masks come from generators keyed by the seed,
@@ -9,6 +9,7 @@ whatever the batch size and the number of processes.
 """
 
 import hashlib
+import itertools
 import re
 import sys
 import time
@@ -231,12 +232,15 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     missing = gallery.missing(out, seeds)
     rows = missing[dist.process_index :: dist.num_processes]
     batches = generate(run, guidance, [seeds[i] for i in rows], labels[rows], config.batch_size)
+    started = time.time()
+    first = list(itertools.islice(batches, 1))  # what cannot be sampled fails here, before the folder is claimed
     dist.wait_for_everyone()  # every process lists what is missing before the first image is written
     if dist.is_main_process:
         print(f"{run.checkpoint}, {run.weights} weights of step {run.step}: {len(missing)} of {len(seeds)} to make")
         gallery.write_manifest(out, manifest)
-    started = time.time()
-    gallery.store(out, [seeds[i] for i in rows], batches, show=dist.is_main_process and sys.stderr.isatty())
+    dist.wait_for_everyone()  # no image is there without the settings that it was made with
+    images = itertools.chain(first, batches)
+    gallery.store(out, [seeds[i] for i in rows], images, show=dist.is_main_process and sys.stderr.isatty())
     dist.wait_for_everyone()
     if not dist.is_main_process:
         return

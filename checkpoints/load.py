@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from checkpoints.run_folder import (
     find_checkpoint,
     load_strictly,
     read_config,
+    read_manifest,
     read_weights,
     split_family,
     step_of,
@@ -49,11 +50,12 @@ class Run:
     def num_classes(self) -> int:
         return self.model.num_classes
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Of the weights file that was loaded."""
-        path = self.checkpoint
-        return sha256_of(path if path.is_file() else path / WEIGHTS_FILES[self.weights])
+        """Of the weights file that was loaded; a checkpoint folder's manifest, held against it then, says it."""
+        if self.checkpoint.is_file():
+            return sha256_of(self.checkpoint)
+        return read_manifest(self.checkpoint)[WEIGHTS_FILES[self.weights]]["sha256"]
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
@@ -77,7 +79,9 @@ def load_run(
     if path.is_file():
         config, tensors, step = foreign.read(path, weights, split_family(ckpt)[0])
     else:
-        verify_checkpoint(path)
+        if weights not in WEIGHTS_FILES:
+            raise UserError(f"weights={weights!r}; needed: ema or raw")
+        verify_checkpoint(path, only=("config.yaml", WEIGHTS_FILES[weights]))  # the rest is several times as much
         config, step = read_config(path), step_of(path)
         tensors = read_weights(path, weights)
     check_targets(config)

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -162,18 +163,27 @@ def find_checkpoint(ckpt: str | Path) -> Path:
     return newest
 
 
-def verify_checkpoint(checkpoint: Path) -> None:
-    """Raises UserError where a file is missing or differs from the manifest in any byte."""
+def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> None:
+    """Raises UserError where a file is missing or differs from the manifest in any byte. only: these files; None = all.
+
+    What the manifest does not name must not be read either.
+    """
+    files = read_manifest(checkpoint)
+    for name in files if only is None else only:
+        path = checkpoint / name
+        if name not in files or not path.is_file():
+            by = "not named by the manifest" if path.is_file() else "missing, but the manifest names it"
+            raise UserError(f"{path} is {by}: the checkpoint is damaged")
+        if path.stat().st_size != files[name]["bytes"] or sha256_of(path) != files[name]["sha256"]:
+            raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
+
+
+def read_manifest(checkpoint: Path) -> dict[str, dict]:
+    """{file name: {bytes, sha256}}. Raises UserError where it is damaged."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        return json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing, but the manifest names it: the checkpoint is damaged")
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-            raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
 
 
 def read_config(checkpoint: Path) -> DictConfig:

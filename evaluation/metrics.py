@@ -5,7 +5,7 @@
     precision_recall                  Kynkaanniemi et al. (arXiv 1904.06991), k = 3
     kernel_distance                   KID of Binkowski et al. (arXiv 1801.01401)
 
-The last three call torch-fidelity with the ADM protocol's settings.
+The last two call torch-fidelity with the ADM protocol's settings.
 """
 
 import sys
@@ -116,12 +116,13 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
     return vectors[:, kept] * eigenvalues[kept].sqrt()
 
 
-def inception_score(logits: torch.Tensor, split_size: int = 5000) -> tuple[float, float]:
-    """Mean and standard deviation over splits of `split_size` images, at least one split; logits (N, K)."""
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-
-    scores = isc_features_to_metric(logits, splits=max(1, len(logits) // split_size), shuffle=False)
-    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
+def inception_score(logits: torch.Tensor, part_size: int = 5000) -> tuple[float, float]:
+    """Mean and standard deviation over parts of `part_size` images and a rest, as in ADM's evaluator; logits (N, K)."""
+    scores = []
+    for log_p in logits.double().log_softmax(dim=1).split(part_size):
+        p = log_p.exp()  # (B, K)
+        scores.append((p * (log_p - p.mean(0).log())).sum(dim=1).mean().exp())
+    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 
 def precision_recall(generated: torch.Tensor, real: torch.Tensor, k: int = 3, rows: int = 500) -> tuple[float, float]:
@@ -142,7 +143,8 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor, subsets: int = 
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(1000, len(generated), len(real))
+    generated, real = generated.cpu().double(), real.cpu().double()  # Apple's GPUs lack float64
     scores = kid_features_to_metric(
-        generated.double(), real.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=0, verbose=False
+        generated, real, kid_subsets=subsets, kid_subset_size=size, rng_seed=0, verbose=False
     )
     return scores[KEY_METRIC_KID_MEAN], scores[KEY_METRIC_KID_STD]

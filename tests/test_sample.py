@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import gallery
 import rf
 import sample
 from autoencoder import VAECodec, to_uint8
+from checkpoints import run_folder
 from checkpoints.load import load_run
 from guidance import Guidance
 from system import cli
@@ -144,6 +146,15 @@ def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
         sample.main([*call, "seeds=0-9", "scale=2", f"out={out}"])
 
 
+@pytest.mark.parametrize("wrong", ["steps=0", "sampler=rf sampler.solver=rk4", "sampler=edm sampler.rho=-1"])
+def test_a_refused_call_does_not_claim_its_folder(runs, tmp_path, wrong):
+    call = [f"ckpt={runs['rf']}", "seeds=0-1", f"out={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match="num_steps|solver|rho"):
+        sample.main([*call, *wrong.split()])
+    assert not (tmp_path / "out").exists()
+    sample.main([*call, "steps=1"])  # the corrected call
+
+
 def test_killed_and_started_again(runs, tmp_path):
     call = ["sampler=rf", f"ckpt={runs['rf']}", "seeds=0-39", "batch_size=1", "steps=8"]
     out = tmp_path / "out"
@@ -194,6 +205,24 @@ def test_weights_of_either_objective_run_on_either_sampler(runs, tmp_path):
             sample.main([*call, f"out={out}"])
             made.append(images(out, range(4)).astype(float))
         assert np.abs(made[0] - made[1]).mean() < 4 < np.abs(made[0] - made[0][::-1]).mean()
+
+
+def test_loading_reads_the_weights_that_it_needs_and_no_others(runs, tmp_path, monkeypatch):
+    folder = shutil.copytree(runs["dense"], tmp_path / "run")
+    checkpoint = folder / "checkpoints" / "step_0000001"
+    hashed, sha256_of = [], run_folder.sha256_of
+    monkeypatch.setattr(run_folder, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        (checkpoint / name).write_bytes(b"")
+    run = load_run(folder, device="cpu")
+    assert sorted(hashed) == ["config.yaml", "ema.safetensors"]
+    assert run.sha256 == sha256_of(checkpoint / "ema.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors does not match"):
+        load_run(folder, "raw", device="cpu")
+    with open(checkpoint / "ema.safetensors", "ab") as file:
+        file.write(b"0")
+    with pytest.raises(ValueError, match="ema.safetensors does not match"):
+        load_run(folder, device="cpu")
 
 
 def test_bf16_weights_are_what_autocast_rounds_to(runs):
