@@ -192,10 +192,12 @@ def read_config(checkpoint: Path) -> DictConfig:
 
 
 def in_todays_names(config: DictConfig) -> DictConfig:
-    """Changes what earlier versions named otherwise; in place."""
+    """Changes what earlier versions named otherwise, and adds what they did not name; in place."""
     renamed = {"dit.build": "dit.DiT", "lightningdit.build": "lightningdit.LightningDiT"}
     config.model._target_ = renamed.get(config.model._target_, config.model._target_)
     config.data.pop("P_mean", None)  # objective.P_mean has the same number
+    if "optimizer" in config:
+        config.optimizer.setdefault("name", "adamw")
     return config
 
 
@@ -226,7 +228,10 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], sou
 
 
 def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the optimizer's state, which is saved by parameter name. Raises UserError for names the model lacks."""
+    """Restores the optimizer's state, which is saved by parameter name.
+
+    Raises UserError for names that the model lacks and for the state of another optimizer.
+    """
     path = checkpoint / "optimizer.safetensors"
     names = dict(model.named_parameters())
     state = {name: {} for name in names}
@@ -236,6 +241,14 @@ def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.op
             raise UserError(f"{path} has state of {name!r}, which the model lacks")
         state[name][field] = value
     order = {id(p): name for name, p in names.items()}
+    for group in optimizer.param_groups:
+        needed = "exp_avg" if "betas" in group else "momentum_buffer"
+        for name in (order[id(p)] for p in group["params"]):
+            if state[name] and needed not in state[name]:
+                raise UserError(
+                    f"{path} is of another optimizer: it has {', '.join(state[name])} of {name}, needed: {needed}; "
+                    f"continue with the run's own optimizer=, or start a new run with init_from="
+                )
     saved = optimizer.state_dict()
     ids = [i for group in saved["param_groups"] for i in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -228,6 +228,17 @@ def count_update(state: TrainState, update: Callable[[], object]) -> OpCounter:
     return counter
 
 
+def optimizer_seconds(state: TrainState, device: torch.device) -> float:
+    """Seconds of the optimizer's step alone, the median of several."""
+    seconds = []
+    for _ in range(ROUNDS):
+        for p in state.model.parameters():
+            p.grad = torch.randn_like(p)
+        seconds.append(seconds_of(state.optimizer.step, device))
+    state.optimizer.zero_grad(set_to_none=True)
+    return statistics.median(seconds)
+
+
 def bench(cfg: DictConfig, compare: bool) -> dict:
     """The report: figures of the whole run and, under `kinds`, those of each kind of step."""
     dist = start_processes()
@@ -298,6 +309,7 @@ def bench(cfg: DictConfig, compare: bool) -> dict:
         recompiles = counters["stats"]["unique_graphs"] - graphs
         for kind in kinds:
             report[kind]["step_gb"] = step_memory(lambda: step(*kind), device) / 1e9
+        optimizer_s = optimizer_seconds(state, device)
 
     model.routes = ways["routed"]
     gmacs = {"dense": model.macs() / 1e9, "routed": model.macs(Routing()) / 1e9}
@@ -318,6 +330,8 @@ def bench(cfg: DictConfig, compare: bool) -> dict:
         "precision": cfg.train.precision, "compile": f"{compiled}, {why_not}" if why_not else compiled,
         "gradient_checkpointing": cfg.train.gradient_checkpointing, "steps_timed": ROUNDS * STEPS,
         "speedup_predicted": predicted, "speedup_measured": realised, "measured_over_predicted": realised / predicted,
+        "optimizer": cfg.optimizer.name, "optimizer_s": optimizer_s,
+        "optimizer_share": {way: optimizer_s / ours[way]["step_s"] for way in ways},
         "data_wait": waited, "graphs": graphs, "graph_breaks": breaks, "recompiles": recompiles,
         "peak_tflops": peak, "mfu": peak and {way: ours[way]["tflops"] / peak for way in ways},
         "faster_than_plain": {

@@ -62,7 +62,18 @@ def test_the_table_holds_what_was_counted(report):
     assert kinds["ours routed"]["step_gb"] < kinds["ours dense"]["step_gb"]
     assert (report["graph_breaks"], report["recompiles"]) == (0, 0) and 0 <= report["data_wait"] < 1
     assert report["speedup_predicted"] == kinds["ours dense"]["gmacs"] / kinds["ours routed"]["gmacs"]
+    assert 0 < report["optimizer_s"] < 1 and report["optimizer"] == "adamw"
+    for way, share in report["optimizer_share"].items():
+        assert share == pytest.approx(report["optimizer_s"] / kinds[f"ours {way}"]["step_s"])
     assert "plain routed" in bench.show(report)
+
+
+def test_the_cost_of_muon_is_printed(monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    report = bench.bench(cli.load_config("config", [*TINY, "optimizer=muon"]), compare=False)
+    assert report["optimizer"] == "muon" and report["kinds"]["ours routed"]["host_waits"] == 0
+    (line,) = [line for line in bench.show(report).splitlines() if line.startswith("optimizer_s ")]
+    assert float(line.split()[1]) == pytest.approx(report["optimizer_s"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Non-finite steps: where a gradient on any process is NaN or infinite, no process updates its weights.
 
-The decision is made on the device, by the fused optimizer's `found_inf`, so the host does not wait for it; it learns of
+The decision is made on the device, by the optimizer's `found_inf`, so the host does not wait for it; it learns of
 it with the next log line. The gradients are already averaged over the processes, so all of them decide alike.
 """
 
@@ -20,7 +20,7 @@ class FiniteGuard:
         self.count = torch.zeros((), device=device)  # bad steps so far
         self.first = torch.zeros((), device=device)  # the first of them; 0 = none
         self.found = torch.zeros((), device=device)
-        optimizer.found_inf = self.found  # fused AdamW changes nothing where this is 1
+        optimizer.found_inf = self.found  # the optimizer changes nothing where this is 1
 
     def check(self, grad_norm: torch.Tensor, step: int) -> torch.Tensor:
         """Before the optimizer's step -> whether this step is finite, () bool on the device."""

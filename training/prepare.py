@@ -41,6 +41,7 @@ from system import UserError, cli
 from system.files import reserve, write_text_atomic
 from system.instantiate import instantiate
 from training.guard import FiniteGuard
+from training.optimizer import check_optimizer, make_optimizer
 
 AT_LEAST = {
     "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,
@@ -142,6 +143,7 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
         raise UserError(f"train.compile={train.compile}; needed: blocks or off")
     train.compile = "blocks" if train.compile == "blocks" else "off"
     train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
+    check_optimizer(cfg.optimizer)
     guidance_from(cfg.preview)
     guidance_from(cfg.eval)
     return cfg
@@ -213,7 +215,7 @@ def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[TrainState, o
         start_from(cfg.init_from, model, objective)
     model.gradient_checkpointing = cfg.train.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, cfg)
+    optimizer = make_optimizer(model, cfg.optimizer, cfg.train.lr)
     guard = FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite)
     return TrainState(model, model, ema, optimizer, guard), objective
 
@@ -225,14 +227,6 @@ def start_from(ckpt: str, model: nn.Module, objective) -> None:
         found, wanted = type(source.objective).__name__, type(objective).__name__
         raise UserError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
     load_strictly(model, source.model.state_dict(), source=str(ckpt))
-
-
-def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.AdamW:
-    settings = cfg.optimizer
-    return torch.optim.AdamW(
-        model.parameters(), lr=cfg.train.lr, betas=tuple(settings.betas), eps=settings.eps,
-        weight_decay=settings.weight_decay, fused=True,
-    )  # fmt: skip
 
 
 def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:

@@ -1,0 +1,165 @@
+"""Muon: which weights it takes, its step against independent computations, what it leaves alone on a bad step."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train as training
+from checkpoints.run_folder import latest_checkpoint, read_tensors
+from data import BatchPlan
+from dit import DiT
+from lightningdit import LightningDiT
+from rf import RectifiedFlow
+from system import cli
+from tests import test_train
+from tests.test_step import TREAD, Latents, OpCounter, settings
+from tests.test_train import assert_same_run, numbers, poison
+from training.guard import FiniteGuard
+from training.optimizer import make_optimizer
+from training.prepare import TrainState, resolve_config
+from training.stopping import EXIT_START_AGAIN
+
+A, B, C = 3.4445, -4.7750, 2.0315  # the quintic of Jordan's post
+run = test_train.run  # a fixture
+
+
+def muon_settings(*overrides):
+    return cli.load_config("config", ["optimizer=muon", *overrides]).optimizer
+
+
+def muon_state(device="cpu", mode="stop", network=DiT):
+    torch.manual_seed(0)
+    sizes = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=6, num_heads=2, num_classes=3)
+    with torch.device(device):
+        model = network(learn_sigma=False, routes=TREAD, **sizes)
+    optimizer = make_optimizer(model, muon_settings(), 1e-3)
+    return TrainState(model, model, None, optimizer, FiniteGuard(optimizer, torch.device(device), mode))
+
+
+def of_muon(model, optimizer):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+
+
+@pytest.mark.parametrize("network, of_mlp", [(DiT, ("fc1", "fc2")), (LightningDiT, ("w12", "w3"))])
+def test_muon_takes_the_matrices_of_attention_and_mlp(network, of_mlp):
+    state = muon_state(network=network)
+    parts = ("attn.qkv", "attn.proj", *(f"mlp.{name}" for name in of_mlp))
+    assert of_muon(state.model, state.optimizer) == {f"blocks.{i}.{part}.weight" for i in range(6) for part in parts}
+    every = [p for group in state.optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, every)) == sorted(map(id, state.model.parameters()))
+
+
+def test_muon_takes_those_of_any_stack_of_blocks():
+    block = lambda: nn.ModuleDict({"attn": nn.Linear(4, 4), "adaLN": nn.Linear(4, 8)})
+    model = nn.ModuleDict({
+        "decoder_blocks": nn.ModuleList([block(), block()]), "mlp": nn.Linear(4, 4), "fusion": nn.Linear(8, 4),
+    })  # fmt: skip
+    optimizer = make_optimizer(model, muon_settings(), 1e-3)
+    assert of_muon(model, optimizer) == {"decoder_blocks.0.attn.weight", "decoder_blocks.1.attn.weight"}
+
+
+def newton_schulz(m):
+    """What the five iterations do to singular values, U p(p(p(p(p(S))))) V^T, in float64."""
+    u, s, v = torch.linalg.svd(m.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = A * s + B * s**3 + C * s**5
+    return (u * s @ v).float()
+
+
+@pytest.mark.parametrize("rounded, tolerance", [(False, 1e-4), (True, 0.1)])  # bf16 alone costs 5 %
+@pytest.mark.parametrize("shape", [(96, 32), (32, 128), (32, 32)])
+def test_two_steps_of_a_matrix_are_an_independent_newton_schulz(shape, rounded, tolerance, monkeypatch):
+    if not rounded:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(shape[1], shape[0])})])})
+    weight, lr, clip, decay = model.blocks[0].mlp.weight, 1e-2, 2.0, 0.1
+    optimizer = make_optimizer(model, muon_settings(f"optimizer.weight_decay={decay}"), lr)
+    optimizer.grad_scale = torch.tensor(clip)
+    momentum = torch.zeros(shape)
+    for _ in range(2):
+        before, gradient = weight.detach().clone(), torch.randn(shape)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient / clip
+        torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], momentum)
+        expected = newton_schulz(0.95 * momentum + 0.05 * gradient / clip)
+        update = ((1 - lr * decay) * before - weight.detach()) / (lr * 0.2 * max(shape) ** 0.5)
+        assert (update - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("mode, value", [("stop", float("nan")), ("skip", float("inf"))])
+def test_a_bad_step_changes_no_bit(mode, value):
+    config, plan = settings(global_batch_size=4), BatchPlan(4, 4, 1, 0, 1)
+    config.train.precision = "fp32"
+    state = muon_state(mode=mode)
+    batch = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+
+    def everything():
+        fields = [value for held in state.optimizer.state.values() for value in held.values()]
+        return [tensor.detach().clone() for tensor in (*state.model.parameters(), *fields)]
+
+    def take(step, latent):
+        training.train_step(state, RectifiedFlow(), Latents, iter([(latent, batch[1])]), step, plan, config)
+
+    take(1, batch[0])
+    take(2, batch[0])
+    good = everything()
+    take(3, batch[0].clone().fill_(value))
+    assert all(torch.equal(a, b) for a, b in zip(good, everything(), strict=True))
+    take(4, batch[0])  # in mode stop nothing is updated any more
+    assert all(map(torch.equal, good, everything())) == (mode == "stop")
+    assert all(tensor.isfinite().all() for tensor in everything())
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_step_on_a_gpu_waits_for_nothing():
+    with FakeTensorMode():
+        state = muon_state("cuda")
+        for p in state.model.parameters():
+            p.grad = torch.empty_like(p)
+        state.optimizer.grad_scale = torch.ones((), device="cuda")
+        with OpCounter() as counter:
+            state.optimizer.step()
+    assert counter.calls["_fused_adamw_"] == 1 and counter.calls["addmm"] == 2 * 5 * 4 * len(state.model.blocks)
+    assert counter.to_cpu == 0 and counter.waits == 0
+
+
+def test_resume_under_muon_is_exact(run):
+    code, golden = run("golden", "optimizer=muon")
+    assert code == 0
+    for cut in (1, 4):
+        assert run(f"cut{cut}", "optimizer=muon", stop_after=cut)[0] == EXIT_START_AGAIN
+        assert run(f"cut{cut}", "optimizer=muon")[0] == 0
+        assert_same_run(golden, golden.with_name(f"cut{cut}"))
+
+
+def test_a_bad_step_is_left_out_of_a_run(run, monkeypatch):
+    poison(monkeypatch, 4)
+    code, folder = run("skip", "optimizer=muon", "train.on_nonfinite=skip")
+    assert code == 0 and [line["train/skipped"] for line in numbers(folder)] == [0, 0, 0, 1, 1, 1, 1]
+    saved = read_tensors(latest_checkpoint(folder) / "optimizer.safetensors")
+    assert saved["x_embedder.proj.weight/step"] == 6 and all(tensor.isfinite().all() for tensor in saved.values())
+    assert "blocks.0.attn.qkv.weight/momentum_buffer" in saved and "blocks.0.attn.qkv.bias/exp_avg" in saved
+
+
+@pytest.mark.parametrize("before, after", [("adamw", "muon"), ("muon", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(run, before, after):
+    _, folder = run(before, f"optimizer={before}", stop_after=2)
+    kept = {path: path.read_bytes() for path in folder.glob("checkpoints/*/*")}
+    with pytest.raises(ValueError, match=f"another run: optimizer.name was {before}, is {after}"):
+        run(before, f"optimizer={after}")
+    with pytest.raises(ValueError, match="of another optimizer.*needed: ") as error:
+        run(before, f"optimizer={after}", "resume_allow=[optimizer]")
+    assert "\n" not in str(error.value) and kept == {path: path.read_bytes() for path in folder.glob("checkpoints/*/*")}
+
+
+def test_muon_is_refused_where_torch_has_none(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
+    config = cli.load_config("config", ["optimizer=muon"])
+    with pytest.raises(ValueError, match="needs torch 2.9 or newer, this is 2.8.0"):
+        resolve_config(config, training.start_processes())

@@ -1,0 +1,92 @@
+"""Optimizers: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
+
+Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest orthogonal matrix, by
+five Newton-Schulz iterations. Scaled by 0.2 sqrt(max(rows, columns)) its update is as large as AdamW's (arXiv
+2502.16982, section 2.2), so both share one learning rate.
+"""
+
+import re
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from system import UserError
+
+# Weights of attention and MLP, in whatever stack of blocks: not adaLN, embeddings, time MLP and output.
+IN_BLOCKS = re.compile(r"blocks\.\d+\.(attn|mlp)\.")
+
+
+def check_optimizer(settings: DictConfig) -> None:
+    """Raises UserError for an optimizer that this torch does not have."""
+    if settings.name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}; or optimizer=adamw")
+
+
+def make_optimizer(model: nn.Module, settings: DictConfig, lr: float) -> torch.optim.Optimizer:
+    """settings: configs/optimizer/. lr: the first step's. Raises UserError where torch lacks the optimizer."""
+    check_optimizer(settings)
+    if settings.name == "muon":
+        return MuonAdamW(model, settings, lr)
+    return adamw(model.parameters(), settings, lr)
+
+
+def adamw(parameters, settings: DictConfig, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for the 2-D weights of the blocks' attention and MLP, fused AdamW for all other parameters.
+
+    Like fused AdamW, `step` divides the gradients by `grad_scale` and changes neither weights nor state where
+    `found_inf` is 1, and the host waits for neither. The processes share the work: each orthogonalizes some of the
+    matrices and sends the others the new weights, so that all of them hold the same bits.
+    """
+
+    def __init__(self, model: nn.Module, settings: DictConfig, lr: float):
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            (matrices if IN_BLOCKS.search(name) and parameter.ndim == 2 else others).append(parameter)
+        self.muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum, nesterov=settings.nesterov,
+            ns_steps=settings.ns_steps, adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+        self.adamw = adamw(others, settings, lr)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], defaults={})
+        for matrix in matrices:
+            self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        self.grad_scale = torch.ones((), device=matrices[0].device)
+        self.found_inf = torch.zeros((), device=matrices[0].device)
+        self.rank, world_size = 0, 1
+        if torch.distributed.is_initialized():
+            self.rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        largest_first = sorted(matrices, key=torch.Tensor.numel, reverse=True)  # dealt out in turn: nearly equal work
+        self.owner = {matrix: i % world_size for i, matrix in enumerate(largest_first)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.muon.state = self.adamw.state = self.state  # loading replaces the state and the groups
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
+        self.adamw.step()
+        self.step_matrices([p for p in self.param_groups[0]["params"] if p.grad is not None])
+
+    def step_matrices(self, matrices: list[nn.Parameter]) -> None:
+        bad, own = self.found_inf > 0, [p for p in matrices if self.owner[p] == self.rank]
+        torch._foreach_div_([p.grad for p in matrices], self.grad_scale)
+        for p in matrices:
+            momentum = self.state[p]["momentum_buffer"]
+            torch.where(bad, momentum, p.grad, out=p.grad)  # which leaves the momentum as it is, to the bit
+            if self.owner[p] != self.rank:
+                momentum.lerp_(p.grad, 1 - self.param_groups[0]["momentum"])
+                p.grad = None  # Muon passes over it
+        before = [p.clone() for p in own]
+        self.muon.step()
+        for p, old in zip(own, before):
+            torch.where(bad, old, p, out=p)
+        if torch.distributed.is_initialized():
+            sent = [torch.distributed.broadcast(p, self.owner[p], async_op=True) for p in matrices]
+            for work in sent:
+                work.wait()
