@@ -19,19 +19,28 @@ from system import UserError
 
 
 class RectifiedFlow:
-    """timesteps: how t is drawn in training, "uniform" (SiT) or "logit_normal" (2403.03206: sigmoid of N(0, 1))."""
+    """timesteps: how t is drawn in training, "uniform" (SiT) or "logit_normal" (2403.03206: sigmoid of N(0, 1)).
+
+    contrastive, in [0, 1): weight of contrastive flow matching (arXiv 2506.05350), 0.05 as published; 0 = off.
+    null_label: the label of rows without one, which contrast with nothing.
+    """
 
     predicts = "velocity"
     sigma_data = 1.0  # expected standard deviation of the latents
     sample = staticmethod(flow_sampler)
 
-    def __init__(self, timesteps: str = "logit_normal"):
+    def __init__(self, timesteps: str = "logit_normal", contrastive: float = 0.0, null_label: int | None = None):
         if timesteps not in ("uniform", "logit_normal"):
             raise UserError(f"timesteps {timesteps!r}; needed: uniform or logit_normal")
-        self.timesteps = timesteps
+        if not 0 <= contrastive < 1:  # from 1 on, the loss has no minimum
+            raise UserError(f"objective.contrastive={contrastive}; needed: from 0 to below 1, 0.05 as published")
+        self.timesteps, self.contrastive, self.null_label = timesteps, contrastive, null_label
 
     def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-        """Squared error of the velocity per sample: x (B, C, h, w), y (B,) -> (B,)."""
+        """Squared error of the velocity per sample: x (B, C, h, w), y (B,) -> (B,).
+
+        Contrastive: less `contrastive` times the squared error against the other row of the pair (0, 1), (2, 3), ...
+        """
         if self.timesteps == "uniform":
             t = uniform((len(x),), generator, device=x.device)  # (B,)
         else:
@@ -39,7 +48,14 @@ class RectifiedFlow:
         noise = normal(x.shape, generator, device=x.device)
         x_t = x + t.view(-1, 1, 1, 1) * (noise - x)
         velocity = self.predict(net, x_t, t, y)
-        return (velocity - (noise - x)).square().flatten(1).mean(dim=1)
+        loss = (velocity - (noise - x)).square().flatten(1).mean(dim=1)
+        if not self.contrastive:
+            return loss
+        # Neighbours of a global batch are independent samples, and no split into even parts separates a pair.
+        other = torch.arange(len(x), device=x.device) ^ 1  # (B,)
+        contrasts = (other < len(x)) & (y != self.null_label)  # an odd batch's last row has no other
+        wrong = (noise - x)[other.clamp(max=len(x) - 1)]
+        return loss - self.contrastive * contrasts * (velocity - wrong).square().flatten(1).mean(dim=1)
 
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """v(x_t, t): x_t (B, C, h, w), t in [0, 1], () or (B,), y (B,) -> velocity (B, C, h, w) float32.

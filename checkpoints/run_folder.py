@@ -198,6 +198,9 @@ def in_todays_names(config: DictConfig) -> DictConfig:
     config.data.pop("P_mean", None)  # objective.P_mean has the same number
     if "optimizer" in config:
         config.optimizer.setdefault("name", "adamw")
+    if config.objective._target_ == "rf.RectifiedFlow":
+        config.objective.setdefault("contrastive", 0.0)
+        config.objective.setdefault("null_label", config.data.num_classes)
     return config
 
 

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from edm import EDM
-from randomness import BatchSlice, seeded_generator
+from randomness import BatchSlice, normal, seeded_generator
 from rf import RectifiedFlow
+from system import cli
+from system.instantiate import instantiate
+from system.processes import start_processes
+from training.prepare import resolve_config
 
 
 def zero_net(x, t, y):
@@ -75,3 +79,64 @@ def test_learned_sigma_channels_are_not_used():
     x, y = torch.randn(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
     assert EDM().predict(net, x, torch.tensor(1.0), y).isfinite().all()
     assert RectifiedFlow().predict(net, x, torch.tensor(0.5), y).shape == x.shape
+
+
+NULL = 9
+
+
+def contrastive_parts(size=6, **settings):
+    """(losses of six rows, two of them without a label, in parts of `size`; and the rows, labels and network)."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 1, 4, 4, generator=g), torch.tensor([0, NULL, 1, 2, NULL, 3])
+    net = lambda x, t, y: x * (1 + y.view(-1, 1, 1, 1)) / 10  # noqa: E731
+    losses = []
+    for start in range(0, 6, size):
+        rows, part = BatchSlice(seeded_generator(1), start, 6), slice(start, start + size)
+        losses.append(RectifiedFlow(**settings).loss(net, x[part], y[part], rows))
+    return torch.cat(losses), x, y, net
+
+
+def test_contrastive_flow_matching_is_its_formula():
+    plain, x, y, net = contrastive_parts()
+    contrastive, *_ = contrastive_parts(contrastive=0.05, null_label=NULL)
+    rows = BatchSlice(seeded_generator(1), 0, 6)
+    t, noise = normal((6,), rows).sigmoid().view(-1, 1, 1, 1), normal(x.shape, rows)
+    velocity, target = net((1 - t) * x + t * noise, t, y), noise - x
+    for row, other in enumerate((1, 0, 3, 2, 5, 4)):
+        against = (velocity[row] - target[other]).square().mean() if y[row] != NULL else 0
+        expected = (velocity[row] - target[row]).square().mean() - 0.05 * against
+        assert contrastive[row].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(contrastive[y == NULL], plain[y == NULL])
+
+
+def test_no_contrast_is_the_plain_loss_bit_for_bit():
+    assert torch.equal(contrastive_parts()[0], contrastive_parts(contrastive=0.0, null_label=NULL)[0])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pairs_do_not_depend_on_an_even_split(size):
+    settings = dict(contrastive=0.05, null_label=NULL)
+    whole, parts = contrastive_parts(**settings)[0], contrastive_parts(**settings, size=size)[0]
+    assert torch.allclose(whole, parts) == (size == 2)  # which is why training refuses an odd one
+
+
+def test_a_lone_row_has_nothing_to_contrast_with():
+    x, y = torch.randn(3, 1, 4, 4), torch.zeros(3, dtype=torch.int64)
+    seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    plain = RectifiedFlow().loss(zero_net, x, y, seeded())
+    contrastive = RectifiedFlow(contrastive=0.5, null_label=NULL).loss(zero_net, x, y, seeded())
+    assert (plain == contrastive).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["objective.contrastive=1"], "from 0 to below 1"),
+        (["objective.contrastive=-0.1"], "from 0 to below 1"),
+        (["objective.contrastive=0.05", "train.global_batch_size=15"], "needed: an even size, got 15"),
+    ],
+)
+def test_bad_contrasts_get_one_line(overrides, message):
+    config = cli.load_config("config", ["objective=rf", *overrides])
+    with pytest.raises(ValueError, match=message):
+        instantiate(resolve_config(config, start_processes()).objective)

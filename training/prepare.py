@@ -141,6 +141,9 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
         raise UserError("needed: train.label_dropout and train.ema_decay in [0, 1), train.grad_clip > 0")
     if train.compile not in ("blocks", "off", False):  # YAML reads a bare off as false
         raise UserError(f"train.compile={train.compile}; needed: blocks or off")
+    micro = train.micro_batch_size or train.global_batch_size // dist.num_processes
+    if cfg.objective.get("contrastive") and micro % 2:
+        raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
     train.compile = "blocks" if train.compile == "blocks" else "off"
     train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
     check_optimizer(cfg.optimizer)
