@@ -1,6 +1,10 @@
 """Codecs: decode turns latents (B, C, h, w), scaled as the network sees them, into uint8 images (B, 3, H, W)."""
 
+from collections.abc import Sequence
+
 import torch
+
+from system import UserError
 
 DECODE_AT_ONCE = 8 * 32 * 32  # latent pixels per call of the decoder: 8 images of 256 x 256
 
@@ -11,19 +15,34 @@ class PixelCodec:
     def to(self, device) -> "PixelCodec":
         return self
 
+    def check(self, channels: int) -> None:
+        """Raises UserError where latents of so many channels are no pixels."""
+        if channels not in (1, 3):
+            raise UserError(f"{channels} channels are no pixels; needed: codec.path=, the VAE that decodes them")
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = to_uint8(latents)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 class VAECodec:
-    """A diffusers AutoencoderKL, by hub name or local path; scaled latent = scale * the VAE's latent.
+    """A diffusers AutoencoderKL, by hub name or local path; scaled latent = scale * the VAE's latent + bias.
 
-    Raises OSError, at first use, where the VAE or the package diffusers is missing.
+    scale, bias: a number, or a list with one per channel: for latents normalised by their mean and standard deviation,
+    as VA-VAE's are, 1 / std and -mean / std. path: None = nobody said which VAE. Raises UserError for lists of unequal
+    lengths and, at first use, without a path; OSError where the VAE or the package diffusers is missing.
     """
 
-    def __init__(self, path: str = "stabilityai/sd-vae-ft-ema", scale: float = 0.18215):
-        self.path, self.scale, self.device, self._vae = path, scale, torch.device("cpu"), None
+    def __init__(
+        self,
+        path: str | None = "stabilityai/sd-vae-ft-ema",
+        scale: float | Sequence[float] = 0.18215,
+        bias: float | Sequence[float] = 0.0,
+    ):
+        self.path, self.device, self._vae = path, torch.device("cpu"), None
+        self.scale, self.bias = (per_channel(name, value) for name, value in (("scale", scale), ("bias", bias)))
+        if not (self.scale != 0).all() or self.scale.ndim == self.bias.ndim == 3 and len(self.scale) != len(self.bias):
+            raise UserError(f"codec.scale={scale}, codec.bias={bias}; needed: as many of both, no scale of 0")
 
     def to(self, device) -> "VAECodec":
         self.device = torch.device(device)
@@ -34,6 +53,10 @@ class VAECodec:
     @property
     def vae(self) -> torch.nn.Module:
         """Loaded at first use: training on latents never needs it."""
+        if self.path is None:
+            raise UserError(
+                "nothing says which VAE these latents are of; needed: codec.path=, codec.scale=, codec.bias="
+            )
         if self._vae is None:
             try:
                 from diffusers import AutoencoderKL
@@ -45,6 +68,17 @@ class VAECodec:
                 raise FileNotFoundError(f"VAE {self.path!r} was not found: {str(error).splitlines()[0]}") from None
         return self._vae
 
+    def check(self, channels: int) -> None:
+        """Raises UserError where the VAE is of latents of another number of channels: before they are sampled."""
+        numbers = {"latents": self.vae.config.latent_channels}
+        numbers |= {name: len(value) for name, value in (("scale", self.scale), ("bias", self.bias)) if value.ndim}
+        for name, number in numbers.items():
+            if number != channels:
+                raise UserError(
+                    f"the network makes latents of {channels} channels, the codec {self.path} has {number} "
+                    f"{name}; needed: codec.path=, codec.scale= and codec.bias= of the same latents"
+                )
+
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The posterior's mean and log variance, unscaled: uint8 (B, 3, H, W) -> (B, C, h, w) float32 each."""
@@ -53,9 +87,20 @@ class VAECodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents.to(self.device).float() / self.scale
+        latents = (latents.to(self.device).float() - self.bias.to(self.device)) / self.scale.to(self.device)
         at_once = max(1, DECODE_AT_ONCE // latents.shape[-2:].numel())
         return torch.cat([to_uint8(self.vae.decode(part).sample) for part in latents.split(at_once)])
+
+
+def per_channel(name: str, value: float | Sequence[float]) -> torch.Tensor:
+    """A number as () and a list as (C, 1, 1), float32. Raises UserError for anything else."""
+    try:
+        numbers = torch.tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"codec.{name}={value}; needed: a number, or a list with one per channel") from None
+    if numbers.ndim > 1 or not numbers.isfinite().all():
+        raise UserError(f"codec.{name}={value}; needed: a number, or a list with one per channel")
+    return numbers[:, None, None] if numbers.ndim else numbers
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

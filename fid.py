@@ -56,6 +56,7 @@ from evaluation.score import (
 from guidance import guidance_from
 from randomness import seeded_generator
 from system import UserError, cli
+from system.launchers import own_process
 from system.processes import start_processes
 
 USAGE = """
@@ -153,6 +154,7 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
     if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, precision=config.precision, compile=config.compile)
         run.config.sampler = config.get("sampler") or run.config.sampler
+        sample.set_codec(run, config.codec)
         source = f"{run.folder.name}-{run.sha256[:6]}"
         folder = row_folder(config, run.folder / "eval", source, row_name(run, config, extractor), alone)
         result = evaluate(run, config, extractor, reference, folder / "parts")
@@ -262,6 +264,8 @@ def row_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
     parts += [config.precision] if config.precision != "fp32" else []
     parts += ["compiled"] if run.compile != "off" else []
     parts += [sample.sampler_name(config.sampler)] if config.get("sampler") is not None else []
+    codec = sample.given_codec(config.codec) if "codec" in config else {}  # training has its own
+    parts += [f"codec_{sample.digest(codec)}"] if codec else []
     return "-".join(map(str, parts))
 
 
@@ -315,4 +319,5 @@ def make_reference(source: str, config: DictConfig, wanted: int) -> Reference:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

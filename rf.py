@@ -77,4 +77,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    from system.cli import user_errors
+    from system.launchers import own_process
+
+    with user_errors():
+        own_process()
     main(sys.argv[1:])

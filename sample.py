@@ -23,11 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 import gallery
 from checkpoints.load import Run, load_run
-from checkpoints.run_folder import complete_checkpoints
+from checkpoints.run_folder import complete_checkpoints, step_of
 from guidance import Branch, Guidance, guidance_from, guide, pair
 from randomness import normal, seeded_generator, uniform
 from solvers import flow_time, solve
 from system import UserError, cli
+from system.instantiate import instantiate
+from system.launchers import own_process
 from system.processes import start_processes
 
 SHIPPED = Path(__file__).resolve().parent / "assets"
@@ -53,9 +55,10 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
     ckpt = guidance.weak_ckpt
     if ckpt == "earliest":
         kept = complete_checkpoints(run.folder) if run.folder else []
-        if not kept or kept[0] == run.checkpoint:
+        if not kept or step_of(kept[0]) >= run.step:
             raise UserError(
-                f"{run.checkpoint} has no earlier checkpoint beside it for the weak branch; needed: weak_ckpt="
+                f"step {run.step} of {run.folder} has no earlier checkpoint beside it for the weak branch; "
+                f"needed: weak_ckpt="
             )
         ckpt = kept[0]
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
@@ -69,6 +72,18 @@ def interface(run: Run) -> tuple:
     """What two networks must have in common for one to guide the other."""
     model = run.model
     return (model.in_channels, model.input_size, model.input_size), model.num_classes, run.objective.predicts
+
+
+def set_codec(run: Run, settings: DictConfig) -> None:
+    """Replaces what is given of the run's codec: path, and scale and bias, one number or one per channel.
+
+    Files of other projects do not say their VAE.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    if given:
+        target = {"_target_": "autoencoder.VAECodec"} if "path" in given else {}
+        run.config.data.codec = OmegaConf.merge(run.config.data.codec, target, given)
+        run.codec = instantiate(run.config.data.codec).to(run.device)
 
 
 def generate(
@@ -86,18 +101,29 @@ def generate(
     routing on a model without routes, for a weak branch that does not fit, and for labels outside the classes.
     """
     weak = load_weak(run, guidance)
+    labels = labels_for(run.num_classes, seeds, "random") if labels is None else labels
+    check_request(run, guidance, labels, batch_size, weak)
+    run.codec.check(run.model.in_channels)  # or decoding would fail after all steps
+    sampler = OmegaConf.to_container(run.config.sampler) | ({} if steps is None else {"num_steps": steps})
+    batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
+    return (run.codec.decode(generate_latents(run, guidance, seeds[b], labels[b], sampler, weak=weak)) for b in batches)
+
+
+def check_request(run: Run, guidance: Guidance, labels: torch.Tensor, batch_size: int, weak: Run | None = None) -> None:
+    """Raises UserError for what cannot be drawn. weak: the weak branch's run; None = it is loaded here.
+
+    A weak branch of the run's earliest checkpoint, of which there may be none yet, counts as one of the same network.
+    """
+    if weak is None:
+        weak = run if guidance.weak_ckpt == "earliest" else load_weak(run, guidance)
     if guidance.routed and not (run.model.routes and weak.model.routes):
         raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
-    labels = labels_for(run.num_classes, seeds, "random") if labels is None else labels
     if len(labels) and not 0 <= labels.min() <= labels.max() < run.num_classes:
         raise UserError(f"labels {labels.min()}..{labels.max()}; the model has classes 0..{run.num_classes - 1}")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}; needed: at least 1")
     if (guidance.cfg_channels or 0) > run.model.in_channels:
         raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.in_channels}")
-    sampler = OmegaConf.to_container(run.config.sampler) | ({} if steps is None else {"num_steps": steps})
-    batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
-    return (run.codec.decode(generate_latents(run, guidance, seeds[b], labels[b], sampler, weak=weak)) for b in batches)
 
 
 @torch.no_grad()
@@ -198,13 +224,17 @@ def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
     parts += [config.labels] if config.class_idx is None and config.labels != "balanced" else []
     parts += [f"class{config.class_idx}"] if config.class_idx is not None else []
     parts += [sampler_name(config.sampler)] if config.get("sampler") is not None else []
+    parts += [f"codec_{digest(given_codec(config.codec))}"] if given_codec(config.codec) else []
     return run.folder / "samples" / "-".join(str(part) for part in parts)
 
 
 def sampler_name(sampler: DictConfig) -> str:
     """<prediction>_<solver>_<digest of all settings>."""
-    digest = hashlib.sha256(OmegaConf.to_yaml(sampler, sort_keys=True).encode()).hexdigest()
-    return f"{sampler.takes}_{sampler.solver}_{digest[:6]}"
+    return f"{sampler.takes}_{sampler.solver}_{digest(sampler)}"
+
+
+def digest(settings: DictConfig | dict) -> str:
+    return hashlib.sha256(OmegaConf.to_yaml(settings, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def settings_of(run: Run, guidance: Guidance, rule: str | int) -> dict:
@@ -216,18 +246,24 @@ def settings_of(run: Run, guidance: Guidance, rule: str | int) -> dict:
     }  # fmt: skip
 
 
+def given_codec(settings: DictConfig) -> dict:
+    return {f"codec_{key}": value for key, value in OmegaConf.to_container(settings).items() if value is not None}
+
+
 def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     """The command line. shipped: the run in assets/ that is sampled where no ckpt is given."""
     config, dist = cli.load_config("sample", overrides), start_processes()
     seeds, guidance = parse_seeds(config.seeds), guidance_from(config)
     run = load_given(config.ckpt, shipped, config.weights, precision=config.precision, compile=config.compile)
     run.config.sampler = config.get("sampler") or run.config.sampler
+    set_codec(run, config.codec)
     if config.steps is not None:
         run.config.sampler.num_steps = config.steps
     rule = config.labels if config.class_idx is None else config.class_idx
+    settings = settings_of(run, guidance, rule) | given_codec(config.codec)
     labels = labels_for(run.num_classes, seeds, rule)
     out = Path(config.out) if config.out else default_folder(run, guidance, config)
-    manifest = gallery.reserve(out, settings_of(run, guidance, rule)) | {"checkpoint": str(run.checkpoint)}
+    manifest = gallery.reserve(out, settings) | {"checkpoint": str(run.checkpoint)}
 
     missing = gallery.missing(out, seeds)
     rows = missing[dist.process_index :: dist.num_processes]
@@ -257,4 +293,5 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

@@ -7,6 +7,7 @@ global batch, so a step is the same on any number of processes, and a checkpoint
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -39,11 +40,12 @@ from gallery import save_grid
 from guidance import guidance_from
 from randomness import normal, seeded_generator, uniform
 from routing_module import Routing
-from sample import generate
+from sample import check_request, generate, labels_for, parse_seeds
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
 from system.files import write_text_atomic
 from system.instantiate import instantiate
+from system.launchers import own_process, set_determinism
 from system.processes import start_processes
 from training.log import Log, TimedBatches
 from training.prepare import (
@@ -58,7 +60,7 @@ from training.prepare import (
     resolve_config,
     resume,
 )
-from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler, roll_call
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, START_AGAIN, PreemptionHandler, roll_call
 
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
 
@@ -91,17 +93,21 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> int:
     """Trains as the config says -> exit code: 0 after the last step, else EXIT_*. Raises UserError, OSError."""
+    set_determinism(cfg.train.deterministic)
     dist = start_processes(cfg.train.timeout_s)
     cfg = resolve_config(cfg, dist)
     plan = batch_plan(cfg.train, dist)
     if cfg.train.dry_run:
         return dry_run(cfg, dist, plan)
     run_folder = Path(cfg.results_dir) / cfg.run_name
+    if cfg.eval.every:
+        parse_seeds(cfg.eval.seeds)
     resumed = find_resume(cfg, run_folder)
     latents, val_latents = open_data(cfg, dist)
     scoring = fid.extractor_and_reference(cfg.eval) if cfg.eval.every else None
 
     state, objective = build(cfg, dist, new=resumed is None)
+    check_sampling(state.ema, objective, cfg, dist.device)
     start_step = resume(resumed, state, cfg, latents) if resumed is not None else 0
     lock = reserve_run_folder(run_folder, cfg, start_step) if dist.is_main_process else nullcontext()
     preemption = PreemptionHandler(dist, cfg.train.max_hours)
@@ -114,7 +120,7 @@ def train(cfg: DictConfig) -> int:
         if dist.num_processes > 1:
             state.net = wrap(state.model)
         codec = instantiate(cfg.data.codec).to(dist.device)
-        ema_run = Run(state.ema, objective, codec, cfg, dist.device, cfg.train.precision, compiled)
+        ema_run = Run(state.ema, objective, codec, cfg, dist.device, cfg.train.precision, compiled, folder=run_folder)
         log = Log(cfg, run_folder, start_step, dist)
         log.say(describe(cfg, state.model, latents, plan, resumed, compiled, why_not))
         if dist.is_main_process and (warning := data.scale_warning(latents, objective.sigma_data)):
@@ -127,12 +133,24 @@ def train(cfg: DictConfig) -> int:
         except RuntimeError as error:
             if dist.num_processes == 1:
                 raise
+            if preemption.alone:  # the launcher is gone, and process 0 has saved
+                os._exit(EXIT_START_AGAIN)
             missing = roll_call(dist) or "none"
             print(
                 f"error: process {dist.process_index} lost the others: {cli.one_line(error)}; not answering: {missing}",
                 file=sys.stderr,
             )
             os._exit(1)  # the process group is broken: an orderly exit would wait for it
+
+
+def check_sampling(ema: nn.Module, objective, cfg: DictConfig, device: torch.device) -> None:
+    """Raises UserError for previews and evaluations that could not be drawn, before the first step."""
+    run = Run(ema, objective, instantiate(cfg.data.codec).to(device), cfg, device, cfg.train.precision)
+    if cfg.preview.every:
+        check_request(run, guidance_from(cfg.preview), torch.zeros(1), cfg.preview.num_images)
+    if cfg.eval.every:
+        labels = labels_for(run.num_classes, parse_seeds(cfg.eval.seeds)[:1], cfg.eval.labels)
+        check_request(run, guidance_from(cfg.eval), labels, cfg.eval.batch_size)
 
 
 def run_steps(run: TrainContext) -> int:
@@ -148,10 +166,10 @@ def run_steps(run: TrainContext) -> int:
     for step in range(run.start_step + 1, cfg.train.max_steps + 1):
         lr = set_learning_rate(state.optimizer, step, cfg.train)
         loss, grad_norm = train_step(state, run.ema_run.objective, run.latents, batches, step, run.plan, cfg)
-        update_ema(state.ema, state.model, min(cfg.train.ema_decay, (1 + step) / (10 + step)))
+        update_ema(state.ema, state.model, ema_decay(step, cfg.train))
         log.add(loss)
 
-        stop = run.preemption.should_stop(step)
+        stop = run.preemption.stops_after(step)
         last = stop or step == cfg.train.max_steps
         if every(cfg.train.log_every, step) or every(cfg.train.save_every, step) or last:
             bad_step = log.train(step, grad_norm, lr, state.guard, batches.waited, len(run.latents.faults))
@@ -167,6 +185,7 @@ def run_steps(run: TrainContext) -> int:
             with log.pause():
                 save(run, step)
         if stop:
+            say_start_again(run, step)
             log.close(f"stopped by {run.preemption.reason} after step {step}, saved: the same command continues")
             return EXIT_START_AGAIN
         periodic_work(run, step)
@@ -197,7 +216,8 @@ def train_step(
             loss.backward()
         total += loss.detach()
     grad_norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
-    state.optimizer.grad_scale = (grad_norm / cfg.train.grad_clip).clamp(min=1)  # clips within the fused update
+    limit = cfg.train.grad_clip or math.inf
+    state.optimizer.grad_scale = (grad_norm / limit).clamp(min=1)  # clips within the fused update
     good = state.guard.check(grad_norm, step)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -208,6 +228,11 @@ def train_step(
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def ema_decay(step: int, train: DictConfig) -> float:
+    """train.ema_decay, from the first step on or, with ema_ramp, approached from below while the EMA is young."""
+    return min(train.ema_decay, (1 + step) / (10 + step)) if train.ema_ramp else train.ema_decay
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, train: DictConfig) -> float:
@@ -232,12 +257,12 @@ def periodic_work(run: TrainContext, step: int) -> None:
     """Validation, scores and the preview that are due after a step, whose checkpoint has been saved."""
     cfg, log = run.cfg, run.log
     last = step == cfg.train.max_steps
+    run.ema_run.step = step
     if every(cfg.train.val_every, step) or (last and cfg.train.val_every):
         with log.pause():
             log.write(step, validation_losses(run))
     if run.scoring and (every(cfg.eval.every, step) or last):
         with log.pause(), log.survive("evaluation"):
-            run.ema_run.step = step
             log.write(step, evaluate(run))
     if (every(cfg.preview.every, step) or (last and cfg.preview.every)) and run.dist.is_main_process:
         with log.pause(), log.survive("preview"):
@@ -296,7 +321,15 @@ def save(run: TrainContext, step: int) -> None:
                 print(f"warning: checkpoint of step {step}: {reason}; trying again in {pause} s", file=sys.stderr)
                 time.sleep(pause)
         prune_checkpoints(run.run_folder, run.cfg.train.keep_last, run.cfg.train.keep_every)
-    run.dist.wait_for_everyone()
+    if not run.preemption.alone:
+        run.dist.wait_for_everyone()
+
+
+def say_start_again(run: TrainContext, step: int) -> None:
+    """Leaves <run folder>/start_again for job scripts: no launcher hands on the exit code that says so."""
+    if run.dist.is_main_process:
+        with run.log.survive(START_AGAIN):
+            write_text_atomic(run.run_folder / START_AGAIN, f"{run.preemption.reason} after step {step}\n")
 
 
 @torch.no_grad()
@@ -345,6 +378,7 @@ def dry_run(cfg: DictConfig, dist: PartialState, plan: BatchPlan) -> int:
 
 def wrap(model: nn.Module) -> nn.Module:
     """In DistributedDataParallel: gradients are all that the processes exchange in a step."""
+    torch._dynamo.config.optimize_ddp = False  # or its buckets would cut the compiled blocks in pieces
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases call broadcast_buffers by another name
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -352,5 +386,6 @@ def wrap(model: nn.Module) -> nn.Module:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         sys.argv[1:] = cli.literal_paths(sys.argv[1:], sweep=bool({"-m", "--multirun"} & set(sys.argv)))
         main()

@@ -208,7 +208,8 @@ def config_of(family: str, tensors: dict[str, torch.Tensor], path: Path) -> Dict
     model = "lightningdit" if is_lightning(tensors) else "tread" if family == "tread" else "dit"
     config = cli.load_config("config", [
         f"model={model}", *OBJECTIVES[family],
-        f"data={'mnist' if channels in (1, 3) else 'folder'}",  # pixels, or latents of SD's autoencoder
+        f"data={'mnist' if channels in (1, 3) else 'folder'}",  # pixels, or latents of SD's autoencoder,
+        *["data.codec.path=null", "data.codec.scale=1.0"] * (channels not in (1, 3, 4)),  # or of one that nobody names
         f"data.channels={channels}", f"data.input_size={side * patch}",
         f"data.num_classes={tensors['y_embedder.embedding_table.weight'].shape[0] - 1}",
         f"model.size=DiT-{sizes[width]}/{patch}", f"model.depth={num_blocks(tensors)}",

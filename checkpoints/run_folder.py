@@ -192,10 +192,14 @@ def read_config(checkpoint: Path) -> DictConfig:
 
 
 def in_todays_names(config: DictConfig) -> DictConfig:
-    """Changes what earlier versions named otherwise, and adds what they did not name; in place."""
+    """Changes what earlier versions named otherwise, and adds what they did without naming it; in place."""
     renamed = {"dit.build": "dit.DiT", "lightningdit.build": "lightningdit.LightningDiT"}
     config.model._target_ = renamed.get(config.model._target_, config.model._target_)
     config.data.pop("P_mean", None)  # objective.P_mean has the same number
+    if config.data.get("codec", {}).get("_target_") == "autoencoder.VAECodec":
+        config.data.codec.setdefault("bias", 0.0)
+    if "train" in config:
+        config.train.setdefault("ema_ramp", True)
     if "optimizer" in config:
         config.optimizer.setdefault("name", "adamw")
     if config.objective._target_ == "rf.RectifiedFlow":

@@ -23,6 +23,7 @@ from data.loader import Order
 from data.shards import FLIPS, finalize, reserve, shard_name, write_shard
 from system import UserError
 from system.files import locked
+from system.launchers import usable_cpus
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def convert(source_path: str, target: str, settings: Conversion) -> dict:
     with locked(folder / ".convert.lock"):
         missing = [name for name in shards if not (folder / name).exists()]
         jobs = [(source_path, source.format, flip, settings.dtype, folder / name, shards[name]) for name in missing]
-        _run(jobs, settings.workers or os.cpu_count() or 1)
+        _run(jobs, settings.workers or usable_cpus())
         return finalize(folder, encoding, codec=source.codec, flip=flip, num_classes=settings.num_classes)
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from data.archives import ARRAY, LABEL, Member, member_name, members, split_name
 from system import UserError
 from system.files import atomic_file, locked, sha256_of
+from system.launchers import usable_cpus
 
 DTYPES = ("float16", "float32")
 MAX_LABEL = 2**31 - 1
@@ -117,7 +118,7 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
     def validate(name: str) -> tuple[Entries, list[str]]:
         return validator.validate(folder / name, described.get(name), _shard_entries(before, name))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading, hashing and CRCs release the interpreter's lock
+    with ThreadPoolExecutor(usable_cpus()) as pool:  # reading, hashing and CRCs release the interpreter's lock
         results = list(pool.map(validate, shards))
     columns = zip(*(vars(entries).values() for entries, _ in results))
     return Index(

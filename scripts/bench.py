@@ -44,6 +44,7 @@ from randomness import normal, seeded_generator, uniform
 from routing_module import Routing, num_kept
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
+from system.launchers import own_process
 from system.processes import start_processes
 from train import set_learning_rate, train_step, update_ema
 from training.log import TimedBatches
@@ -372,4 +373,5 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "CUDA is not available")
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

@@ -33,6 +33,7 @@ from data.latents import warn
 from data.shards import FLIPS, finalize, reserve, write_shard
 from randomness import seeded_generator
 from system import UserError, cli
+from system.launchers import own_process
 
 CHOICES = {"kind": ("sample", "moments"), "flip": FLIPS, "dtype": DTYPES}
 
@@ -103,7 +104,7 @@ def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: DictCon
     out = torch.cat(codec.moments(pixels), dim=1)  # (B, 2C, h, w)
     if cfg.kind == "sample":
         noise = [seeded_generator("encode", key) for key in keys]
-        out = LatentEncoding("moments_logvar", codec.scale).to_model_input(out.cpu(), noise)  # (B, C, h, w)
+        out = LatentEncoding("moments_logvar", cfg.scale).to_model_input(out.cpu(), noise)  # (B, C, h, w)
     return out.cpu().numpy().astype(cfg.dtype)
 
 
@@ -157,4 +158,5 @@ def weights_sha256(module: torch.nn.Module) -> str:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

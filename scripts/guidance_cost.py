@@ -19,6 +19,7 @@ from dit import DiT
 from guidance import Guidance
 from rf import RectifiedFlow
 from system import cli
+from system.launchers import own_process
 from system.processes import start_processes
 
 
@@ -58,4 +59,5 @@ def main(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

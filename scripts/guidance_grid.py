@@ -25,6 +25,7 @@ from evaluation.reference import digits_reference
 from fid import evaluate
 from guidance import Guidance
 from system import cli
+from system.launchers import own_process
 
 METHODS = {
     "CFG": {},
@@ -146,4 +147,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

@@ -21,6 +21,7 @@ from evaluation.metrics import FeatureStats  # noqa: E402
 from evaluation.reference import Reference, digits_reference, reference_from  # noqa: E402
 from randomness import seeded_generator  # noqa: E402
 from system import cli  # noqa: E402
+from system.launchers import own_process
 
 COLUMNS = ("n", "fd_mnist", "precision", "recall", "class_accuracy")
 
@@ -58,4 +59,5 @@ def main(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

@@ -15,6 +15,7 @@ import sample
 from guidance import Guidance
 from routing_module import draw_keep_ids, num_kept
 from system import UserError, cli
+from system.launchers import own_process
 
 
 def kept_tokens(run: sample.Run, seeds: list[int], gamma: float | None, step: int) -> list[torch.Tensor]:
@@ -88,4 +89,5 @@ def main(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     with cli.user_errors():
+        own_process()
         main(sys.argv[1:])

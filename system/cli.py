@@ -14,7 +14,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from system import UserError
@@ -32,6 +32,12 @@ LITERAL = {
 WHOLE_OR_NULL = {
     "depth", "hidden_size", "num_heads", "micro_batch_size", "keep_every", "steps", "class_idx", "cfg_channels",
     "num_classes", "workers", "features",
+}  # fmt: skip
+
+# What else a key may be whose default is a number.
+ALSO_ALLOWED = {
+    "train.grad_clip": "null", "data.codec.scale": "a list with one number per channel",
+    "data.codec.bias": "a list with one number per channel",
 }  # fmt: skip
 
 
@@ -92,6 +98,8 @@ def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None
             raise UserError(f"{key}={value}; needed: a value like {default}")
         if isinstance(default, bool):
             continue
+        if key in ALSO_ALLOWED and isinstance(value, ListConfig if "list" in ALSO_ALLOWED[key] else type(None)):
+            continue
         nullable = default is None and key.rpartition(".")[2] in WHOLE_OR_NULL
         if isinstance(default, int) or nullable and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer():
@@ -99,7 +107,9 @@ def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None
             if isinstance(value, float):
                 OmegaConf.update(config, key, int(value))
         elif isinstance(default, float) and not isinstance(value, (int, float)):
-            raise UserError(f"{key}={value}; needed: a number")
+            raise UserError(
+                f"{key}={value}; needed: a number{f' or {also}' if (also := ALSO_ALLOWED.get(key)) else ''}"
+            )
 
 
 def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, list[str]]:

@@ -100,6 +100,10 @@ TRAIN = {
     "model.routes=[{selection_ratio:1.5,start_layer_idx:1,end_layer_idx:3}]": "share of tokens routed away",
     "model.size=DiT-M/2": "model size 'DiT-M/2'",
     "resume=nowhere": "ckpt=nowhere",
+    "train.grad_clip=0": "train.grad_clip > 0 or null",
+    "model=dit guidance@preview=sparse preview.every=1": "needs a model trained with routes",
+    "guidance@preview=auto preview.weak_ckpt=nowhere preview.every=1": "nowhere",
+    "eval.every=1 eval.seeds=abc": "seeds=abc; needed: numbers and ranges",
     "wandb.mode=maybe": "needed: disabled, offline or online",
     "results_dir=/proc/nowhere": "/proc/nowhere",
 }

@@ -109,6 +109,15 @@ def test_lightningdit_files_are_flows_turned(qk_norm, tmp_path, x):
     torch.testing.assert_close(run.objective.predict(run.model, x, torch.tensor(0.3), y), expected, rtol=0, atol=1e-6)
 
 
+def test_a_file_of_va_vaes_latents_does_not_come_up_with_sds_autoencoder(tmp_path):
+    net = LightningDiT(4, 1, 32, WIDTH, DEPTH, 4, num_classes=10)
+    torch.save(net.state_dict(), tmp_path / "lightningdit.pt")
+    run = load_run(tmp_path / "lightningdit.pt", device="cpu")
+    assert run.config.data.codec.path is None
+    with pytest.raises(ValueError, match="nothing says which VAE these latents are of; needed: codec.path="):
+        sample.generate(run, sample.Guidance(), [0])  # before the first step
+
+
 def test_raw_and_ema_weights_are_told_apart(net, tmp_path):
     other = {key: value + 1 for key, value in net.state_dict().items()}
     torch.save(dict(model=other, ema=net.state_dict(), args=namespace(model="DiT-S/2")), tmp_path / "both.pt")

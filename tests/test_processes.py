@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, verify_checkpoint
+from system import UserError
+from system.files import reserve
+from system.launchers import refuse_flags, usable_cpus
 from tests.test_train import COMPARED, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +189,87 @@ def test_a_run_goes_on_with_another_number_of_processes(golden, settings):
     assert job.returncode == 0 and "= 1 processes x 16" in out, err
     for a, b in zip(numbers(settings[1] / "world"), numbers(golden[0]), strict=True):
         assert a == pytest.approx(b, rel=1e-3), a["step"]
+
+
+ON_ONE_CPU = (  # or a lone process under accelerate would take all of them, as it should
+    "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+def accelerate(port, *flags):
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    return [sys.executable, "-c", ON_ONE_CPU, *launch, *flags]
+
+
+LAUNCHED = {  # launcher, signal, exit code that the caller sees
+    "torchrun": (torchrun(29660), signal.SIGTERM, 1),
+    "torchrun, which knows no SIGUSR1": (torchrun(29661), signal.SIGUSR1, -signal.SIGUSR1),
+    "accelerate, one process": (accelerate(29662, "--num_processes", "1", "--cpu"), signal.SIGTERM, -signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_a_signal_to_the_launcher_alone_saves_and_leaves_no_orphan(settings, launcher):
+    """docs/reliability.md has the table of all launchers and signals."""
+    command, number, code = LAUNCHED[launcher]
+    folder = settings[1] / f"launched{list(LAUNCHED).index(launcher)}"
+    job = start(command, *settings[0], f"run_name={folder.name}", "train.max_steps=100000", "train.val_every=0")
+    wait_for(folder, 20)
+    os.kill(job.pid, number)
+    assert job.wait(60) == code
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (folder / "start_again").exists():
+        time.sleep(0.05)
+    reason, _, steps = (folder / "start_again").read_text().strip().partition(" after step ")
+    assert reason.startswith("SIG") and numbers(folder)[-1]["step"] == int(steps)  # none is lost
+    assert latest_checkpoint(folder).name == f"step_{int(steps):07d}"
+    job.communicate(timeout=30)  # the processes that trained have closed the pipes,
+    reserve(folder).close()  # and hold no lock
+
+
+@pytest.mark.parametrize(
+    "variable, value, expected",
+    [
+        ("ACCELERATE_USE_FSDP", "true", "--use_fsdp .*train.gradient_checkpointing"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "--use_deepspeed .*train.gradient_checkpointing"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--dynamo_backend .*train.compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps .*train.micro_batch_size"),
+    ],
+)
+def test_flags_of_the_launcher_that_change_nothing_are_refused(variable, value, expected, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` sets it without the flag
+    refuse_flags()
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=expected):
+        refuse_flags()
+
+
+def test_flags_that_the_launcher_keeps_to_itself_are_refused_as_well():
+    command = accelerate(29663, "--num_processes", "1", "--cpu", "--gradient_accumulation_steps", "2")
+    done = subprocess.run([*command, "train.py", "--cfg", "job"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("error: --gradient_accumulation_steps of the launcher") == 1
+
+
+def test_a_library_call_leaves_the_process_as_it_is(tmp_path):
+    script = tmp_path / "library.py"
+    script.write_text(
+        "import os, sys\nsys.path.insert(0, sys.argv[1])\n"
+        "import torch, sample\nfrom system import launchers\n"
+        "launchers.keep_freed_memory = launchers.end_with_launcher = None\n"  # whoever calls them fails
+        "before = dict(os.environ), torch.get_num_threads(), os.getcwd()\n"
+        "run = sample.load_run(sys.argv[1] + '/assets/mnist-tread-edm/model.safetensors')\n"
+        "next(sample.generate(run, sample.Guidance(), [0], steps=1))\n"
+        "assert (dict(os.environ), torch.get_num_threads(), os.getcwd()) == before\n"
+    )
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, ROOT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert usable_cpus() == 1
 
 
 def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):

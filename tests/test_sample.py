@@ -113,6 +113,51 @@ def test_compiled_is_the_same_but_for_rounding_and_says_so(runs, tmp_path):
     assert [s.pop("compile") for s in settings] == ["off", "blocks"] and settings[0] == settings[1]
 
 
+def vae_of(channels, decode=None):
+    return SimpleNamespace(decode=decode, config=SimpleNamespace(latent_channels=channels))
+
+
+def test_latents_are_unscaled_channel_by_channel():
+    mean, std = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.5, 2.0, 1.0, 4.0])  # as VA-VAE's files say them
+    codec = VAECodec(scale=(1 / std).tolist(), bias=(-mean / std).tolist())
+    seen = []
+    codec._vae = vae_of(4, lambda z: seen.append(z) or SimpleNamespace(sample=z[:, :3]))
+    z = torch.randn(2, 4, 8, 8)
+    codec.decode((z - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(seen[0], z)
+    for wrong in ({"scale": 0}, {"scale": "much"}, {"scale": [[1.0]]}, {"scale": [1.0, 2.0], "bias": [0.0]}):
+        with pytest.raises(ValueError, match="codec.scale"):
+            VAECodec(**wrong)
+
+
+@pytest.mark.parametrize(
+    "codec, needed",
+    [
+        (VAECodec(None), "nothing says which VAE"),
+        (VAECodec("sd"), "makes latents of 1 channels, the codec sd has 4 latents; needed: codec.path="),
+        (VAECodec("sd", [1.0, 1.0]), "codec.path="),
+    ],
+)
+def test_a_codec_of_other_latents_is_refused_before_the_first_step(runs, codec, needed, monkeypatch):
+    run = load_run(runs["rf"], device="cpu")
+    run.codec = codec
+    codec._vae = codec.path and vae_of(4)
+    monkeypatch.setattr(sample, "generate_latents", None)
+    with pytest.raises(ValueError, match=needed):
+        list(sample.generate(run, Guidance(), [0, 1]))
+
+
+def test_the_codec_of_a_call_replaces_the_runs_own(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(VAECodec, "vae", vae_of(1, lambda z: SimpleNamespace(sample=z.expand(-1, 3, -1, -1))))
+    call = [f"ckpt={runs['rf']}", "seeds=0-1", "steps=1"]
+    for name, bias in (("a", "[0.0]"), ("b", "[5.0]")):
+        sample.main([*call, "codec.path=my vae", "codec.scale=[1.0]", f"codec.bias={bias}", f"out={tmp_path / name}"])
+    a, b = (images(tmp_path / name, [0, 1]).mean() for name in "ab")
+    assert b < a - 50  # (z - 5) / 1
+    with pytest.raises(ValueError, match="codec_bias was .0.0., is .5.0."):
+        sample.main([*call, "codec.path=my vae", "codec.scale=[1.0]", "codec.bias=[5.0]", f"out={tmp_path / 'a'}"])
+
+
 def test_the_vae_decodes_as_many_at_once_as_fit():
     seen = []
 

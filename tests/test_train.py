@@ -102,6 +102,9 @@ def test_ema_and_learning_rate(run):
     start = training.instantiate(config.model).state_dict()
     key = "x_embedder.proj.weight"
     torch.testing.assert_close(ema[key], start[key] + (1 - 2 / 11) * (model[key] - start[key]))
+    _, folder = run("constant", "train.max_steps=1", "train.ema_ramp=false", "train.grad_clip=null")
+    model, ema = (read_tensors(latest_checkpoint(folder) / name) for name in ("model.safetensors", "ema.safetensors"))
+    torch.testing.assert_close(ema[key], start[key] + (1 - 0.999) * (model[key] - start[key]))
     schedule = OmegaConf.create(dict(lr=1.0, warmup_steps=4, decay_steps=5, max_steps=10))
     rates = [training.learning_rate(step, schedule) for step in range(1, 11)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
@@ -173,6 +176,35 @@ def test_a_preview_that_crashes_costs_a_warning_and_the_save_came_first(run, mon
     assert code == 0 and latest_checkpoint(folder).name == "step_0000007"
     warnings = [line for line in capsys.readouterr().err.splitlines() if "preview" in line]
     assert len(warnings) == 2 and all("ZeroDivisionError" in line for line in warnings)
+
+
+def test_a_preview_is_guided_by_the_runs_own_earliest_checkpoint(run, capsys):
+    code, folder = run("auto", "guidance@preview=auto", "preview.every=2", "train.save_every=2", "train.max_steps=6")
+    assert code == 0 and sorted(p.name for p in (folder / "samples").iterdir()) == [
+        "step_0000004.png", "step_0000006.png",
+    ]  # fmt: skip
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "preview failed" in line]
+    assert len(warnings) == 1 and "step 2" in warnings[0] and "no earlier checkpoint" in warnings[0]
+
+
+def test_deterministic_algorithms_are_used_where_they_are_asked_for(run, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seen, train_step = [], training.train_step
+
+    def watched(*args):
+        flash = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
+        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        seen.append((torch.are_deterministic_algorithms_enabled(), flash, workspace))
+        return train_step(*args)
+
+    monkeypatch.setattr(training, "train_step", watched)
+    _, plain = run("plain", "train.max_steps=2")
+    _, deterministic = run("deterministic", "train.max_steps=2", "train.deterministic=true")
+    _, after = run("after", "train.max_steps=1")
+    assert [asked for asked, *_ in seen] == [False, False, True, True, False]
+    assert [flash for _, flash, _ in seen] == [True, True, False, False, True] and seen[2][2] == ":4096:8"
+    assert_same_run(plain, deterministic)  # on CPUs they are the same bits anyhow
 
 
 def test_scores_while_training_are_those_of_the_command_line(run, digits, capsys):

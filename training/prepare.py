@@ -42,6 +42,7 @@ from system.files import reserve, write_text_atomic
 from system.instantiate import instantiate
 from training.guard import FiniteGuard
 from training.optimizer import check_optimizer, make_optimizer
+from training.stopping import START_AGAIN
 
 AT_LEAST = {
     "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,
@@ -137,8 +138,9 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
             raise UserError(f"{key}={value}; needed: at least {least}")
     if cfg.wandb.mode not in ("disabled", "offline", "online"):
         raise UserError(f"wandb.mode={cfg.wandb.mode}; needed: disabled, offline or online")
-    if not 0 <= train.label_dropout < 1 or not 0 <= train.ema_decay < 1 or not train.grad_clip > 0:
-        raise UserError("needed: train.label_dropout and train.ema_decay in [0, 1), train.grad_clip > 0")
+    clips = train.grad_clip is None or train.grad_clip > 0
+    if not 0 <= train.label_dropout < 1 or not 0 <= train.ema_decay < 1 or not clips:
+        raise UserError("needed: train.label_dropout and train.ema_decay in [0, 1), train.grad_clip > 0 or null")
     if train.compile not in ("blocks", "off", False):  # YAML reads a bare off as false
         raise UserError(f"train.compile={train.compile}; needed: blocks or off")
     micro = train.micro_batch_size or train.global_batch_size // dist.num_processes
@@ -251,7 +253,7 @@ HARMLESS = (
     "data.prepare", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
     "train.val_every", "train.val_samples", "train.save_every", "train.keep_last", "train.keep_every",
     "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
-    "train.gradient_checkpointing",
+    "train.gradient_checkpointing", "train.deterministic",
 )  # fmt: skip
 
 
@@ -286,6 +288,7 @@ def reserve_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> Te
     run_folder.mkdir(parents=True, exist_ok=True)
     lock = reserve(run_folder)
     remove_temporaries(run_folder)
+    (run_folder / START_AGAIN).unlink(missing_ok=True)
     write_text_atomic(run_folder / "config.yaml", OmegaConf.to_yaml(cfg))
     metrics = run_folder / "metrics.jsonl"
     if metrics.exists():

@@ -16,6 +16,7 @@ from accelerate import PartialState
 EXIT_START_AGAIN = 75  # stopped and saved; the same command continues (EX_TEMPFAIL)
 EXIT_NOT_FINITE = 3  # a gradient was not finite; the last checkpoint is from before it
 EXIT_NOW = 130  # a second SIGINT
+START_AGAIN = "start_again"  # the file in the run folder that says the same, until the command is given again
 KEY = "tread_stop_after_step"
 
 
@@ -26,6 +27,7 @@ class PreemptionHandler:
         self.dist, self.reason, self.announced = dist, None, False
         self.deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
         self.interrupted = None  # time of the first SIGINT
+        self.alone = False  # the launcher is gone, and nothing can be agreed on any more
         # The hosts of several GPUs may run ahead of one another, but never by more steps than this.
         self.ahead = 2 if dist.device.type == "cuda" else 0
         self.events: deque = deque()
@@ -41,6 +43,18 @@ class PreemptionHandler:
         if number == signal.SIGINT and self.interrupted is None:
             self.interrupted = now
         self.reason = self.reason or signal.Signals(number).name
+
+    def stops_after(self, step: int) -> bool:
+        """`should_stop`; where the launcher is gone, and with it the store that it held, on process 0 alone.
+
+        Process 0 saves what its step left, which is what all have. The others' next exchange of gradients fails.
+        """
+        try:
+            return self.should_stop(step)
+        except RuntimeError:
+            self.alone = True
+            self.reason = self.reason or "the end of the launcher"
+            return self.dist.is_main_process
 
     def should_stop(self, step: int) -> bool:
         """After step `step`, on every process: True on all of them after the same step."""
@@ -69,7 +83,7 @@ class PreemptionHandler:
     def close(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.store is not None and self.dist.is_main_process:
+        if self.store is not None and self.dist.is_main_process and not self.alone:
             self.store.delete_key(KEY)
 
 
