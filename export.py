@@ -29,6 +29,7 @@ from ddpm import DDPM
 from dit import DiT
 from evaluation.table import SCORES, finite
 from system import UserError, cli
+from system.files import usual_mode
 
 KEPT = ["model", "objective", "sampler", "data", "train", "optimizer", "seed"]  # of the config: no paths
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -90,7 +91,8 @@ def portable_config(config: DictConfig) -> DictConfig:
 def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path) -> None:
     out.mkdir()
     metadata = {CONFIG_KEY: OmegaConf.to_yaml(config), "layout": "dit", "step": str(run.step), "format": "pt"}
-    save_file(tensors, out / "model.safetensors", metadata)
+    with usual_mode(out / "model.safetensors"):
+        save_file(tensors, out / "model.safetensors", metadata)
     facts = finite({"step": run.step, "weights": run.weights, **OmegaConf.to_container(config)})
     (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     (out / "README.md").write_text(model_card(run, config, "    python sample.py ckpt=model.safetensors"))

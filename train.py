@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,13 +22,12 @@ import hydra
 import numpy as np
 import torch
 from accelerate import PartialState
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 import data
 import fid
 from checkpoints.load import Run
-from checkpoints.run_folder import prune_checkpoints, save_checkpoint
 from cost import cost_table
 from data import BatchPlan
 from evaluation.features import Extractor
@@ -46,7 +44,7 @@ from system.compiling import compile_blocks, decide_compile
 from system.files import write_text_atomic
 from system.instantiate import instantiate
 from system.launchers import own_process, set_determinism
-from system.processes import start_processes
+from system.processes import Preempted, agree, start_processes, together
 from training.log import Log, TimedBatches
 from training.prepare import (
     TrainState,
@@ -60,9 +58,21 @@ from training.prepare import (
     resolve_config,
     resume,
 )
-from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, START_AGAIN, PreemptionHandler, roll_call
+from training.saving import Saver
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, START_AGAIN, PreemptionHandler
 
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
+
+
+@dataclass
+class TrainedEma(Run):
+    """The EMA of a run in training, as sampling and evaluation take it: before each call it may be asked to stop."""
+
+    preemption: PreemptionHandler | None = None
+
+    def predict(self, *arguments) -> torch.Tensor:
+        self.preemption.poll()
+        return super().predict(*arguments)
 
 
 @dataclass
@@ -76,7 +86,8 @@ class TrainContext:
     latents: data.Latents
     val_latents: data.Latents
     state: TrainState
-    ema_run: Run  # the EMA, as sampling and evaluation take it
+    ema_run: TrainedEma
+    saver: Saver
     scoring: tuple[Extractor, Reference] | None
     start_step: int
     preemption: PreemptionHandler
@@ -105,6 +116,10 @@ def train(cfg: DictConfig) -> int:
     resumed = find_resume(cfg, run_folder)
     latents, val_latents = open_data(cfg, dist)
     scoring = fid.extractor_and_reference(cfg.eval) if cfg.eval.every else None
+    agree({
+        "run_name": cfg.run_name, "train.precision": cfg.train.precision,
+        "the checkpoint to resume from": resumed and resumed.name, "the data's fingerprint": latents.fingerprint,
+    })  # fmt: skip
 
     state, objective = build(cfg, dist, new=resumed is None)
     check_sampling(state.ema, objective, cfg, dist.device)
@@ -120,27 +135,28 @@ def train(cfg: DictConfig) -> int:
         if dist.num_processes > 1:
             state.net = wrap(state.model)
         codec = instantiate(cfg.data.codec).to(dist.device)
-        ema_run = Run(state.ema, objective, codec, cfg, dist.device, cfg.train.precision, compiled, folder=run_folder)
+        ema_run = TrainedEma(
+            state.ema, objective, codec, cfg, dist.device, cfg.train.precision, compiled, folder=run_folder,
+            preemption=preemption,
+        )  # fmt: skip
         log = Log(cfg, run_folder, start_step, dist)
         log.say(describe(cfg, state.model, latents, plan, resumed, compiled, why_not))
         if dist.is_main_process and (warning := data.scale_warning(latents, objective.sigma_data)):
             log.warn(warning)
+        saver = Saver(run_folder, cfg, {"data": latents.fingerprint})
         context = TrainContext(
-            cfg, dist, run_folder, plan, latents, val_latents, state, ema_run, scoring, start_step, preemption, log
-        )
+            cfg, dist, run_folder, plan, latents, val_latents, state, ema_run,
+            saver, scoring, start_step, preemption, log,
+        )  # fmt: skip
         try:
             return run_steps(context)
-        except RuntimeError as error:
+        except Exception as error:
+            saver.close()
             if dist.num_processes == 1:
                 raise
             if preemption.alone:  # the launcher is gone, and process 0 has saved
                 os._exit(EXIT_START_AGAIN)
-            missing = roll_call(dist) or "none"
-            print(
-                f"error: process {dist.process_index} lost the others: {cli.one_line(error)}; not answering: {missing}",
-                file=sys.stderr,
-            )
-            os._exit(1)  # the process group is broken: an orderly exit would wait for it
+            cli.leave(error)
 
 
 def check_sampling(ema: nn.Module, objective, cfg: DictConfig, device: torch.device) -> None:
@@ -161,9 +177,11 @@ def run_steps(run: TrainContext) -> int:
         num_workers=cfg.data.num_workers, pin_memory=run.dist.device.type == "cuda",
     )  # fmt: skip
     batches = TimedBatches(iter(loader))
-    if run.start_step:
-        periodic_work(run, run.start_step)  # the run may have been stopped between its save and this
-    for step in range(run.start_step + 1, cfg.train.max_steps + 1):
+    step = run.start_step
+    # The run may have been stopped between its save and this.
+    stop = bool(step) and periodic_work(run, step)
+    while step < cfg.train.max_steps and not stop:
+        step += 1
         lr = set_learning_rate(state.optimizer, step, cfg.train)
         loss, grad_norm = train_step(state, run.ema_run.objective, run.latents, batches, step, run.plan, cfg)
         update_ema(state.ema, state.model, ema_decay(step, cfg.train))
@@ -171,7 +189,8 @@ def run_steps(run: TrainContext) -> int:
 
         stop = run.preemption.stops_after(step)
         last = stop or step == cfg.train.max_steps
-        if every(cfg.train.log_every, step) or every(cfg.train.save_every, step) or last:
+        save_due = last or every(cfg.train.save_every, step) or (run.scoring and every(cfg.eval.every, step))
+        if every(cfg.train.log_every, step) or save_due:
             bad_step = log.train(step, grad_norm, lr, state.guard, batches.waited, len(run.latents.faults))
             if bad_step:
                 dump = dump_bad_step(run, bad_step) if run.dist.is_main_process else None
@@ -181,15 +200,21 @@ def run_steps(run: TrainContext) -> int:
                 return EXIT_NOT_FINITE
         if every(cfg.train.check_replicas_every, step) and run.dist.num_processes > 1:
             check_replicas(state.model, step, run.dist)
-        if every(cfg.train.save_every, step) or last:
-            with log.pause():
-                save(run, step)
-        if stop:
-            say_start_again(run, step)
-            log.close(f"stopped by {run.preemption.reason} after step {step}, saved: the same command continues")
-            return EXIT_START_AGAIN
-        periodic_work(run, step)
-    log.close(f"{run.run_folder}: trained to step {cfg.train.max_steps}")
+        run.saver.check()
+        if save_due:
+            save(run, step, wait=last)
+        if not stop:
+            stop = periodic_work(run, step, saved=save_due)
+    if stop:
+        if step > run.start_step:
+            save(run, step, wait=True)
+        say_start_again(run, step)
+        log.close(f"stopped by {run.preemption.reason} after step {step}, saved: the same command continues")
+        return EXIT_START_AGAIN
+    if step > cfg.train.max_steps:
+        log.close(f"{run.run_folder} is at step {step}, past train.max_steps={cfg.train.max_steps}: nothing to do")
+    else:
+        log.close(f"{run.run_folder}: trained to step {step}")
     run.dist.wait_for_everyone()
     return 0
 
@@ -253,20 +278,31 @@ def every(interval: int | None, step: int) -> bool:
     return bool(interval) and step % interval == 0
 
 
-def periodic_work(run: TrainContext, step: int) -> None:
-    """Validation, scores and the preview that are due after a step, whose checkpoint has been saved."""
+def periodic_work(run: TrainContext, step: int, saved: bool = True) -> bool:
+    """Validation, scores and the preview that are due after a step -> whether it was left because the job has to stop.
+
+    saved: the step has a checkpoint, as always before an evaluation.
+    """
     cfg, log = run.cfg, run.log
     last = step == cfg.train.max_steps
     run.ema_run.step = step
-    if every(cfg.train.val_every, step) or (last and cfg.train.val_every):
-        with log.pause():
-            log.write(step, validation_losses(run))
-    if run.scoring and (every(cfg.eval.every, step) or last):
-        with log.pause(), log.survive("evaluation"):
-            log.write(step, evaluate(run))
-    if (every(cfg.preview.every, step) or (last and cfg.preview.every)) and run.dist.is_main_process:
-        with log.pause(), log.survive("preview"):
-            preview(run.ema_run, run.run_folder / "samples" / f"step_{step:07d}.png", cfg.preview)
+    try:
+        if saved:
+            with together():
+                run.preemption.poll()  # a save may take long
+        if every(cfg.train.val_every, step) or (last and cfg.train.val_every):
+            with log.pause():
+                log.write(step, validation_losses(run))
+        if run.scoring and (every(cfg.eval.every, step) or last):
+            with log.pause(), log.survive("evaluation"), together():
+                log.write(step, evaluate(run))
+        if every(cfg.preview.every, step) or (last and cfg.preview.every):
+            with log.pause(), log.survive("preview"), together():
+                if run.dist.is_main_process:
+                    preview(run.ema_run, run.run_folder / "samples" / f"step_{step:07d}.png", cfg.preview)
+    except Preempted:
+        return True
+    return False
 
 
 @torch.no_grad()
@@ -276,14 +312,16 @@ def validation_losses(run: TrainContext) -> dict[str, float]:
     modes = {"val/loss_dense": False} | ({"val/loss_routed": True} if net.model.routes else {})
     n = min(cfg.train.val_samples, len(latents))
     sums = torch.zeros(len(modes), device=net.device)
-    for chunk in range(plan.rank * VAL_BATCH, n, plan.world_size * VAL_BATCH):
-        raw, y = (tensor.to(net.device) for tensor in latents.read(range(chunk, min(chunk + VAL_BATCH, n))))
-        for i, routed in enumerate(modes.values()):
-            generator = seeded_generator(cfg.seed, "val", chunk, device=net.device)
-            x = latents.to_model_input(raw, generator)
-            model = partial(net.model, routing=Routing(generators=generator) if routed else None)
-            with torch.autocast(net.device.type, torch.bfloat16, enabled=net.precision == "bf16"):
-                sums[i] += net.objective.loss(model, x, y, generator).sum()
+    with together():
+        for chunk in range(plan.rank * VAL_BATCH, n, plan.world_size * VAL_BATCH):
+            raw, y = (tensor.to(net.device) for tensor in latents.read(range(chunk, min(chunk + VAL_BATCH, n))))
+            for i, routed in enumerate(modes.values()):
+                run.preemption.poll()
+                generator = seeded_generator(cfg.seed, "val", chunk, device=net.device)
+                x = latents.to_model_input(raw, generator)
+                model = partial(net.model, routing=Routing(generators=generator) if routed else None)
+                with torch.autocast(net.device.type, torch.bfloat16, enabled=net.precision == "bf16"):
+                    sums[i] += net.objective.loss(model, x, y, generator).sum()
     if plan.world_size > 1:
         torch.distributed.all_reduce(sums)
     return {name: total / n for name, total in zip(modes, sums.tolist())}
@@ -305,24 +343,11 @@ def preview(ema_run: Run, path: Path, settings: DictConfig) -> None:
     save_grid(torch.cat(list(generate(ema_run, guidance_from(settings), seeds, labels))), path, columns=10)
 
 
-def save(run: TrainContext, step: int) -> None:
-    if run.dist.is_main_process:
-        for pause in (1, 10, None):  # a full disk or a network file system may recover
-            try:
-                save_checkpoint(
-                    run.run_folder, step, model=run.state.model, ema=run.state.ema, optimizer=run.state.optimizer,
-                    state={"data": run.latents.fingerprint}, config=OmegaConf.to_yaml(run.cfg),
-                )  # fmt: skip
-                break
-            except OSError as error:
-                if pause is None:
-                    raise
-                reason = cli.one_line(error)
-                print(f"warning: checkpoint of step {step}: {reason}; trying again in {pause} s", file=sys.stderr)
-                time.sleep(pause)
-        prune_checkpoints(run.run_folder, run.cfg.train.keep_last, run.cfg.train.keep_every)
-    if not run.preemption.alone:
-        run.dist.wait_for_everyone()
+def save(run: TrainContext, step: int, wait: bool) -> None:
+    """The checkpoint of a step, unless it is there already. wait: until it is on disk, also with train.save=async."""
+    with run.log.pause(), nullcontext() if run.preemption.alone else together():
+        if run.dist.is_main_process:
+            run.saver.save(step, run.state, wait)
 
 
 def say_start_again(run: TrainContext, step: int) -> None:

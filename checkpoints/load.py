@@ -55,7 +55,7 @@ class Run:
         """Of the weights file that was loaded; a checkpoint folder's manifest, held against it then, says it."""
         if self.checkpoint.is_file():
             return sha256_of(self.checkpoint)
-        return read_manifest(self.checkpoint)[WEIGHTS_FILES[self.weights]]["sha256"]
+        return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""

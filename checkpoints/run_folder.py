@@ -14,8 +14,11 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,12 +26,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from system import UserError
-from system.files import sha256_of, sync, write_text_atomic
+from system.files import sha256_of, sync, usual_mode, write_text_atomic
+from system.processes import is_main
 
 MANIFEST = "manifest.json"
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
+NamedTensors = dict[str, dict[str, torch.Tensor]]
+
+
+class GivenUp(Exception):
+    """A checkpoint was not written to its end, because a later one has to be."""
 
 
 def save_checkpoint(
@@ -45,25 +54,40 @@ def save_checkpoint(
 
     Raises OSError where the disk is full or cannot be written; earlier checkpoints are untouched.
     """
-    tensors = {
+    return write_checkpoint(run_folder, step, checkpoint_tensors(model, ema, optimizer), state, config)
+
+
+def checkpoint_tensors(model: torch.nn.Module, ema: torch.nn.Module, optimizer: torch.optim.Optimizer) -> NamedTensors:
+    """{file: {name: tensor}} of a checkpoint: the tensors themselves, not copies. The largest file comes first."""
+    return {
+        "optimizer.safetensors": optimizer_tensors(model, optimizer),
         WEIGHTS_FILES["raw"]: model.state_dict(),
         WEIGHTS_FILES["ema"]: ema.state_dict(),
-        "optimizer.safetensors": optimizer_tensors(model, optimizer),
     }
+
+
+def write_checkpoint(
+    run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str, given_up: Event | None = None
+) -> Path:
+    """As save_checkpoint, of `checkpoint_tensors`. Raises GivenUp where `given_up` was set before all was written."""
     target = run_folder / "checkpoints" / f"step_{step:07d}"
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
     check_free_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for name, named in tensors.items():
-            _save_tensors(named, temporary / name)
         (temporary / "config.yaml").write_text(config)
         (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(temporary.iterdir())}
+        with ThreadPoolExecutor() as pool:  # a file is hashed while the next is written
+            entries = {name: pool.submit(seal, temporary / name) for name in ("config.yaml", "trainer_state.json")}
+            for name, named in tensors.items():
+                if given_up is not None and given_up.is_set():
+                    raise GivenUp(f"the checkpoint of step {step}")
+                _save_tensors(named, temporary / name)
+                entries[name] = pool.submit(seal, temporary / name)
+        files = {name: entries[name].result() for name in sorted(entries)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
-        for path in temporary.iterdir():
-            sync(path)
+        sync(temporary / MANIFEST)
         sync(temporary)
         if target.exists():
             # A damaged checkpoint of this step, skipped at the resume: moved aside until its replacement is there.
@@ -77,6 +101,13 @@ def save_checkpoint(
     write_text_atomic(target.parent / "latest", target.name + "\n")
     remove_temporaries(run_folder)
     return target
+
+
+def seal(path: Path) -> dict:
+    """Flushes a file to disk -> its entry in the manifest."""
+    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}  # while the system writes it out
+    sync(path)
+    return entry
 
 
 def check_free_space(run_folder: Path, needed: int) -> None:
@@ -100,6 +131,30 @@ def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) 
     for path in complete_checkpoints(run_folder)[:-keep_last]:
         if not (keep_every and step_of(path) % keep_every == 0):
             shutil.rmtree(path)
+
+
+def abandon_after(run_folder: Path, step: int) -> Path | None:
+    """Moves the checkpoints after `step`, with a copy of the log, to checkpoints/abandoned_<date>/ -> that folder.
+
+    For a run that goes back, whose own checkpoints are then the newest. None where nothing comes after `step`.
+    """
+    folder = run_folder / "checkpoints"
+    later = [p for p in folder.glob("step_*") if STEP_NAME.fullmatch(p.name) and step_of(p) > step]
+    if not later:
+        return None
+    abandoned = folder / time.strftime("abandoned_%Y-%m-%d_%H%M%S")
+    abandoned.mkdir(exist_ok=True)
+    if (log := run_folder / "metrics.jsonl").is_file():
+        shutil.copy2(log, abandoned)
+    for path in sorted(later, key=step_of, reverse=True):
+        os.rename(path, abandoned / path.name)
+    sync(folder)
+    remaining = complete_checkpoints(run_folder)
+    if remaining:
+        write_text_atomic(folder / "latest", remaining[-1].name + "\n")
+    else:
+        (folder / "latest").unlink(missing_ok=True)
+    return abandoned
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
@@ -126,12 +181,15 @@ def newest_intact(run_folder: Path) -> Path | None:
             verify_checkpoint(path)
             return path
         except UserError as error:
-            print(f"warning: {error}; going back to the one before", file=sys.stderr)
+            if is_main():
+                print(f"warning: {error}; going back to the one before", file=sys.stderr)
     return None
 
 
 def step_of(checkpoint: Path) -> int:
-    return int(STEP_NAME.fullmatch(checkpoint.name).group(1))
+    """From the folder's name, or from the manifest of one that was renamed."""
+    named = STEP_NAME.fullmatch(checkpoint.name)
+    return int(named.group(1)) if named else read_manifest(checkpoint)["step"]
 
 
 def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
@@ -163,12 +221,21 @@ def find_checkpoint(ckpt: str | Path) -> Path:
     return newest
 
 
+def read_manifest(checkpoint: Path) -> dict:
+    """{step, files: {file name: {bytes, sha256}}}. Raises UserError where it is damaged."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        return {"step": int(manifest["step"]), "files": dict(manifest["files"])}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
+
+
 def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> None:
     """Raises UserError where a file is missing or differs from the manifest in any byte. only: these files; None = all.
 
     What the manifest does not name must not be read either.
     """
-    files = read_manifest(checkpoint)
+    files = read_manifest(checkpoint)["files"]
     for name in files if only is None else only:
         path = checkpoint / name
         if name not in files or not path.is_file():
@@ -176,14 +243,6 @@ def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> No
             raise UserError(f"{path} is {by}: the checkpoint is damaged")
         if path.stat().st_size != files[name]["bytes"] or sha256_of(path) != files[name]["sha256"]:
             raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
-
-
-def read_manifest(checkpoint: Path) -> dict[str, dict]:
-    """{file name: {bytes, sha256}}. Raises UserError where it is damaged."""
-    try:
-        return json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
 
 
 def read_config(checkpoint: Path) -> DictConfig:
@@ -283,6 +342,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        with usual_mode(path):
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how safetensors reports what the operating system refused
         raise OSError(errno.EIO, str(error), str(path)) from None

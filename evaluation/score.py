@@ -30,7 +30,7 @@ from evaluation.reference import Reference, check_extractor
 from evaluation.table import finite
 from system import UserError
 from system.files import atomic_file, commit, write_text_atomic
-from system.processes import start_processes
+from system.processes import start_processes, together
 
 METRICS = ("fd", "sfid", "is", "pr", "kid")
 
@@ -64,21 +64,24 @@ def measure(
     stats = FeatureStats(extractor.num_features, on)
     spatial_stats = FeatureStats(extractor.num_spatial, on) if spatial else None
     all_logits, kept, seen = [], [], 0
-    for features in batches:
-        stats.update(features.pool)
-        if spatial:
-            spatial_stats.update(features.spatial)
-        if logits:
-            all_logits.append(features.logits)
-        if keep is not None:
-            kept.append(features.pool[keep[seen : seen + len(features.pool)].to(features.pool.device)])
-        seen += len(features.pool)
+    with together():  # one that failed alone would leave the others waiting in the sums
+        for features in batches:
+            stats.update(features.pool)
+            if spatial:
+                spatial_stats.update(features.spatial)
+            if logits:
+                all_logits.append(features.logits)
+            if keep is not None:
+                kept.append(features.pool[keep[seen : seen + len(features.pool)].to(features.pool.device)])
+            seen += len(features.pool)
+        own_logits = torch.cat(all_logits) if logits else None
+        own_kept = torch.cat(kept) if keep is not None else None
     all_reduce([stats, spatial_stats] if spatial else [stats])
     return Measured(
         stats,
         spatial_stats,
-        gather_rows(torch.cat(all_logits)) if logits else None,
-        gather_rows(torch.cat(kept)) if keep is not None else None,
+        gather_rows(own_logits) if logits else None,
+        gather_rows(own_kept) if keep is not None else None,
     )
 
 

@@ -8,8 +8,11 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -18,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from system import UserError
+from system.processes import first_to_tell, lost_others, roll_call
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -126,19 +130,42 @@ def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, 
 def user_errors() -> Iterator[None]:
     """A UserError, OSError or config error inside becomes `error: <one line>` on stderr and exit code 2.
 
-    Every other exception is a bug, and keeps its traceback.
+    Every other exception is a bug, and keeps its traceback. Of several processes one tells.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises its errors, instead of printing them and exiting 1
     try:
         yield
-    except USER_ERRORS as error:
-        if SHOW_TRACEBACK:
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            leave(error)
+        if SHOW_TRACEBACK or not isinstance(error, USER_ERRORS):
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
+
+
+def leave(error: Exception) -> NoReturn:
+    """Ends this one of several processes after an error. The first to fail tells why; those that it pulled down do not.
+
+    Without an orderly exit, which would wait for a process group that is broken.
+    """
+    lost = lost_others(error)
+    missing = roll_call() if lost else []
+    rank = os.environ.get("RANK", "0")
+    tells, code = first_to_tell(2 if isinstance(error, USER_ERRORS) else 1)
+    if tells and lost:
+        text = f"process {rank} lost the others: {one_line(error)}; not answering: {missing or 'none'}"
+        print(f"error: {text}", file=sys.stderr)
+    elif tells and isinstance(error, USER_ERRORS) and not SHOW_TRACEBACK:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    elif tells:
+        print(f"process {rank} failed first:\n{''.join(traceback.format_exception(error))}", end="", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def one_line(error: BaseException) -> str:
@@ -159,15 +186,26 @@ def one_line(error: BaseException) -> str:
     return "; ".join(lines)[:600]
 
 
-def _did_you_mean(key: str) -> str:
-    """The keys of the config files that are nearest to a mistyped one."""
-    known = set()
+def defaults_of(key: str) -> list:
+    """The values that the config files, other than experiments, give to a dotted key."""
+    return [values[key] for path, values in _config_files() if key in values and path.parent.name != "experiment"]
+
+
+def _config_files() -> Iterator[tuple[Path, dict]]:
+    """Every file of configs/ with its {dotted key: value}."""
     for path in CONFIG_DIR.rglob("*.yaml"):
         group = path.parent.relative_to(CONFIG_DIR).as_posix()
         at_root = group == "." or "# @package _global_" in path.read_text()
         prefix = "" if at_root else f"{group.replace('/', '.')}."
         loaded = OmegaConf.load(path)
-        known |= {prefix + k for k in flat_keys(loaded)} if isinstance(loaded, DictConfig) else set()
+        if isinstance(loaded, DictConfig):
+            plain = OmegaConf.to_container(loaded)
+            yield path, {prefix + key: reduce(dict.__getitem__, key.split("."), plain) for key in flat_keys(loaded)}
+
+
+def _did_you_mean(key: str) -> str:
+    """The keys of the config files that are nearest to a mistyped one."""
+    known = {key for _, values in _config_files() for key in values}
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else "; the keys are in configs/"
 

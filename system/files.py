@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -27,6 +28,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """A new file's permissions for one that safetensors writes inside: it would be readable by its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    yield
+    path.chmod(mode)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -65,11 +75,18 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def reserve(folder: Path) -> TextIO:
-    """Locks a folder for this process until the returned file is closed. Raises UserError where another holds it."""
+    """Locks a folder for this process until the returned file is closed. Raises UserError where another holds it.
+
+    Without locks (some network file systems) a warning asks the user to take care.
+    """
     lock = open(folder / ".lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            reason = f"{folder}: this file system has no locks ({error.strerror})"
+            print(f"warning: {reason}; no second job may use the folder meanwhile", file=sys.stderr)
+            return lock
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         lock.seek(0)

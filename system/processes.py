@@ -1,10 +1,27 @@
-"""The processes of one launch: `accelerate launch`, `torchrun`, or a plain `python`."""
+"""The processes of one launch (`accelerate launch`, `torchrun`, or a plain `python`), and how they stay together."""
 
+import contextlib
 import os
+import time
+import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+
+from system import UserError
+
+LOST = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+agreements = 0  # that `together` has made so far: the same number on all processes
+
+
+class Preempted(Exception):
+    """Work between two steps was left, because the job has to stop."""
+
+
+class Elsewhere(RuntimeError):
+    """Another process failed. The message says which one, and ends with its traceback."""
 
 
 def start_processes(timeout_s: float = 600) -> PartialState:
@@ -16,3 +33,113 @@ def start_processes(timeout_s: float = 600) -> PartialState:
     if several and not torch.cuda.is_available():
         return PartialState(cpu=True, timeout=timedelta(seconds=timeout_s))
     return PartialState(timeout=timedelta(seconds=timeout_s))
+
+
+def is_main() -> bool:
+    """Whether this is the first process of the launch, also before the processes have met."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def several() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def store() -> torch.distributed.Store:
+    """The process group's key-value store, which needs no collective."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Work that ends alike on all processes: what fails on one is raised on all, so that none goes on alone.
+
+    The process that failed raises its own error; the others UserError or Elsewhere, naming it. Preempted on one is
+    Preempted on all. All processes must come here. Collectives within the work need a `together` of their own before
+    them.
+    """
+    global agreements
+    own = None
+    try:
+        yield
+    except Exception as error:
+        if not several() or lost_others(error) or getattr(error, "agreed", False):
+            raise
+        own = error
+    if not several():
+        return
+    if own is not None and not isinstance(own, Elsewhere):
+        store().set(f"tread_failed_{agreements}", "yes")
+    outcomes: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(outcomes, outcome_of(own))
+    agreements += 1
+    failed = [(rank, *outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
+    if not failed:
+        return
+    stopping = next((failure for failure in failed if failure[1] is Preempted), None)
+    rank, kind, text = stopping or failed[0]
+    if own is None or isinstance(own, Elsewhere) or stopping:
+        own = kind(text) if kind is Preempted else kind(f"process {rank}: {text}")
+    own.agreed = True  # an outer `together` has nothing to ask any more
+    raise own
+
+
+def outcome_of(error: Exception | None) -> tuple[type, str] | None:
+    """What the other processes raise for this one's error, and its text; None = nothing went wrong here."""
+    if error is None or isinstance(error, Elsewhere):
+        return None
+    if isinstance(error, Preempted):
+        return Preempted, str(error)
+    if isinstance(error, (UserError, OSError)):
+        return UserError, str(error)
+    return Elsewhere, "".join(traceback.format_exception(error)).strip()
+
+
+def failed_elsewhere() -> bool:
+    """Whether another process has failed in the present `together`, so that the rest of the work is in vain."""
+    return several() and store().check([f"tread_failed_{agreements}"])
+
+
+def agree(facts: dict[str, str]) -> None:
+    """Raises UserError, on all processes, where one of them found something else than the first."""
+    if not several():
+        return
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, facts)
+    for rank, theirs in enumerate(found):
+        for name, first in found[0].items():
+            if theirs[name] != first:
+                raise UserError(
+                    f"{name}: process 0 has {first}, process {rank} has {theirs[name]}; "
+                    f"needed: the same on all processes"
+                )
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether an error says that other processes no longer answer. gloo has no class of its own for it."""
+    return isinstance(error, LOST) or (
+        isinstance(error, RuntimeError) and "/gloo/transport/" in str(error) and "enforce fail" not in str(error)
+    )
+
+
+def roll_call(seconds: float = 3.0) -> list[int]:
+    """After a lost connection: the ranks that do not answer, as soon as one of the others has told what happened."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    store().set(f"tread_alive_{rank}", "yes")
+    deadline = time.monotonic() + seconds
+    missing = list(range(world))
+    while missing and time.monotonic() < deadline and not store().check(["tread_told"]):
+        missing = [rank for rank in missing if not store().check([f"tread_alive_{rank}"])]
+        time.sleep(0.1)
+    return missing
+
+
+def first_to_tell(code: int) -> tuple[bool, int]:
+    """(whether this process tells the job's error: the first that asks does, the exit code of that one)."""
+    if not torch.distributed.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0, code
+    own = f"{torch.distributed.get_rank()} {code}"
+    try:
+        told = store().compare_set("tread_told", "", own).decode()
+    except RuntimeError:  # the store ended with the process that held it
+        return True, code
+    return told == own, int(told.split()[1])

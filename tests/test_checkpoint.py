@@ -178,6 +178,15 @@ def test_free_space_is_looked_at_first(tmp_path, trained, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_permissions_are_those_of_any_new_file(tmp_path, trained):
+    before = os.umask(0o022)
+    try:
+        modes = {path.name: path.stat().st_mode & 0o777 for path in save(tmp_path, 1, trained).iterdir()}
+    finally:
+        os.umask(before)
+    assert set(modes.values()) == {0o644}, modes
+
+
 def test_prune_keeps_the_newest_and_the_multiples(tmp_path, trained):
     for step in range(1, 8):
         save(tmp_path, step, trained)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import train
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, verify_checkpoint
-from system import UserError
+from system import UserError, cli
 from system.files import reserve
 from system.launchers import refuse_flags, usable_cpus
 from tests.test_train import COMPARED, numbers
@@ -278,15 +280,101 @@ def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):
     assert job.returncode == 75 and "stopped by max_hours after step 1" in out, err
 
 
-def test_a_second_interrupt_leaves_at_once(settings):
+def test_a_second_interrupt_leaves_at_once(settings, tmp_path):
     folder = settings[1] / "twice"
-    own = ["run_name=twice", "train.max_steps=100000", "preview.every=30", "preview.num_images=3000"]
-    job = start([sys.executable], *settings[0], *own)
-    wait_for(folder, 30)  # and now it draws the preview, for long
+    slow = program(tmp_path, "from system import files\nimport time, os\nos.fsync = lambda descriptor: time.sleep(3)\n")
+    job = start([sys.executable, slow], *settings[0], "run_name=twice", "train.max_steps=100000", "train.save_every=30")
+    wait_for(folder, 30)  # and now it saves, for long
     os.kill(job.pid, signal.SIGINT)
     time.sleep(1.2)
     os.kill(job.pid, signal.SIGINT)
     assert job.wait(5) == 130
+
+
+def program(folder, change):
+    """train.py with something changed, as a file to launch."""
+    path = folder / "changed.py"
+    lead = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom system import cli\n"
+    path.write_text(
+        f"{lead}{change}\noverrides = [argument for argument in sys.argv[1:] if argument != 'train.py']\n"
+        "with cli.user_errors():\n    code = train.train(cli.load_config('config', overrides))\nsys.exit(code)\n"
+    )
+    return str(path)
+
+
+def test_sigterm_to_the_launcher_leaves_an_evaluation_at_once(settings, digits):
+    keys = [
+        f"data.path={digits}", "data.input_size=28", "data.num_classes=10", "model.size=DiT-XS/4", "run_name=evaluated",
+        f"eval.digits={digits}", "eval.seeds=0-9999", "eval.steps=50", "eval.every=5", "train.save_every=100",
+    ]  # fmt: skip
+    folder = settings[1] / "evaluated"
+    job = start(torchrun(29660), *settings[0], *keys)
+    wait_for(folder, 5)
+    time.sleep(1.5)
+    job.terminate()
+    sent = time.monotonic()
+    told = next(line for line in job.stdout if "stopped by SIGTERM after step 5, saved" in line)
+    assert told and time.monotonic() - sent < 5
+    job.communicate(timeout=60)
+    assert time.monotonic() - sent < 15  # an interpreter's end included
+    assert latest_checkpoint(folder).name == "step_0000005"
+
+
+def test_an_evaluation_that_fails_on_one_process_is_told_once_and_all_go_on(settings, digits, tmp_path):
+    keys = [
+        f"data.path={digits}", "data.input_size=28", "data.num_classes=10", "model.size=DiT-XS/4", "run_name=failing",
+        f"eval.digits={digits}", "eval.seeds=0-99", "eval.steps=2", "eval.every=2", "train.val_every=0",
+        "preview.every=0", "train.max_steps=4",
+    ]  # fmt: skip
+    failing = program(
+        tmp_path,
+        "predict = train.TrainedEma.predict\ndef fail(self, *arguments):\n"
+        "    if os.environ['RANK'] == '1':\n        raise RuntimeError('made to fail')\n"
+        "    return predict(self, *arguments)\ntrain.TrainedEma.predict = fail\n",
+    )
+    folder = settings[1] / "failing"
+    trained_before(*settings[0], *keys, "train.max_steps=2")  # a resume evaluates first
+    job = start([*torchrun(29661), failing], *settings[0], *keys)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert err.count("warning: evaluation failed on process 1: Traceback") == 2  # at steps 2 and 4
+    assert err.count("RuntimeError: made to fail") == 2
+    assert [line["step"] for line in numbers(folder) if "train/loss" in line] == [1, 2, 3, 4]
+    assert latest_checkpoint(folder).name == "step_0000004"
+
+
+def trained_before(*overrides):
+    """A run in this process."""
+    assert train.train(cli.load_config("config", overrides)) == 0
+
+
+def test_an_error_of_one_process_is_told_once_with_its_traceback(settings, tmp_path):
+    failing = program(
+        tmp_path,
+        "step = train.train_step\ndef fail(state, objective, latents, batches, number, plan, cfg):\n"
+        "    if number == 5 and plan.rank == 1:\n        raise RuntimeError('made to fail')\n"
+        "    return step(state, objective, latents, batches, number, plan, cfg)\ntrain.train_step = fail\n",
+    )
+    job = start([*torchrun(29662), failing], *settings[0], "run_name=raising")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode != 0 and err.count("process 1 failed first:") == 1 and "lost the others" not in err, err
+    assert err.count("RuntimeError: made to fail") == 1 and ", in fail\n" in err
+
+
+def test_processes_that_see_different_checkpoints_do_not_start(settings, tmp_path):
+    keys = ["run_name=disagree", "train.save_every=10", "train.val_every=0", "preview.every=0"]
+    trained_before(*settings[0], *keys, f"results_dir={tmp_path / 'here'}", "train.max_steps=20")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "there" / "disagree" / "checkpoints" / "step_0000020")
+    before = sorted(tmp_path.rglob("*"))
+    apart = program(
+        tmp_path, f"sys.argv.append('results_dir={tmp_path}/' + ('here', 'there')[int(os.environ['RANK'])])"
+    )
+    job = start([*torchrun(29663), apart], *settings[0], *keys)
+    out, err = job.communicate(timeout=120)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "process 0 has step_0000020, process 1 has step_0000010" in line and "exitcode  : 2" in err
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "changed.py"])
 
 
 def test_sweeps_give_a_complete_run_a_job(settings):

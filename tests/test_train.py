@@ -1,9 +1,14 @@
 """The training loop: what it learns from, exact resume, faults; one process here, two in test_processes.py."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,8 +16,9 @@ import torch
 from omegaconf import OmegaConf
 
 import train as training
-from checkpoints.run_folder import latest_checkpoint, read_tensors
-from system import cli
+from checkpoints import run_folder
+from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, step_of, verify_checkpoint
+from system import UserError, cli
 from tests.conftest import ROOT, write_shard
 from training.guard import FiniteGuard
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
@@ -174,7 +180,7 @@ def test_a_preview_that_crashes_costs_a_warning_and_the_save_came_first(run, mon
     monkeypatch.setattr(training, "preview", lambda *args: 1 / 0)
     code, folder = run("crash", "preview.every=4")
     assert code == 0 and latest_checkpoint(folder).name == "step_0000007"
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "preview" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: preview")]
     assert len(warnings) == 2 and all("ZeroDivisionError" in line for line in warnings)
 
 
@@ -233,7 +239,6 @@ def test_an_evaluation_that_crashes_costs_a_warning_and_the_save_came_first(run,
 
 def test_the_log_is_complete_after_the_disk_was_full(run, monkeypatch, capsys):
     import builtins
-    import errno
 
     real_open, failures = builtins.open, iter(range(3))
 
@@ -246,6 +251,240 @@ def test_the_log_is_complete_after_the_disk_was_full(run, monkeypatch, capsys):
     code, folder = run("full")
     assert code == 0 and [line["step"] for line in numbers(folder)] == list(range(1, 8))
     assert capsys.readouterr().err.count("No space left") == 3
+
+
+def test_a_line_that_a_full_disk_has_cut_is_written_whole_later(run, monkeypatch, tmp_path):
+    import training.log
+
+    class Full:
+        """A file of which the disk takes a few bytes."""
+
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def __enter__(self):
+            return self
+
+        def write(self, text):
+            self.file.write(text[:9])
+
+        def __exit__(self, *raised):
+            self.file.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = iter(range(100))
+    monkeypatch.setattr(
+        training.log, "open", lambda p, mode: Full(p, mode) if next(opened) in (2, 3) else open(p, mode), raising=False
+    )
+    _, folder = run("cut_line")
+    assert [line["step"] for line in numbers(folder)] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("broken", [b'{"step": 2, "tra{"step": 2, "train/loss": 1.0}\n', b"\0" * 40 + b"\n", b"7\n"])
+def test_a_log_with_broken_lines_is_repaired_at_the_resume(run, broken, capsys):
+    _, folder = run("broken", stop_after=3)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(lines[0] + broken + lines[2])
+    code, _ = run("broken")
+    assert code == 0 and [line["step"] for line in numbers(folder)] == [1, 3, 4, 5, 6, 7]
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl" in line]
+    assert f"{folder / 'metrics.jsonl'}: left out what is no log line: 2" in warning
+
+
+def steps_in(folder):
+    return [step_of(path) for path in complete_checkpoints(folder)]
+
+
+@pytest.mark.parametrize("kept", [[], ["train.keep_every=2"]])
+def test_going_back_to_an_older_checkpoint_loses_nothing(run, kept, capsys):
+    keys = ["train.save_every=2", "train.keep_last=2", "train.max_steps=12", *kept]
+    _, folder = run("back", "train.save_every=2", "train.max_steps=12")
+    before = {path.name: (path / "manifest.json").read_bytes() for path in complete_checkpoints(folder)}
+    log = (folder / "metrics.jsonl").read_bytes()
+    back = f"resume={folder}/checkpoints/step_0000004"
+    assert run("back", *keys, back, stop_after=7)[0] == EXIT_START_AGAIN
+    assert latest_checkpoint(folder).name == "step_0000007"
+    assert steps_in(folder) == ([2, 4, 6, 7] if kept else [6, 7])
+    (abandoned,) = (folder / "checkpoints").glob("abandoned_*")
+    assert capsys.readouterr().out.count(f"later checkpoints are in {abandoned}") == 1
+    assert (abandoned / "metrics.jsonl").read_bytes() == log
+    assert {p.name: (p / "manifest.json").read_bytes() for p in abandoned.glob("step_*")} == {
+        name: content for name, content in before.items() if name > "step_0000004"
+    }
+    # The same command goes on, as a scheduler would have it; so does resume=auto.
+    code, _ = run("back", *keys, back, stop_after=9)
+    assert code == EXIT_START_AGAIN and [line["step"] for line in numbers(folder)] == list(range(1, 10))
+    assert "goes on at step 7" in capsys.readouterr().out
+    assert run("back", *keys)[0] == 0 and steps_in(folder)[-1] == 12
+    assert [line["step"] for line in numbers(folder)] == list(range(1, 13))
+    assert len(list((folder / "checkpoints").glob("abandoned_*"))) == 1
+
+
+def test_a_key_newer_than_the_checkpoint_means_its_default(run, capsys):
+    def forget(folder, key):  # as a version without it would have saved
+        config = OmegaConf.load(latest_checkpoint(folder) / "config.yaml")
+        section, name = key.split(".")
+        config[section].pop(name)
+        OmegaConf.save(config, latest_checkpoint(folder) / "config.yaml")
+        entries = json.loads((latest_checkpoint(folder) / "manifest.json").read_text())
+        path = latest_checkpoint(folder) / "config.yaml"
+        entries["files"]["config.yaml"] = {"bytes": path.stat().st_size, "sha256": run_folder.sha256_of(path)}
+        (latest_checkpoint(folder) / "manifest.json").write_text(json.dumps(entries))
+
+    _, folder = run("older", stop_after=2)
+    forget(folder, "model.fp32_after_route")
+    with pytest.raises(UserError, match="model.fp32_after_route is newer than the checkpoint.*is True"):
+        run("older", "model.fp32_after_route=true")
+    assert run("older")[0] == 0
+    assert capsys.readouterr().out.count("older than model.fp32_after_route=False") == 1
+
+
+def test_file_systems_without_locks_cost_a_warning(run, monkeypatch, capsys):
+    for error in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+
+        def no_locks(file, how, error=error):
+            raise OSError(error, os.strerror(error))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", no_locks)
+            assert run(f"unlocked{error}", "train.max_steps=1")[0] == 0
+        assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_a_renamed_checkpoint_is_one(run):
+    import sample
+
+    _, folder = run("renamed", "train.save_every=2", stop_after=4)
+    best = shutil.copytree(folder / "checkpoints" / "step_0000002", folder / "best")
+    assert sample.load_run(best).step == 2
+    assert run("from_best", f"resume={best}")[0] == 0
+    shutil.rmtree(folder / "checkpoints")
+    (best / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        sample.load_run(best)
+
+
+@pytest.mark.parametrize(
+    "override", ["resume=true", "resume=3", "optimizer.betas=[0.9]", "optimizer.betas=[0.9,1.5]", "train.save=later"]
+)
+def test_what_cannot_be_is_refused_in_words(run, override):
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        run("refused", override)
+
+
+def test_a_run_that_is_past_its_last_step_says_so(run, capsys):
+    run("past", "train.max_steps=3")
+    assert run("past", "train.max_steps=2")[0] == 0
+    out = capsys.readouterr().out
+    assert "is at step 3, past train.max_steps=2" in out and "trained to step 2" not in out
+
+
+def asked_to_stop(monkeypatch, target, name):
+    """From now on SIGTERM arrives at the start of a function."""
+    real = getattr(target, name)
+
+    def stopped(*args, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(target, name, stopped)
+
+
+@pytest.mark.parametrize("what", ["evaluation", "validation", "preview"])
+def test_work_between_steps_is_left_at_once_and_made_again(run, digits, monkeypatch, what):
+    settings = {
+        "validation": ["train.val_every=3"],
+        "preview": ["preview.every=3"],
+        "evaluation": [
+            "eval.every=3", f"data.path={digits}", "data.input_size=28", "data.num_classes=10",
+            "model.size=DiT-XS/4", f"eval.digits={digits}", "eval.seeds=0-9", "eval.steps=2",
+        ],
+    }[what]  # fmt: skip
+    function = {"evaluation": (training.fid, "evaluate"), "validation": (training, "validation_losses")}
+    with monkeypatch.context() as patch:
+        asked_to_stop(patch, *function.get(what, (training, "preview")))
+        code, folder = run(what, *settings, "train.save_every=4")
+    assert code == EXIT_START_AGAIN and steps_in(folder) == [3]
+    assert [line["step"] for line in numbers(folder)] == [1, 2, 3]
+    assert run(what, *settings, "train.save_every=4", "train.max_steps=5")[0] == 0
+    made = {
+        "evaluation": lambda: len(list((folder / "eval").glob("0000003-*/metrics.json"))),
+        "validation": lambda: sum(line["step"] == 3 and "val/loss_dense" in line for line in numbers(folder)),
+        "preview": lambda: len(list((folder / "samples").glob("step_0000003.png"))),
+    }[what]()
+    assert made == 1
+
+
+def test_every_evaluation_has_its_checkpoint_before_it(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training.fid, "extractor_and_reference", lambda settings: ("extractor", "reference"))
+    monkeypatch.setattr(training, "evaluate", lambda run: seen.append(latest_checkpoint(run.run_folder).name) or {})
+    run("before", "eval.every=3", "train.save_every=4")
+    assert seen == ["step_0000003", "step_0000006", "step_0000007"]
+
+
+def test_saving_in_the_background_writes_the_same_bytes_and_training_goes_on(run, monkeypatch):
+    _, waited = run("sync", "train.save_every=3", "train.max_steps=12")
+    seal, saving, trained = run_folder.seal, threading.Event(), threading.Event()
+
+    def slow(path):  # of the first save's files: until training has come further
+        if threading.current_thread() is not threading.main_thread() and "step_0000003" in str(path):
+            saving.set()
+            assert trained.wait(30)
+        return seal(path)
+
+    step = training.train_step
+
+    def counted(state, objective, latents, batches, number, plan, cfg):
+        if number == 6:  # three steps after the save
+            assert saving.wait(30) and not steps_in(waited.with_name("async"))
+            trained.set()
+        return step(state, objective, latents, batches, number, plan, cfg)
+
+    monkeypatch.setattr(run_folder, "seal", slow)
+    monkeypatch.setattr(training, "train_step", counted)
+    code, background = run("async", "train.save=async", "train.save_every=3", "train.max_steps=12")
+    assert code == 0 and steps_in(background) == steps_in(waited) == [3, 6, 9, 12]
+    assert numbers(background) == numbers(waited)
+    for a, b in zip(complete_checkpoints(waited), complete_checkpoints(background)):
+        verify_checkpoint(b)
+        for name in COMPARED:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), (a.name, name)
+
+
+def test_a_stop_gives_up_the_save_in_the_background_for_its_own(run, monkeypatch):
+    import training.saving
+
+    save_file, close, calls, stopping = run_folder.save_file, training.saving.Saver.close, [], threading.Event()
+
+    def slow(tensors, path):
+        if "step_0000003" in str(path):
+            calls.append(path.name)
+            assert stopping.wait(30)
+        save_file(tensors, path)
+
+    def waits(saver):
+        if saver.given_up.is_set():
+            stopping.set()
+        close(saver)
+
+    monkeypatch.setattr(run_folder, "save_file", slow)
+    monkeypatch.setattr(training.saving.Saver, "close", waits)
+    code, folder = run("given_up", "train.save=async", "train.save_every=3", stop_after=5)
+    assert code == EXIT_START_AGAIN and len(calls) == 1 and steps_in(folder) == [5]
+    assert not list((folder / "checkpoints").glob(".tmp_*"))
+
+
+def test_what_fails_in_the_background_is_raised_at_a_next_step(run, monkeypatch):
+    import training.saving
+
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(training.saving, "PAUSES_S", (0.01,))
+    monkeypatch.setattr(run_folder, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("full_later", "train.save=async", "train.save_every=2", "train.max_steps=100000")
 
 
 class AbsentWandb:
@@ -329,8 +568,6 @@ def test_resume_null_needs_a_new_name(run):
 
 
 def test_a_second_job_on_the_same_folder_is_refused(run):
-    import fcntl
-
     _, folder = run("locked", "train.max_steps=1")
     with open(folder / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from system import cli
+from system import UserError, cli
+from system.processes import Elsewhere, Preempted
 from training.guard import FiniteGuard
 
 
@@ -93,12 +96,22 @@ class Log:
 
     @contextmanager
     def survive(self, what: str, once: bool = False) -> Iterator[None]:
-        """An exception inside becomes a warning; with `once`, only the first of its kind is printed."""
+        """An exception inside becomes a warning of the main process, with the traceback where it is no user's mistake.
+
+        once: only the first of its kind is printed. Preempted passes.
+        """
         try:
             yield
+        except Preempted:
+            raise
         except Exception as error:
-            if not (once and what in self.warned):
-                self.warn(f"{what} failed: {type(error).__name__}: {cli.one_line(error)}")
+            if self.dist.is_main_process and not (once and what in self.warned):
+                if isinstance(error, Elsewhere):
+                    self.warn(f"{what} failed on {error}")
+                else:
+                    self.warn(f"{what} failed: {type(error).__name__}: {cli.one_line(error)}")
+                    if not isinstance(error, (UserError, OSError)):
+                        print("".join(traceback.format_exception(error)), end="", file=sys.stderr, flush=True)
             self.warned.add(what)
 
     def warn(self, text: str) -> None:
@@ -108,11 +121,14 @@ class Log:
         if not self.dist.is_main_process:
             return
         self.unwritten += json.dumps({"step": step, **values}) + "\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a") as file:
                 file.write(self.unwritten)
             self.unwritten = ""
-        except OSError as error:  # kept, and written with the next line
+        except OSError as error:  # kept, and written with the next line; what a full disk took of it goes
+            with suppress(OSError):
+                os.truncate(self.path, size)
             self.warn(f"{self.path}: {error.strerror}; training goes on")
         if self.wandb is not None:
             with self.survive("wandb", once=True):

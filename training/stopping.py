@@ -2,7 +2,7 @@
 
 A signal to any process becomes "stop after step n", with the same n on every process: the first to see the signal
 writes n into the process group's key-value store, and all look it up after each step. This needs no collective, and no
-wait for the device.
+wait for the device. Evaluation, validation and the preview look as well, and are left at once: `poll`.
 """
 
 import os
@@ -13,11 +13,14 @@ from collections import deque
 import torch
 from accelerate import PartialState
 
+from system.processes import Elsewhere, Preempted, failed_elsewhere, several, store
+
 EXIT_START_AGAIN = 75  # stopped and saved; the same command continues (EX_TEMPFAIL)
 EXIT_NOT_FINITE = 3  # a gradient was not finite; the last checkpoint is from before it
 EXIT_NOW = 130  # a second SIGINT
 START_AGAIN = "start_again"  # the file in the run folder that says the same, until the command is given again
 KEY = "tread_stop_after_step"
+POLL_S = 0.2  # seconds between two looks into the store
 
 
 class PreemptionHandler:
@@ -31,7 +34,8 @@ class PreemptionHandler:
         # The hosts of several GPUs may run ahead of one another, but never by more steps than this.
         self.ahead = 2 if dist.device.type == "cuda" else 0
         self.events: deque = deque()
-        self.store = torch.distributed.distributed_c10d._get_default_store() if dist.num_processes > 1 else None
+        self.store = store() if several() else None
+        self.step, self.polled = 0, 0.0  # the last step that is over, and when `poll` last looked
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self.before = {number: signal.signal(number, self.handle) for number in numbers}
 
@@ -58,19 +62,41 @@ class PreemptionHandler:
 
     def should_stop(self, step: int) -> bool:
         """After step `step`, on every process: True on all of them after the same step."""
+        self.step = step
         self.limit_lead()
-        if self.deadline is not None and self.dist.is_main_process and time.monotonic() > self.deadline:
-            self.reason = self.reason or "max_hours"
+        self.look()
         if self.store is None:
             return self.reason is not None
-        if self.reason is not None and not self.announced:
-            # Nobody is past step + 1 + ahead, because that step needs this process too.
-            self.store.compare_set(KEY, "", f"{step + 1 + self.ahead} {self.reason}")
-            self.announced = True
         if not self.store.check([KEY]):
             return False
         last_step, self.reason = self.store.get(KEY).decode().split()
         return step >= int(last_step)
+
+    def poll(self) -> None:
+        """Within the work between two steps, on any process at any time: raises Preempted where any is asked to stop.
+
+        Raises Elsewhere where the same work has failed on another process. Cheap enough for every network call.
+        """
+        now = time.monotonic()
+        if self.reason is None and now < self.polled + POLL_S:
+            return
+        self.polled = now
+        self.look()
+        if self.store is not None and self.reason is None and self.store.check([KEY]):
+            self.reason = self.store.get(KEY).decode().split()[1]
+        if self.reason is not None:
+            raise Preempted(self.reason)
+        if failed_elsewhere():
+            raise Elsewhere("another process failed")
+
+    def look(self) -> None:
+        """Notices the time limit, and tells the other processes what this one has noticed."""
+        if self.deadline is not None and self.dist.is_main_process and time.monotonic() > self.deadline:
+            self.reason = self.reason or "max_hours"
+        if self.store is not None and self.reason is not None and not self.announced:
+            # Nobody is past step + 1 + ahead, because that step needs this process too.
+            self.store.compare_set(KEY, "", f"{self.step + 1 + self.ahead} {self.reason}")
+            self.announced = True
 
     def limit_lead(self) -> None:
         """Waits for the step before the last, so that the host stays close to its GPU, which never idles for it."""
@@ -85,15 +111,3 @@ class PreemptionHandler:
             signal.signal(number, handler)
         if self.store is not None and self.dist.is_main_process and not self.alone:
             self.store.delete_key(KEY)
-
-
-def roll_call(dist: PartialState, seconds: float = 3.0) -> list[int]:
-    """After a failed collective: the ranks that do not answer."""
-    store = torch.distributed.distributed_c10d._get_default_store()
-    store.set(f"tread_alive_{dist.process_index}", "yes")
-    deadline = time.monotonic() + seconds
-    missing = list(range(dist.num_processes))
-    while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([f"tread_alive_{rank}"])]
-        time.sleep(0.1)
-    return missing
