@@ -7,12 +7,14 @@ kept inside a route, D width, H heads.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from randomness import Generators
 from routing_module import Route, Routing, draw_route, gather_tokens, num_kept, resolve_routes, scatter_tokens
 from system import UserError
 
@@ -55,7 +57,10 @@ class DiT(nn.Module):
         the price.
     block: builds a block from (hidden_size, num_heads, mlp_ratio); None = `Block`.
     gradient_checkpointing (attribute): blocks store only their input and are recomputed in the backward pass.
+    path_drop (attribute): the share of training samples that lose the deep path (SPRINT); None = there is none to lose.
     """
+
+    path_drop: float | None = None
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class DiT(nn.Module):
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes = num_classes
         self.num_tokens = (input_size // patch_size) ** 2
-        self.routes = resolve_routes(routes, depth)
+        self.routes = resolve_routes(routes, depth, self.num_tokens)
         after_routes = {route.end_layer_idx + 1 for route in self.routes} - {depth}
         self.fp32_blocks = after_routes if fp32_after_route else set()
         self.gradient_checkpointing = False
@@ -114,10 +119,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
-        # Time embedding and output stay float32 under autocast: precision is cheap there, and visible in samples.
-        with torch.autocast(x.device.type, enabled=False):
-            c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
-        tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        tokens, c = self.embed(x, t, y)  # (B, N, D), (B, D)
         positions = self.positions(None)
 
         routes = iter(self.routes if routing is not None else ())
@@ -135,9 +137,31 @@ class DiT(nn.Module):
                     tokens, positions = scatter_tokens(tokens, keep_ids, full), self.positions(None)  # (B, N, D)
                 route = next(routes, None)
 
+        return self.output(tokens, c)
+
+    def embed(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, N, D) and the condition c (B, D)."""
+        # Time embedding and output stay float32 under autocast: precision is cheap there, and visible in samples.
         with torch.autocast(x.device.type, enabled=False):
+            c = self.t_embedder(t) + self.y_embedder(y)
+        return self.x_embedder(x) + self.pos_embed, c
+
+    def output(self, tokens: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # (B, N, D), (B, D) -> (B, C_out, h, w)
+        with torch.autocast(tokens.device.type, enabled=False):
             patches = self.final_layer(tokens.float(), c)  # (B, N, p * p * C_out)
         return unpatchify(patches, self.patch_size, self.out_channels)
+
+    def training_loss(self, objective, net: Callable, x: torch.Tensor, y: torch.Tensor, generators: Generators = None):
+        """The objective's loss per sample, with the network's routes on: x (B, C, h, w), y (B,) -> (B,).
+
+        net: this network, or its wrapper for several processes.
+        """
+        return objective.loss(partial(net, routing=Routing(generators=generators)), x, y, generators)
+
+    @property
+    def all_blocks(self) -> tuple[nn.Module, ...]:
+        """Every transformer block, in the order of their calls."""
+        return tuple(self.blocks)
 
     def run(self, block: nn.Module, tokens: torch.Tensor, c: torch.Tensor, positions: tuple) -> torch.Tensor:
         """One block; under gradient checkpointing only its input is stored, and the backward pass runs it again."""
@@ -152,22 +176,27 @@ class DiT(nn.Module):
 
     def macs(self, routing: Routing | None = None) -> int:
         """Multiply-adds of one forward pass at batch 1, by formula: matrix products and attention (DiT's "Gflops")."""
-        D, N, patch = self.pos_embed.shape[-1], self.num_tokens, self.patch_size**2
-        embed = N * D * patch * self.in_channels + TIME_WIDTH * D + D * D
-        return embed + sum(self.block_macs(routing)) + N * D * patch * self.out_channels + 2 * D * D
+        embed = self.num_tokens * self.x_embedder.proj.weight.numel() + weights_of(self.t_embedder)
+        head = self.final_layer
+        output = self.num_tokens * head.linear.weight.numel() + weights_of(head.adaLN_modulation)
+        return embed + sum(self.block_macs(routing)) + output
 
     def block_macs(self, routing: Routing | None = None) -> list[int]:
         """Multiply-adds of each block."""
-        D, depth = self.pos_embed.shape[-1], len(self.blocks)
-        tokens = [self.num_tokens] * depth
+        return [block.macs(n) for block, n in zip(self.all_blocks, self.block_tokens(routing))]
+
+    def block_tokens(self, routing: Routing | None = None) -> list[int]:
+        """The number of tokens that each block sees."""
+        tokens = [self.num_tokens] * len(self.all_blocks)
         for route in self.routes if routing is not None else ():
-            ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
             for i in range(route.start_layer_idx, route.end_layer_idx + 1):
-                tokens[i] = num_kept(self.num_tokens, ratio)
-        block = self.blocks[0]
-        matrices = [p for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2]
-        per_token = sum(matrix.numel() for matrix in matrices)  # (4 + 2 * mlp_ratio) D^2, in DiT
-        return [per_token * n + 2 * n * n * D + 6 * D * D for n in tokens]
+                tokens[i] = num_kept(self.num_tokens, routing.ratio_of(route))
+        return tokens
+
+
+def weights_of(module: nn.Module) -> int:
+    """The number of its matrices' entries: multiply-adds per token."""
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 class Block(nn.Module):
@@ -187,6 +216,13 @@ class Block(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *positions)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+    def macs(self, num_tokens: int) -> int:
+        """Multiply-adds at batch 1; the projections and the MLP cost (4 + 2 * mlp_ratio) D^2 per token, in DiT."""
+        attention = 2 * num_tokens**2 * self.attn.proj.in_features
+        return (
+            num_tokens * (weights_of(self.attn) + weights_of(self.mlp)) + attention + weights_of(self.adaLN_modulation)
+        )
 
 
 class Attention(nn.Module):

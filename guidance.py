@@ -4,6 +4,7 @@
     independent condition (arXiv 2407.02687)   weak: a random label
     sparse (arXiv 2601.01608)                  weak: the same label, more tokens routed away
     autoguidance (arXiv 2406.02507)            weak: another checkpoint
+    path drop (arXiv 2510.21986)               weak: no label, and the network without its middle
     interval (arXiv 2404.07724)                any of them, only for t in [lo, hi]
 
 They combine. Both branches make the same kind of prediction, denoised or velocity, at the same (x, t).
@@ -16,7 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from randomness import Generators
-from routing_module import Routing, check_ratio
+from routing_module import Routing, check_ratio, check_selection
 from system import UserError
 
 
@@ -30,6 +31,7 @@ class Guidance:
     interval: (lo, hi) in the objective's own t; None = always.
     weak_label: "same", "none" (the null label) or "random".
     weak_ckpt: the weak branch's weights: a path, or "earliest" = the run's first checkpoint; None = the strong ones.
+    weak_path: "drop" = the weak branch skips the deep path (SPRINT); None = it runs the whole network.
     cfg_channels: guide only the first so many channels; None = all.
 
     Raises UserError for settings that cannot guide.
@@ -45,6 +47,7 @@ class Guidance:
     gamma_weak_end: float | None = None
     weak_ckpt: str | None = None
     cfg_channels: int | None = None
+    weak_path: str | None = None
 
     def __post_init__(self):
         for name in ("gamma_strong", "gamma_weak"):
@@ -58,7 +61,11 @@ class Guidance:
             raise UserError(f"guidance interval {list(self.interval)}; needed: [lo, hi] with 0 <= lo <= hi")
         if self.cfg_channels is not None and self.cfg_channels < 1:
             raise UserError(f"cfg_channels {self.cfg_channels}; needed: at least 1, or null = all")
-        if self.on and self.weak_ckpt is None:
+        if self.weak_path not in (None, "drop"):
+            raise UserError(f"weak_path={self.weak_path}; needed: drop, or null = the whole network")
+        if self.weak_path and max(self.ends("gamma_weak")) > 0:
+            raise UserError("weak_path=drop leaves the weak branch no tokens to route; needed: gamma_weak=0")
+        if self.on and self.weak_ckpt is None and self.weak_path is None:
             self.check_order()
 
     def check_order(self) -> None:
@@ -90,6 +97,20 @@ class Guidance:
         return max(self.ends("gamma_strong")) > 0 or (self.on and max(self.ends("gamma_weak")) > 0)
 
 
+def check_networks(guidance: Guidance, strong: torch.nn.Module, weak: torch.nn.Module) -> None:
+    """Raises UserError where guidance needs what the two branches' networks (dit.DiT) do not have."""
+    if guidance.routed and not (strong.routes and weak.routes):
+        raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
+    if guidance.on and guidance.weak_path and weak.path_drop is None:
+        raise UserError("weak_path=drop needs a model trained with path drop (model=sprint); this one has none")
+    for network, name in ((strong, "gamma_strong"), (weak, "gamma_weak"))[: 2 if guidance.on else 1]:
+        for route in network.routes:
+            first, last = guidance.ends(name)
+            if route.selection == "structured" and first != last:
+                raise UserError(f"{name} changes from {first:g} to {last:g}; structured selection needs one ratio")
+            check_selection(route.selection, first, network.num_tokens)
+
+
 def guidance_from(config: Mapping) -> Guidance:
     """The guidance keys of a config (configs/guidance/none.yaml). Raises UserError."""
     settings = {field.name: config[field.name] for field in fields(Guidance)}
@@ -113,13 +134,14 @@ class Branch:
     label: Callable  # () -> (B,) int64
     ratio: Callable  # t -> selection ratio
     masks: list[torch.Generator]  # of the routed tokens, one per image
+    drop_path: bool = False
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.predict(x, t, self.label(), routing(self.ratio(t), self.masks))
+        return self.predict(x, t, self.label(), routing(self.ratio(t), self.masks, self.drop_path))
 
 
-def routing(ratio: float, masks: Generators) -> Routing | None:
-    return Routing(ratio, masks) if ratio > 0 else None
+def routing(ratio: float, masks: Generators, drop_path: bool = False) -> Routing | None:
+    return Routing(ratio, masks, drop_path=drop_path) if ratio > 0 or drop_path else None
 
 
 def pair(strong: Branch, weak: Branch) -> Callable:
@@ -127,7 +149,7 @@ def pair(strong: Branch, weak: Branch) -> Callable:
 
     def both(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = strong.ratio(t)
-        if strong.predict != weak.predict or ratio != weak.ratio(t):
+        if strong.predict != weak.predict or ratio != weak.ratio(t) or strong.drop_path != weak.drop_path:
             return strong(x, t), weak(x, t)
         labels = torch.cat([strong.label(), weak.label()])
         return strong.predict(torch.cat([x, x]), t, labels, routing(ratio, strong.masks + weak.masks)).chunk(2)

@@ -1,13 +1,18 @@
-"""Token routing (TREAD, arXiv 2501.04765): some tokens bypass a span of blocks and are put back after it.
+"""Token sparsity: a span of blocks sees some of the tokens, and the sequence is whole again after it.
 
     keep_ids = draw_keep_ids(B, N, ratio)      before block i: which tokens are kept, drawn per sample and step
     kept = gather_tokens(x, keep_ids)          blocks i..j see K = N - int(N * ratio) tokens
     x = scatter_tokens(kept, keep_ids, x)      after block j: the others return to their positions, unchanged
 
+Selection is random, or structured: equally many from each cell of the token grid (SPRINT). What stands in the places of
+the others is what they were before the span (TREAD, arXiv 2501.04765), or a mask token (`pad_tokens`: SPRINT,
+arXiv 2510.21986, and MaskDiT, arXiv 2306.09305).
+
 No parameters, any (B, N, D) sequence model. B batch, N tokens, K kept tokens, D width. A network whose forward is not
 ours keeps it: `RoutedBlocks` replaces its list of blocks, and `with routing(...)` switches the routes on.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,27 +30,37 @@ from system import UserError
 @dataclass(frozen=True)
 class Route:
     """The fraction `selection_ratio`, in [0, 1), of the tokens bypasses blocks `start_layer_idx`..`end_layer_idx`,
-    inclusive; negative indices count from the end."""
+    inclusive; negative indices count from the end. selection: "random" or "structured" (`draw_keep_ids`)."""
 
     selection_ratio: float
     start_layer_idx: int
     end_layer_idx: int
+    selection: str = "random"
 
 
 @dataclass(frozen=True)
 class Routing:
     """Switches a network's routes on for one call.
 
-    selection_ratio: None = each route's own; a number in [0, 1) overrides it. Raises UserError outside.
-    generators: the selection's source of randomness (randomness.py).
+    selection_ratio: None = as in training: each route's own, and SPRINT's path drop; a number in [0, 1) overrides it.
+        Raises UserError outside.
+    generators: the source of randomness of the selection and of path drop (randomness.py).
+    keep_ids: (B, K) int64, ascending: the tokens that are kept; nothing is drawn.
+    drop_path: the span is skipped, and its output is the mask token everywhere (SPRINT's path-drop guidance).
     """
 
     selection_ratio: float | None = None
     generators: Generators = None
+    keep_ids: torch.Tensor | None = None
+    drop_path: bool = False
 
     def __post_init__(self):
         if self.selection_ratio is not None:
             check_ratio(self.selection_ratio)
+
+    def ratio_of(self, route: Route) -> float:
+        """The selection ratio of a route in this call."""
+        return route.selection_ratio if self.selection_ratio is None else self.selection_ratio
 
 
 def check_ratio(selection_ratio: float) -> None:
@@ -53,18 +68,21 @@ def check_ratio(selection_ratio: float) -> None:
         raise UserError(f"selection_ratio is the share of tokens routed away, in [0, 1); got {selection_ratio}")
 
 
-def resolve_routes(routes, depth: int) -> tuple[Route, ...]:
-    """Routes (or mappings with a Route's three keys) with indices counted from 0, sorted.
+def resolve_routes(routes, depth: int, num_tokens: int | None = None) -> tuple[Route, ...]:
+    """Routes (or mappings with a Route's keys) with indices counted from 0, sorted.
 
-    Raises UserError where a route leaves the network of `depth` blocks, is empty, or overlaps another.
+    Raises UserError where a route leaves the network of `depth` blocks, is empty, overlaps another, or selects what the
+    grid of `num_tokens` tokens (None = unknown) does not allow.
     """
+    required = {field.name for field in fields(Route)} - {"selection"}
     resolved = []
     for route in routes if isinstance(routes, Sequence) else [routes]:
-        if isinstance(route, Mapping) and route.keys() == {field.name for field in fields(Route)}:
+        if isinstance(route, Mapping) and route.keys() - {"selection"} == required:
             route = Route(**route)
         if not isinstance(route, Route):
             raise UserError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
         check_ratio(route.selection_ratio)
+        check_selection(route.selection, route.selection_ratio, num_tokens)
         start, end = (i + depth if i < 0 else i for i in (route.start_layer_idx, route.end_layer_idx))
         if not 0 <= start <= end < depth:
             raise UserError(
@@ -87,6 +105,38 @@ def num_kept(num_tokens: int, selection_ratio: float) -> int:
     return num_tokens - int(num_tokens * selection_ratio)
 
 
+def check_selection(selection: str, selection_ratio: float, num_tokens: int | None) -> None:
+    """Raises UserError for an unknown selection, or a structured one that the grid or the ratio does not allow."""
+    if selection not in ("random", "structured"):
+        raise UserError(f"selection={selection}; needed: random or structured")
+    if selection == "structured" and num_tokens is not None and num_kept(num_tokens, selection_ratio) < num_tokens:
+        cell_of(num_tokens, selection_ratio)
+
+
+def cell_of(num_tokens: int, selection_ratio: float) -> tuple[int, int]:
+    """(side of a cell, tokens kept in each) of structured selection: the smallest cell that this ratio keeps whole.
+
+    0.25, 0.5 and 0.75 cut the grid into cells of 2 x 2, the other sixteenths into cells of 4 x 4. Raises UserError
+    where neither divides the grid's side, and for any other ratio, with the nearest two that the grid allows.
+    """
+    side = math.isqrt(num_tokens)
+    cells = [cell for cell in (2, 4) if side**2 == num_tokens and side % cell == 0]
+    if not cells:
+        raise UserError(
+            f"selection=structured cuts the token grid into cells of 2 x 2 or 4 x 4, and this one has {num_tokens} "
+            f"tokens, a side of {num_tokens**0.5:g}; needed: a side that 2 divides, or selection=random"
+        )
+    for cell in cells:
+        if (kept := cell**2 * (1 - selection_ratio)).is_integer():
+            return cell, int(kept)
+    parts = cells[-1] ** 2
+    below = min(math.floor(parts * selection_ratio), parts - 2)
+    raise UserError(
+        f"selection=structured with selection_ratio {selection_ratio:g} keeps no whole number of the {parts} tokens in "
+        f"a cell; the nearest that do: {below / parts:g} and {(below + 1) / parts:g}"
+    )
+
+
 def draw_keep_ids(
     batch_size: int,
     num_tokens: int,
@@ -94,26 +144,40 @@ def draw_keep_ids(
     *,
     generators: Generators = None,
     device: torch.device | str | None = None,
+    selection: str = "random",
 ) -> torch.Tensor:
-    """Which tokens are kept: (B, K) int64, uniform without replacement, each row drawn on its own.
+    """Which tokens are kept: (B, K) int64, ascending, uniform without replacement, drawn independently per row.
 
-    Ids ascend, so that blocks for which order matters (state space, causal) see the tokens in order.
-    Raises UserError for a selection_ratio outside [0, 1).
+    selection: "random" = from the whole sequence; "structured" = equally many from each cell of the token grid
+    (`cell_of`). Ascending, because blocks may depend on the order of tokens (state space, causal). Raises UserError for
+    a selection_ratio outside [0, 1) or one that no cell gives.
     """
     check_ratio(selection_ratio)
+    check_selection(selection, selection_ratio, num_tokens)
     scores = uniform((batch_size, num_tokens), generators, device=device)  # (B, N)
-    keep_ids = scores.topk(num_kept(num_tokens, selection_ratio), dim=1, sorted=False).indices  # (B, K)
+    if selection == "random" or num_kept(num_tokens, selection_ratio) == num_tokens:
+        keep_ids = scores.topk(num_kept(num_tokens, selection_ratio), dim=1, sorted=False).indices  # (B, K)
+    else:
+        cell, kept = cell_of(num_tokens, selection_ratio)
+        grid = torch.arange(num_tokens, device=scores.device).view(-1, cell, math.isqrt(num_tokens) // cell, cell)
+        cells = grid.transpose(1, 2).flatten(0, 1).flatten(1)  # (cells, cell * cell) token ids
+        chosen = scores[:, cells].topk(kept, dim=2, sorted=False).indices  # (B, cells, kept)
+        keep_ids = cells.expand(batch_size, -1, -1).gather(2, chosen).flatten(1)
     return keep_ids.sort(dim=1).values
 
 
 def draw_route(
     route: Route, routing: Routing, batch_size: int, num_tokens: int, device: torch.device
 ) -> torch.Tensor | None:
-    """keep_ids (B, K) for one route, or None where its ratio keeps all tokens."""
-    ratio = route.selection_ratio if routing.selection_ratio is None else routing.selection_ratio
-    if num_kept(num_tokens, ratio) == num_tokens:
-        return None
-    return draw_keep_ids(batch_size, num_tokens, ratio, generators=routing.generators, device=device)
+    """keep_ids (B, K) for one route, or None where its ratio keeps all tokens. Raises UserError."""
+    if routing.drop_path:
+        raise UserError("drop_path needs a network with a deep path to drop (model=sprint)")
+    ratio = routing.ratio_of(route)
+    if routing.keep_ids is not None or num_kept(num_tokens, ratio) == num_tokens:
+        return routing.keep_ids
+    return draw_keep_ids(
+        batch_size, num_tokens, ratio, generators=routing.generators, device=device, selection=route.selection
+    )
 
 
 def gather_tokens(x: torch.Tensor, keep_ids: torch.Tensor) -> torch.Tensor:
@@ -124,6 +188,11 @@ def gather_tokens(x: torch.Tensor, keep_ids: torch.Tensor) -> torch.Tensor:
 def scatter_tokens(kept: torch.Tensor, keep_ids: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """A copy of `full` (B, N, ...) with `kept` (B, K, ...) at keep_ids (B, K)."""
     return full.scatter(1, _expand(keep_ids, full), kept.to(full.dtype))
+
+
+def pad_tokens(kept: torch.Tensor, keep_ids: torch.Tensor, mask_token: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """`kept` (B, K, D) at keep_ids (B, K) and `mask_token` (1, 1, D) everywhere else -> (B, N, D)."""
+    return scatter_tokens(kept, keep_ids, mask_token.expand(len(kept), num_tokens, -1))
 
 
 def _expand(keep_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

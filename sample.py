@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 import gallery
 from checkpoints.load import Run, load_run
 from checkpoints.run_folder import complete_checkpoints, step_of
-from guidance import Branch, Guidance, guidance_from, guide, pair
+from guidance import Branch, Guidance, check_networks, guidance_from, guide, pair
 from randomness import normal, seeded_generator, uniform
 from solvers import flow_time, solve
 from system import UserError, cli
@@ -97,8 +97,8 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Images of the given seeds, in order: batches of uint8 (B, 3, H, W) on the run's device.
 
-    The sampler is run.config.sampler (configs/sampler/). Raises UserError, before the first batch, for guidance by
-    routing on a model without routes, for a weak branch that does not fit, and for labels outside the classes.
+    The sampler is run.config.sampler (configs/sampler/). Raises UserError, before the first batch, for guidance that
+    the model was not trained for, for a weak branch that does not fit, and for labels outside the classes.
     """
     weak = load_weak(run, guidance)
     labels = labels_for(run.num_classes, seeds, "random") if labels is None else labels
@@ -116,8 +116,7 @@ def check_request(run: Run, guidance: Guidance, labels: torch.Tensor, batch_size
     """
     if weak is None:
         weak = run if guidance.weak_ckpt == "earliest" else load_weak(run, guidance)
-    if guidance.routed and not (run.model.routes and weak.model.routes):
-        raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
+    check_networks(guidance, run.model, weak.model)
     if len(labels) and not 0 <= labels.min() <= labels.max() < run.num_classes:
         raise UserError(f"labels {labels.min()}..{labels.max()}; the model has classes 0..{run.num_classes - 1}")
     if batch_size < 1:
@@ -159,7 +158,7 @@ def branches(run: Run, weak: Run, guidance: Guidance, seeds: Sequence[int], y: t
     ratios = [partial(setting, run, guidance, name) for name in ("gamma_strong", "gamma_weak")]
     return (
         Branch(run.predict, lambda: y, ratios[0], streams(seeds, "strong")),
-        Branch(weak.predict, weak_label, ratios[1], streams(seeds, "weak")),
+        Branch(weak.predict, weak_label, ratios[1], streams(seeds, "weak"), guidance.weak_path == "drop"),
     )
 
 
@@ -210,6 +209,7 @@ def settings_name(guidance: Guidance, steps: int | None) -> str:
         parts = [method + path("scale")]
         parts += [path("gamma_strong"), path("gamma_weak")] if guidance.routed else []
         parts += [f"weak_{re.sub(r'[^A-Za-z0-9.]+', '_', guidance.weak_ckpt)}"] if guidance.weak_ckpt else []
+        parts += ["pathdrop"] if guidance.weak_path else []
         parts += ["t{:g}-{:g}".format(*guidance.interval)] if guidance.interval else []
         parts += [f"channels{guidance.cfg_channels}"] if guidance.cfg_channels else []
     return "-".join(parts + ([] if steps is None else [f"steps{steps}"]))

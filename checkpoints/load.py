@@ -112,7 +112,7 @@ def load_run(
 
 def round_linears(model: torch.nn.Module) -> None:
     """Gives the blocks' linear layers bf16 weights: autocast would make the same ones anew in every call."""
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.all_blocks):
         for module in block.modules():
             if isinstance(module, torch.nn.Linear) and i not in model.fp32_blocks:
                 module.to(torch.bfloat16)

@@ -27,7 +27,9 @@ def kept_tokens(run: sample.Run, seeds: list[int], gamma: float | None, step: in
             ratio = route.selection_ratio if gamma is None else gamma
             mask = torch.ones(len(seeds), tokens, dtype=torch.bool)
             if num_kept(tokens, ratio) < tokens:
-                keep_ids = draw_keep_ids(len(seeds), tokens, ratio, generators=streams)  # (B, K)
+                keep_ids = draw_keep_ids(
+                    len(seeds), tokens, ratio, generators=streams, selection=route.selection
+                )  # (B, K)
                 mask = torch.zeros_like(mask).scatter(1, keep_ids, True)
             kept.append(mask)
     return kept
@@ -36,7 +38,7 @@ def kept_tokens(run: sample.Run, seeds: list[int], gamma: float | None, step: in
 def through_blocks(run: sample.Run, kept: list[torch.Tensor]) -> torch.Tensor:
     """Whether a token passes a block: bool (B, depth, N)."""
     B, N = kept[0].shape
-    passes = torch.ones(B, len(run.model.blocks), N, dtype=torch.bool)
+    passes = torch.ones(B, len(run.model.all_blocks), N, dtype=torch.bool)
     for route, mask in zip(run.model.routes, kept):
         passes[:, route.start_layer_idx : route.end_layer_idx + 1] = mask[:, None]
     return passes

@@ -28,5 +28,5 @@ def compile_blocks(model: nn.Module, decided: str, *, dynamic: bool = False) -> 
     token counts: evaluation and sampling.
     """
     if decided == "blocks":
-        for part in (*model.blocks, model.final_layer):
+        for part in (*model.all_blocks, model.final_layer):
             part.compile(fullgraph=True, dynamic=dynamic)

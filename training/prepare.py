@@ -37,7 +37,7 @@ from checkpoints.run_folder import (
 )
 from cost import cost_table
 from data import BatchPlan
-from guidance import guidance_from
+from guidance import check_networks, guidance_from
 from system import UserError, cli
 from system.files import reserve, write_text_atomic
 from system.instantiate import instantiate
@@ -230,6 +230,9 @@ def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[TrainState, o
     torch.manual_seed(cfg.seed)  # for the initial weights; training itself never uses the global generator
     model = instantiate(cfg.model).to(dist.device)
     objective = instantiate(cfg.objective)
+    for part in ("preview", "eval"):
+        if cfg[part].every and cfg[part].weak_ckpt is None:
+            check_networks(guidance_from(cfg[part]), model, model)
     if starts_elsewhere:
         start_from(cfg.init_from, model, objective)
     model.gradient_checkpointing = cfg.train.gradient_checkpointing
