@@ -33,17 +33,29 @@ class DDPM:
         self.alpha_bar = linear_alpha_bar(num_steps, beta_start, beta_end)  # a_k
         self.log_sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().log().float()  # (num_steps,), rising
 
-    def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    def loss(
+        self,
+        net: Callable,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        generator: Generators = None,
+        reduce: Callable | None = None,
+    ) -> torch.Tensor:
         """Squared error of the noise per sample ("L_simple"): x (B, C, h, w), y (B,) -> (B,).
 
         Learned variances (DiT's other C channels) are not trained: only the ancestral sampler uses them.
+        reduce(squared error, x_t, denoised), (B, C, h, w) each, -> (B,); None = the mean over all pixels.
         """
         self.log_sigma = self.log_sigma.to(x.device)
         step = (uniform((len(x),), generator, device=x.device) * len(self.log_sigma)).long()  # (B,)
         sigma = self.log_sigma[step].exp()
         noise = normal(x.shape, generator, device=x.device)
         x_t = x + sigma.view(-1, 1, 1, 1) * noise
-        return (self.noise(net, x_t, sigma, y)[:, : x.shape[1]] - noise).square().flatten(1).mean(dim=1)
+        eps = self.noise(net, x_t, sigma, y)[:, : x.shape[1]]
+        error = (eps - noise).square()
+        if reduce is None:
+            return error.flatten(1).mean(dim=1)
+        return reduce(error, x_t, x_t - sigma.view(-1, 1, 1, 1) * eps)
 
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """D(x_t; sigma): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32.

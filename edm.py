@@ -20,13 +20,27 @@ class EDM:
     def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5):
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
 
-    def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-        """The denoiser's weighted squared error per sample (Eq. 5-7): x (B, C, h, w), y (B,) -> (B,)."""
+    def loss(
+        self,
+        net: Callable,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        generator: Generators = None,
+        reduce: Callable | None = None,
+    ) -> torch.Tensor:
+        """The denoiser's weighted squared error per sample (Eq. 5-7): x (B, C, h, w), y (B,) -> (B,).
+
+        reduce(weighted error, x_t, denoised), (B, C, h, w) each, -> (B,); None = the mean over all pixels.
+        """
         sigma = (self.P_mean + self.P_std * normal((len(x),), generator, device=x.device)).exp()  # (B,)
         noise = normal(x.shape, generator, device=x.device)
-        denoised = self.predict(net, x + noise * _column(sigma), sigma, y)
+        x_t = x + noise * _column(sigma)
+        denoised = self.predict(net, x_t, sigma, y)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        return weight * (denoised - x).square().flatten(1).mean(dim=1)
+        error = (denoised - x).square()
+        if reduce is None:
+            return weight * error.flatten(1).mean(dim=1)
+        return reduce(_column(weight) * error, x_t, denoised)
 
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """D(x_t; sigma) (Table 1): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32.

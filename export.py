@@ -99,7 +99,11 @@ def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig
 
 
 def export_pt(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path, layout: str) -> None:
-    """layout: dit or sit. Raises UserError where SiT's is asked for a network that is not a flow."""
+    """layout: dit or sit. Raises UserError for a network that is not theirs, and for SiT's where it is not a flow."""
+    if config.model._target_ not in ("dit.DiT", "lightningdit.LightningDiT"):
+        raise UserError(
+            f"format={layout} is another project's, which cannot open a {config.model._target_}; needed: safetensors"
+        )
     args = {"layout": layout, CONFIG_KEY: OmegaConf.to_yaml(config), "model": config.model.size}
     if layout == "sit":
         if run.objective.predicts != "velocity":

@@ -20,6 +20,8 @@ class LightningDiT(DiT):
     """DiT's call, routes and arguments. Also raises UserError where a head's width is not divisible by 4.
 
     qk_norm: RMSNorm of queries and keys: steadier in long bf16 runs, at some cost in FID.
+    norm, mlp: "rms" or "layer", "swiglu" or "gelu": "layer" and "gelu" are DiT's.
+    rotary, sincos: where positions enter: as the angles of queries and keys, and added to the tokens.
     """
 
     def __init__(
@@ -37,20 +39,32 @@ class LightningDiT(DiT):
         qk_norm: bool = False,
         fp32_after_route: bool = False,
         size: str = "DiT-XL/1",
+        norm: str = "rms",
+        mlp: str = "swiglu",
+        rotary: bool = True,
+        sincos: bool = True,
     ):
+        if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu"):
+            raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu or gelu")
         patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
         if hidden_size % (4 * num_heads):
             raise UserError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads ({num_heads})")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            routes, fp32_after_route, size, block=partial(LightningBlock, qk_norm=qk_norm),
+            routes, fp32_after_route, size, block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp),
         )  # fmt: skip
-        self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
+        if norm == "rms":
+            self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
+        if not sincos:
+            self.pos_embed.zero_()
+        self.rotary = rotary
         angles = rotary_angles(hidden_size // num_heads, input_size // patch_size)
         self.register_buffer("angles", angles[None], persistent=False)  # (1, N, D/H)
 
-    def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Cosine and sine of the angles of all tokens, or of those at keep_ids (B, K): (B or 1, 1, K, D/H) each."""
+        if not self.rotary:
+            return ()
         angles = self.angles
         if keep_ids is not None:
             angles = gather_tokens(angles.expand(len(keep_ids), -1, -1), keep_ids)  # (B, K, D/H)
@@ -58,12 +72,16 @@ class LightningDiT(DiT):
 
 
 class LightningBlock(Block):
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, norm: str = "rms", mlp: str = "swiglu"
+    ):
         super().__init__(hidden_size, num_heads, mlp_ratio)
-        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
         self.attn = RotaryAttention(hidden_size, num_heads, qk_norm)
-        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.mlp = SwiGLU(hidden_size, int(2 / 3 * int(hidden_size * mlp_ratio)))
+        if norm == "rms":
+            self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
+            self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
+        if mlp == "swiglu":
+            self.mlp = SwiGLU(hidden_size, int(2 / 3 * int(hidden_size * mlp_ratio)))
 
 
 class RotaryAttention(Attention):
@@ -74,11 +92,13 @@ class RotaryAttention(Attention):
         self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x (B, K, D), cos and sin (B or 1, 1, K, D/H) -> (B, K, D)."""
+    def forward(self, x: torch.Tensor, *angles: torch.Tensor) -> torch.Tensor:
+        """x (B, K, D), angles: cosine and sine (B or 1, 1, K, D/H), or none -> (B, K, D)."""
         q, k, v = self.split(x)  # (B, H, K, D/H)
-        q, k = (rotate(part, cos, sin).to(v.dtype) for part in (self.q_norm(q.float()), self.k_norm(k.float())))
-        return self.attend(q, k, v)
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        if angles:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return self.attend(q.to(v.dtype), k.to(v.dtype), v)
 
 
 class SwiGLU(nn.Module):

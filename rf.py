@@ -36,10 +36,18 @@ class RectifiedFlow:
             raise UserError(f"objective.contrastive={contrastive}; needed: from 0 to below 1, 0.05 as published")
         self.timesteps, self.contrastive, self.null_label = timesteps, contrastive, null_label
 
-    def loss(self, net: Callable, x: torch.Tensor, y: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    def loss(
+        self,
+        net: Callable,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        generator: Generators = None,
+        reduce: Callable | None = None,
+    ) -> torch.Tensor:
         """Squared error of the velocity per sample: x (B, C, h, w), y (B,) -> (B,).
 
         Contrastive: less `contrastive` times the squared error against the other row of the pair (0, 1), (2, 3), ...
+        reduce(squared error, x_t, denoised), (B, C, h, w) each, -> (B,); None = the mean over all pixels.
         """
         if self.timesteps == "uniform":
             t = uniform((len(x),), generator, device=x.device)  # (B,)
@@ -48,14 +56,16 @@ class RectifiedFlow:
         noise = normal(x.shape, generator, device=x.device)
         x_t = x + t.view(-1, 1, 1, 1) * (noise - x)
         velocity = self.predict(net, x_t, t, y)
-        loss = (velocity - (noise - x)).square().flatten(1).mean(dim=1)
-        if not self.contrastive:
-            return loss
-        # Neighbours of a global batch are independent samples, and no split into even parts separates a pair.
-        other = torch.arange(len(x), device=x.device) ^ 1  # (B,)
-        contrasts = (other < len(x)) & (y != self.null_label)  # an odd batch's last row has no other
-        wrong = (noise - x)[other.clamp(max=len(x) - 1)]
-        return loss - self.contrastive * contrasts * (velocity - wrong).square().flatten(1).mean(dim=1)
+        error = (velocity - (noise - x)).square()  # (B, C, h, w)
+        if self.contrastive:
+            # Neighbours of a global batch are independent samples, and no split into even parts separates a pair.
+            other = torch.arange(len(x), device=x.device) ^ 1  # (B,)
+            contrasts = (other < len(x)) & (y != self.null_label)  # an odd batch's last row has no other
+            wrong = (noise - x)[other.clamp(max=len(x) - 1)]
+            error = error - self.contrastive * contrasts.view(-1, 1, 1, 1) * (velocity - wrong).square()
+        if reduce is None:
+            return error.flatten(1).mean(dim=1)
+        return reduce(error, x_t, x_t - t.view(-1, 1, 1, 1) * velocity)
 
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """v(x_t, t): x_t (B, C, h, w), t in [0, 1], () or (B,), y (B,) -> velocity (B, C, h, w) float32.

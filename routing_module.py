@@ -180,6 +180,15 @@ def draw_route(
     )
 
 
+def draw_only_route(
+    routes: Sequence[Route], routing: Routing | None, batch_size: int, num_tokens: int, device: torch.device
+) -> torch.Tensor | None:
+    """draw_route of a network with at most one route; None = all tokens, also where routing is off."""
+    if routing is None or not routes:
+        return None
+    return draw_route(routes[0], routing, batch_size, num_tokens, device)
+
+
 def gather_tokens(x: torch.Tensor, keep_ids: torch.Tensor) -> torch.Tensor:
     """The kept tokens: x (B, N, ...), keep_ids (B, K) -> (B, K, ...)."""
     return x.gather(1, _expand(keep_ids, x))

@@ -37,7 +37,6 @@ from evaluation.table import SCORES
 from gallery import save_grid
 from guidance import guidance_from
 from randomness import normal, seeded_generator, uniform
-from routing_module import Routing
 from sample import check_request, generate, labels_for, parse_seeds
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
@@ -233,11 +232,10 @@ def train_step(
         rows = plan.slice(seeded_generator(cfg.seed, "train", step, device=device), micro)
         x = latents.to_model_input(raw, rows)  # (B, C, h, w)
         y = torch.where(uniform(y.shape, rows, device=device) < cfg.train.label_dropout, state.model.num_classes, y)
-        net = partial(state.net, routing=Routing(generators=rows))
         last = micro == plan.accumulation - 1
         with nullcontext() if last or plan.world_size == 1 else state.net.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
-                loss = objective.loss(net, x, y, rows).mean() / plan.accumulation
+                loss = state.model.training_loss(objective, state.net, x, y, rows).mean() / plan.accumulation
             loss.backward()
         total += loss.detach()
     grad_norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
@@ -319,9 +317,9 @@ def validation_losses(run: TrainContext) -> dict[str, float]:
                 run.preemption.poll()
                 generator = seeded_generator(cfg.seed, "val", chunk, device=net.device)
                 x = latents.to_model_input(raw, generator)
-                model = partial(net.model, routing=Routing(generators=generator) if routed else None)
+                loss = partial(net.model.training_loss, net.objective) if routed else net.objective.loss
                 with torch.autocast(net.device.type, torch.bfloat16, enabled=net.precision == "bf16"):
-                    sums[i] += net.objective.loss(model, x, y, generator).sum()
+                    sums[i] += loss(net.model, x, y, generator).sum()
     if plan.world_size > 1:
         torch.distributed.all_reduce(sums)
     return {name: total / n for name, total in zip(modes, sums.tolist())}

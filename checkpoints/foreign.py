@@ -5,14 +5,28 @@
     sit      SiT, LightningDiT              velocity, t = 1 is data               rf.RectifiedFlow, reversed (below)
     repa     REPA                           velocity, t = 1 is noise              rf.RectifiedFlow
     tread    TREAD                          EDM's F                               edm.EDM
+    maskdit  MaskDiT                        EDM's F                               edm.EDM
+    sprint   SPRINT                         velocity, t = 1 is noise              rf.RectifiedFlow, renamed (below)
 
 A file's family follows from its layout, its arguments or its name (DiT-..., SiT-...); for any other, `ckpt=sit:FILE`
 states it. SiT's time is reversed: v(x, t) = -v_SiT(x, 1 - t). Its weights are converted when they are read, exactly:
 the last layer changes sign, and the first layer after the time embedding absorbs the reflection that takes cos(t w) and
 sin(t w) to cos((1 - t) w) and sin((1 - t) w).
+
+A MaskDiT's names are ours. A SPRINT's become ours when it is read, exactly (`from_sprint`):
+
+    encoder_blocks, middle_blocks, decoder_blocks    blocks, counted through
+    renoise_linear                                   fusion, [deep | shallow] in both
+    mlp.fc1_g over mlp.fc1_x; mlp.fc2 beside them    mlp.w12; mlp.w3
+    x_embedder.proj, of (channel, row, column)       x_embedder.proj, a convolution
+    final_layer.linear, to (channel, row, column)    final_layer.linear, to (row, column, channel)
+    no positions but rotary ones                     pos_embed, of zeros
+
+It does not say its latents' side: 32, for 256 pixels; `ckpt=sprint64:FILE` states another.
 """
 
 import argparse
+import itertools
 import math
 import re
 from pathlib import Path
@@ -27,6 +41,8 @@ from yaml import YAMLError
 from checkpoints.run_folder import in_todays_names
 from dit import SIZES, TIME_WIDTH, DiT, time_frequencies
 from lightningdit import LightningDiT
+from maskdit import MaskDiT
+from sprint import Sprint
 from system import UserError, cli
 
 OBJECTIVES = {
@@ -34,10 +50,14 @@ OBJECTIVES = {
     "sit": ["objective=rf", "objective.timesteps=uniform"],
     "repa": ["objective=rf", "objective.timesteps=uniform"],
     "tread": ["objective=edm"],
+    "maskdit": ["objective=edm"],
+    "sprint": ["objective=rf", "objective.timesteps=logit_normal"],
 }
 WEIGHTS_KEYS = {"ema": ("ema", "ema_state_dict"), "raw": ("model", "model_state_dict")}
 CONFIG_KEY = "tread_config"  # the key of our exports' config, as YAML
-UNUSED = ("projectors.", "feat_rope.")  # REPA's training heads; LightningDiT's rotary angles, which we compute
+# REPA's training heads; LightningDiT's and SPRINT's rotary angles, which we compute.
+UNUSED = ("projectors.", "feat_rope.", "rel_pos_embed.")
+SPRINT_PATCH = 2  # of all its models; the file has no shape that tells it
 
 
 class Content(NamedTuple):
@@ -60,6 +80,15 @@ def read(
         raise UserError(f"weights={weights!r}; needed: ema or raw")
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path, weights)
     tensors = {key: value for key, value in content.tensors.items() if not key.startswith(UNUSED)}
+    side = re.fullmatch(r"sprint(\d*)", family or "sprint")
+    if any(key.startswith("encoder_blocks.") for key in tensors):
+        if not side or int(side.group(1) or 32) % SPRINT_PATCH:
+            raise UserError(
+                f"{path} is a SPRINT, whose latents have an even side; needed: ckpt=sprint64:FILE for 64 x 64"
+            )
+        tensors, family = from_sprint(tensors, int(side.group(1) or 32)), "sprint"
+    elif family and side:
+        raise UserError(f"{path} is not a SPRINT; needed: ckpt=FILE, or another family in front")
     check_keys(tensors, path)
     family = family or family_of(content, path)
     config = own_config(content, path) or config_of(family, tensors, path)
@@ -133,6 +162,8 @@ def family_of(content: Content, path: Path) -> str:
     args = content.args
     if str(args.get("layout")) in OBJECTIVES:
         return args["layout"]
+    if is_maskdit(content.tensors):
+        return "maskdit"
     if "enc_type" in args or any(key.startswith("projectors.") for key in content.tensors):
         return "repa"
     if "path_type" in args:
@@ -153,18 +184,19 @@ def family_of(content: Content, path: Path) -> str:
 
 
 def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raises UserError, with the keys that differ, for anything but DiT's network and LightningDiT's.
+    """Raises UserError, with the keys that differ, for anything but our networks.
 
     Of the shapes it checks only those that this file relies on; `load_strictly` compares all of them.
     """
-    if any(key.startswith(("decoder_", "mask_token")) for key in tensors):
-        raise UserError(
-            f"{path} is a MaskDiT: its decoder is a second network of another width, which is not built here; "
-            f"needed: a DiT, SiT, REPA or TREAD file"
-        )
     depth = max(num_blocks(tensors), 1)
     with torch.device("meta"):
-        if is_lightning(tensors):
+        if is_sprint(tensors):
+            parts = sprint_parts(tensors)
+            wanted = Sprint(2, 2, 1, 4, max(depth, 5), 1, selection="random", **parts).state_dict()
+        elif is_maskdit(tensors):
+            decoder = dict(decoder_hidden_size=4, decoder_depth=max(num_blocks(tensors, "decoder_blocks."), 1))
+            wanted = MaskDiT(2, 2, 1, 4, depth, 1, decoder_num_heads=1, **decoder).state_dict()
+        elif is_lightning(tensors):
             wanted = LightningDiT(2, 2, 1, 4, depth, 1, qk_norm=has_qk_norm(tensors)).state_dict()
         else:
             wanted = DiT(2, 2, 1, 4, depth, 1).state_dict()
@@ -190,8 +222,52 @@ def has_qk_norm(tensors: dict[str, torch.Tensor]) -> bool:
     return "blocks.0.attn.q_norm.weight" in tensors
 
 
-def num_blocks(tensors: dict[str, torch.Tensor]) -> int:
-    return len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+def is_maskdit(tensors: dict[str, torch.Tensor]) -> bool:
+    return any(key.startswith("decoder_") for key in tensors)
+
+
+def is_sprint(tensors: dict[str, torch.Tensor]) -> bool:
+    return "fusion.weight" in tensors
+
+
+def sprint_parts(tensors: dict[str, torch.Tensor]) -> dict:
+    """Sprint's arguments that its keys tell."""
+    return {
+        "norm": "rms" if "blocks.0.norm1.weight" in tensors else "layer",
+        "mlp": "swiglu" if is_lightning(tensors) else "gelu",
+        "qk_norm": has_qk_norm(tensors),
+    }
+
+
+def num_blocks(tensors: dict[str, torch.Tensor], prefix: str = "blocks.") -> int:
+    return len({key.split(".")[1] for key in tensors if key.startswith(prefix)})
+
+
+def from_sprint(tensors: dict[str, torch.Tensor], input_size: int) -> dict[str, torch.Tensor]:
+    """The official names and layouts -> ours (above); what is missing stays missing."""
+    stages = ("encoder_blocks.", "middle_blocks.", "decoder_blocks.")
+    starts = dict(zip(stages, (0, *itertools.accumulate(num_blocks(tensors, stage) for stage in stages))))
+    result = {}
+    for key, value in tensors.items():
+        stage = next((stage for stage in stages if re.match(rf"{stage}\d+\.", key)), None)
+        if stage:
+            number, rest = key.removeprefix(stage).split(".", 1)
+            key = f"blocks.{starts[stage] + int(number)}.{rest}"
+        result[key.replace("renoise_linear.", "fusion.")] = value
+    for key in [key for key in result if ".mlp.fc1_g." in key]:
+        names = [key.replace("fc1_g", name) for name in ("fc1_g", "fc1_x", "fc2", "w12", "w3")]
+        if result.keys() >= set(names[:3]):
+            gate, value, result[names[4]] = (result.pop(name) for name in names[:3])
+            result[names[3]] = torch.cat([gate, value])
+    patch = SPRINT_PATCH**2
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if key in result and len(result[key]) % patch == 0:
+            result[key] = result[key].unflatten(0, (-1, patch)).transpose(0, 1).flatten(0, 1)
+    key = "x_embedder.proj.weight"
+    if key in result and result[key].ndim == 2 and result[key].shape[1] % patch == 0:
+        result[key] = result[key].unflatten(1, (-1, SPRINT_PATCH, SPRINT_PATCH))
+        result["pos_embed"] = torch.zeros(1, (input_size // SPRINT_PATCH) ** 2, len(result[key]))
+    return result
 
 
 def config_of(family: str, tensors: dict[str, torch.Tensor], path: Path) -> DictConfig:
@@ -205,18 +281,37 @@ def config_of(family: str, tensors: dict[str, torch.Tensor], path: Path) -> Dict
             f"{path} has width {width} and {outputs:g} outputs for {channels} channels, patch {patch}; needed: one of "
             f"DiT's widths ({', '.join(map(str, sizes))}), which tell the heads, and one or two outputs a channel"
         )
-    model = "lightningdit" if is_lightning(tensors) else "tread" if family == "tread" else "dit"
+    labels = tensors["y_embedder.embedding_table.weight"].shape
     config = cli.load_config("config", [
-        f"model={model}", *OBJECTIVES[family],
+        *network_of(family, tensors), *OBJECTIVES[family],
         f"data={'mnist' if channels in (1, 3) else 'folder'}",  # pixels, or latents of SD's autoencoder,
         *["data.codec.path=null", "data.codec.scale=1.0"] * (channels not in (1, 3, 4)),  # or of one that nobody names
         f"data.channels={channels}", f"data.input_size={side * patch}",
-        f"data.num_classes={tensors['y_embedder.embedding_table.weight'].shape[0] - 1}",
+        f"data.num_classes={labels[1] if is_maskdit(tensors) else labels[0] - 1}",
         f"model.size=DiT-{sizes[width]}/{patch}", f"model.depth={num_blocks(tensors)}",
-        f"model.learn_sigma={outputs == 2 * channels}", *["model.qk_norm=true"] * has_qk_norm(tensors),
+        *[f"model.learn_sigma={outputs == 2 * channels}"] * (not is_maskdit(tensors)),
     ])  # fmt: skip
     OmegaConf.resolve(config)
     return OmegaConf.masked_copy(config, ["model", "objective", "sampler", "data"])
+
+
+def network_of(family: str, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Overrides: the model, and those of its arguments that no other model has."""
+    if is_sprint(tensors):
+        inner = tensors["blocks.0.mlp.w3.weight" if is_lightning(tensors) else "blocks.0.mlp.fc2.weight"].shape[1]
+        ratio = inner / tensors["pos_embed"].shape[2] * (1.5 if is_lightning(tensors) else 1)
+        selection = "random" if math.isqrt(tensors["pos_embed"].shape[1]) % 2 else "structured"
+        parts = sprint_parts(tensors) | {"mlp_ratio": ratio, "selection": selection, "rotary": True, "sincos": False}
+        return ["model=sprint", *(f"model.{name}={value}" for name, value in parts.items())]
+    if is_maskdit(tensors):
+        # 16 heads at every width, as in its own code.
+        shape = dict(
+            hidden_size=tensors["mask_token"].shape[-1], depth=num_blocks(tensors, "decoder_blocks."), num_heads=16
+        )
+        return ["model=maskdit", *(f"model.decoder_{name}={value}" for name, value in shape.items())]
+    if is_lightning(tensors):
+        return ["model=lightningdit", f"model.qk_norm={has_qk_norm(tensors)}"]
+    return ["model=tread" if family == "tread" else "model=dit"]
 
 
 def reverse_time(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -194,7 +194,7 @@ def step_of(checkpoint: Path) -> int:
 
 def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
     """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself (foreign.py)."""
-    named = re.fullmatch(r"(dit|sit|repa|tread):(.+)", str(ckpt))
+    named = re.fullmatch(r"(dit|sit|repa|tread|maskdit|sprint\d*):(.+)", str(ckpt))
     return (named.group(1), Path(named.group(2))) if named else (None, Path(ckpt))
 
 

@@ -7,8 +7,8 @@ from system import UserError
 
 # A config may come with somebody's checkpoint, and `_target_` can name any code on this machine.
 ALLOWED_TARGETS = {
-    "dit.DiT", "lightningdit.LightningDiT", "edm.EDM", "rf.RectifiedFlow", "ddpm.DDPM",
-    "autoencoder.PixelCodec", "autoencoder.VAECodec",
+    "dit.DiT", "lightningdit.LightningDiT", "sprint.Sprint", "maskdit.MaskDiT", "edm.EDM", "rf.RectifiedFlow",
+    "ddpm.DDPM", "autoencoder.PixelCodec", "autoencoder.VAECodec",
 }  # fmt: skip
 
 

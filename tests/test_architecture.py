@@ -6,14 +6,15 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_ROOT_FILES, MAX_FLOORS, MAX_DOORS, MAX_DATA_MODULES, MAX_ARGUMENTS = 17, 9, 88, 12, 7
+MAX_ROOT_FILES, MAX_FLOORS, MAX_DOORS, MAX_DATA_MODULES, MAX_ARGUMENTS = 19, 10, 100, 12, 7
 # A room is a file at the root or a package. It may import rooms of lower floors only.
 FLOORS = [
     {"system"},
     {"randomness", "autoencoder"},
     {"routing_module", "solvers", "data"},
     {"dit", "edm", "ddpm", "guidance", "gallery", "cost", "routing_diffusers"},
-    {"lightningdit"},
+    {"lightningdit", "maskdit"},
+    {"sprint"},
     {"checkpoints"},
     {"sample", "evaluation", "training"},
     {"fid", "export", "rf"},
@@ -21,7 +22,8 @@ FLOORS = [
     {"scripts"},
 ]
 # Their arguments are the papers': samplers, and constructors of networks.
-LONG_SIGNATURES = {"edm_sampler", "flow_sampler", "ddpm_sampler", "DiT.__init__", "LightningDiT.__init__"}
+LONG_SIGNATURES = {"edm_sampler", "flow_sampler", "ddpm_sampler"}
+LONG_SIGNATURES |= {f"{network}.__init__" for network in ("DiT", "LightningDiT", "MaskDiT", "Sprint")}
 
 
 @cache
@@ -79,8 +81,8 @@ def test_every_door_leads_down():
 
 
 def test_the_floors_are_the_documented_ones():
-    rows = re.findall(r"^\| (\d) \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in sorted(rows)] == FLOORS
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in sorted(rows, key=lambda row: int(row[0]))] == FLOORS
 
 
 def test_the_modules_of_a_package_form_no_circle():

@@ -326,7 +326,7 @@ def broken_files(state):
         "unknown keys": ("DiT-a.pt", state | extra, "10 unknown: blocks.0.adaLN_modulation.1.bias_2"),
         "missing keys": ("DiT-a.pt", fewer, "missing: blocks.3.*unknown: blocks.5"),
         "another network": ("DiT-a.pt", vit, "another architecture.*missing.*unknown: head.weight, patch_embed"),
-        "MaskDiT": ("a.pt", mask, "MaskDiT"),
+        "part of a MaskDiT": ("a.pt", mask, "unknown: mask_token"),
         "wrong width of the MLP": ("DiT-a.pt", wide, r"fc1.weight is \(256, 128\) in the file and \(512, 128\)"),
         "wrong patch": ("SiT-a.pt", state | {patches: torch.zeros(WIDTH, 4, 4, 4)}, "2 outputs .* patch 4"),
         "no convolution": ("SiT-a.pt", state | {patches: torch.zeros(WIDTH, 16)}, "proj.weight has the shape"),

@@ -1,0 +1,106 @@
+"""SPRINT (arXiv 2510.21986): most tokens skip the middle of the network, and a dense stream goes around it.
+
+    shallow = f(x)                              2 blocks, all N tokens
+    deep = g(kept tokens of shallow)            depth - 4 blocks, K tokens, padded to N with a mask token
+    output = h(fusion([deep | shallow]))        fusion 2 D -> D, then 2 blocks, all N tokens
+
+f, g and h are `blocks` in their order. In training some samples lose their whole deep stream to the mask token (path
+drop), so the network predicts without g too: path-drop guidance takes that as its weak branch, at the price of f and h.
+At selection_ratio 0 nothing is padded: the second stage and dense sampling use the same weights.
+"""
+
+import torch
+from torch import nn
+
+from lightningdit import LightningDiT
+from randomness import uniform
+from routing_module import Route, Routing, draw_only_route, gather_tokens, pad_tokens
+from system import UserError
+
+DENSE = 2  # blocks of f, and of h
+
+
+class Sprint(LightningDiT):
+    """LightningDiT's call and arguments, and the sparse middle in place of routes.
+
+    selection_ratio, selection: of g's tokens in training, as in a Route. path_drop: the probability, per sample, that
+    training replaces the deep stream by the mask token. The other defaults are the paper's SiT: DiT's LayerNorm, rotary
+    positions alone, QK-norm, SwiGLU; with norm="layer", mlp="gelu", qk_norm=False, rotary=False it is DiT.
+
+    Raises UserError for fewer than 5 blocks, and for a ratio that the selection does not allow.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int | None = None,
+        in_channels: int = 4,
+        hidden_size: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = False,
+        selection_ratio: float = 0.75,
+        selection: str = "structured",
+        path_drop: float = 0.1,
+        qk_norm: bool = True,
+        size: str = "DiT-XL/2",
+        norm: str = "layer",
+        mlp: str = "swiglu",
+        rotary: bool = True,
+        sincos: bool = False,
+    ):
+        if depth is not None and depth <= 2 * DENSE:
+            raise UserError(f"SPRINT's {2 * DENSE} dense blocks leave none of {depth} for its sparse middle")
+        if not 0 <= path_drop < 1:
+            raise UserError(f"path_drop {path_drop}; needed: a probability in [0, 1)")
+        route = Route(selection_ratio, DENSE, -1 - DENSE, selection)
+        super().__init__(
+            input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
+            [route], qk_norm, False, size, norm, mlp, rotary, sincos,
+        )  # fmt: skip
+        self.path_drop = path_drop
+        hidden_size = self.pos_embed.shape[-1]
+        self.fusion = nn.Linear(2 * hidden_size, hidden_size)
+        nn.init.xavier_uniform_(self.fusion.weight)
+        nn.init.zeros_(self.fusion.bias)
+        # A buffer: in the authors' code it is not trained.
+        self.register_buffer("mask_token", 0.02 * torch.randn(1, 1, hidden_size))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
+        tokens, c = self.embed(x, t, y)  # (B, N, D), (B, D)
+        positions = self.positions(None)
+        for block in self.all_blocks[:DENSE]:
+            tokens = self.run(block, tokens, c, positions)
+        deep = self.deep_stream(tokens, c, routing)  # (B, N, D)
+        # In the dtype of f's tokens, or the blocks of h would be compiled separately under autocast.
+        tokens = self.fusion(torch.cat([deep, tokens], dim=-1)).to(tokens.dtype)  # (B, N, D)
+        for block in self.all_blocks[-DENSE:]:
+            tokens = self.run(block, tokens, c, positions)
+        return self.output(tokens, c)
+
+    def deep_stream(self, shallow: torch.Tensor, c: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+        """What g makes of the shallow stream (B, N, D): (B, N, D), the mask token in the places that g did not see."""
+        if routing is not None and routing.drop_path:
+            return self.mask_token.expand_as(shallow)
+        keep_ids = draw_only_route(self.routes, routing, *shallow.shape[:2], shallow.device)
+        tokens = shallow if keep_ids is None else gather_tokens(shallow, keep_ids)  # (B, K, D)
+        positions = self.positions(keep_ids)
+        for block in self.all_blocks[DENSE:-DENSE]:
+            tokens = self.run(block, tokens, c, positions)
+        if keep_ids is not None:
+            tokens = pad_tokens(tokens, keep_ids, self.mask_token, self.num_tokens)  # (B, N, D)
+        if self.path_drop and routing is not None and routing.selection_ratio is None and routing.keep_ids is None:
+            dropped = uniform((len(tokens),), routing.generators, device=tokens.device) < self.path_drop  # (B,)
+            tokens = torch.where(dropped.view(-1, 1, 1), self.mask_token, tokens)
+        return tokens
+
+    def macs(self, routing: Routing | None = None) -> int:
+        return super().macs(routing) + self.num_tokens * self.fusion.weight.numel()
+
+    def block_macs(self, routing: Routing | None = None) -> list[int]:
+        macs = super().block_macs(routing)
+        if routing is not None and routing.drop_path:
+            macs[DENSE:-DENSE] = [0] * len(macs[DENSE:-DENSE])
+        return macs

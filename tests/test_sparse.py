@@ -1,0 +1,329 @@
+"""What holds for every token-sparse method alike: TREAD structured, SPRINT, MaskDiT, and their second stages."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch._dynamo.utils import counters
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import bench
+import show_routes
+
+import cost
+import sample
+import train as training
+from checkpoints.load import Run, load_run, round_linears
+from checkpoints.run_folder import latest_checkpoint
+from dit import DiT
+from edm import EDM
+from guidance import Guidance
+from maskdit import MaskDiT
+from randomness import seeded_generator
+from routing_module import Route, Routing, draw_keep_ids
+from sprint import Sprint
+from system import UserError, cli
+from system.compiling import compile_blocks
+from system.instantiate import instantiate
+from tests.conftest import ROOT
+from tests.made_runs import make_run
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
+
+METHODS = {
+    "tread": [
+        "model=tread",
+        "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:-2,selection:structured}]",
+    ],
+    "sprint": ["model=sprint", "model.path_drop=0.3"],
+    "sprint, stage 2": ["model=sprint", "model.selection_ratio=0", "model.path_drop=0.3"],
+    "sprint on lightningdit": ["model=lightningdit_sprint", "objective=rf", "model.selection=random"],
+    "maskdit": ["model=maskdit"],
+    "maskdit, unmasked": ["model=maskdit", "model.selection_ratio=0"],
+}  # fmt: skip
+COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+@pytest.fixture
+def run(tiny_overrides, tmp_path):
+    """run(name, *overrides, stop_after=None) -> (exit code, run folder)."""
+
+    def run(name, *overrides, stop_after=None):
+        config = cli.load_config("config", [*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
+        with pytest.MonkeyPatch.context() as patch:
+            if stop_after is not None:
+                patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
+            return training.train(config), tmp_path / name
+
+    return run
+
+
+def numbers(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def assert_same_run(a, b):
+    assert numbers(a) == numbers(b)
+    for name in COMPARED:
+        assert (latest_checkpoint(a) / name).read_bytes() == (latest_checkpoint(b) / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_exact_and_checkpointing_changes_no_number(run, method):
+    settings = [*METHODS[method], "train.max_steps=5", "train.val_every=2"]
+    _, golden = run("golden", *settings)
+    lines = numbers(golden)
+    assert len({line["train/loss"] for line in lines if "train/loss" in line}) == 5
+    assert "val/loss_routed" in next(line for line in lines if "val/loss_dense" in line)
+    assert run("cut", *settings, stop_after=3)[0] == EXIT_START_AGAIN
+    code, cut = run("cut", *settings)
+    assert code == 0
+    assert_same_run(golden, cut)
+    assert_same_run(golden, run("again", *settings, "train.gradient_checkpointing=true")[1])
+
+
+@pytest.mark.parametrize("method", ["sprint", "maskdit", "maskdit, unmasked"])
+def test_two_processes_train_the_run_of_one(method, tiny_overrides, tmp_path):
+    settings = [*METHODS[method], *tiny_overrides, f"results_dir={tmp_path}", "train.max_steps=4", "train.val_every=4"]
+    port = 29700 + list(METHODS).index(method)
+    commands = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)],
+    }
+    for name, command in commands.items():
+        done = subprocess.run(
+            [*command, "train.py", *settings, f"run_name={name}", "train.check_replicas_every=1"],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-3), a["step"]
+    assert one[0] == pytest.approx(two[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_is_the_same_step(run, method):
+    _, whole = run("whole", *METHODS[method], "train.max_steps=3")
+    _, parts = run("parts", *METHODS[method], "train.max_steps=3", "train.micro_batch_size=4")
+    for a, b in zip(numbers(whole), numbers(parts), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sprint", "maskdit"])
+def test_a_step_that_is_not_finite_updates_nothing(run, method, monkeypatch):
+    make_loader = training.data.make_loader
+
+    def poisoned(*args, **settings):
+        for step, (raw, y) in enumerate(make_loader(*args, **settings), settings["start_step"] + 1):
+            raw = raw.clone()
+            raw[0, 0, 0, 0] = float("nan") if step == 3 else raw[0, 0, 0, 0]
+            yield raw, y
+
+    _, before = run("before", *METHODS[method], "train.max_steps=2")
+    monkeypatch.setattr(training.data, "make_loader", poisoned)
+    code, folder = run("stops", *METHODS[method], "train.save_every=1", "train.log_every=7")
+    assert code == EXIT_NOT_FINITE
+    for name in COMPARED[:2]:
+        saved = (latest_checkpoint(folder) / name).read_bytes()
+        assert latest_checkpoint(folder).name == "step_0000002"
+        assert saved == (latest_checkpoint(before) / name).read_bytes()
+
+
+@pytest.mark.parametrize("first, second", [("sprint", "sprint, stage 2"), ("maskdit", "maskdit, unmasked")])
+def test_the_second_stage_starts_from_the_first(run, first, second, tmp_path):
+    _, folder = run("first", *METHODS[first], "train.max_steps=2")
+    code, then = run("second", *METHODS[second], f"init_from={folder}", "train.max_steps=1", "train.lr=0")
+    assert code == 0
+    before, after = (load_run(path, weights, device="cpu").model for path, weights in ((folder, "ema"), (then, "raw")))
+    assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
+    assert set(after.block_tokens(Routing())) == {16}
+
+
+def networks():
+    """(network, graphs of its blocks in training and evaluation together)."""
+    shape = dict(input_size=16, patch_size=2, in_channels=4, hidden_size=32, depth=8, num_heads=2, num_classes=10)
+    as_dit = dict(norm="layer", mlp="gelu", qk_norm=False, rotary=False, sincos=True)
+    decoder = dict(decoder_hidden_size=16, decoder_depth=2, decoder_num_heads=2)
+    return {
+        "tread": (lambda: DiT(**shape, learn_sigma=False, routes=[Route(0.75, 2, -4, "structured")]), 3),
+        "sprint": (lambda: Sprint(**shape, **as_dit), 3),
+        "sprint, rotary": (lambda: Sprint(**shape), 4),
+        "maskdit": (lambda: MaskDiT(**shape, **decoder), 4),  # a graph for the encoder and one for the decoder
+    }
+
+
+@pytest.mark.parametrize("name, checkpointed", zip(networks(), (False, True, False, True)))
+def test_one_graph_a_token_count(name, checkpointed, monkeypatch):
+    """Training: one for each token count of equal blocks. Evaluation: one for all, or two where positions differ by
+    sample or not. The final layer: one for each."""
+    torch.compiler.reset()
+    eager = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # graphs are counted, none is built
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    make, of_blocks = networks()[name]
+    net = make()
+    net.gradient_checkpointing = checkpointed
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    round_linears(ema)
+    compile_blocks(net, "blocks")
+    compile_blocks(ema, "blocks", dynamic=True)
+    counters.clear()
+    x, y = torch.randn(4, 4, 16, 16), torch.zeros(4, dtype=torch.int64)
+
+    def train(step):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net.training_loss(EDM(), net, x, y, seeded_generator(step)).sum()
+        loss.backward()
+
+    def evaluate():
+        run = Run(ema, EDM(), None, OmegaConf.create(), torch.device("cpu"), "bf16")
+        guidances = [Guidance(), Guidance(scale=2.0), Guidance(1.5, None, 0.25, 0.75, "same")]
+        guidances += [Guidance(3.0, weak_path="drop")] if net.path_drop else []
+        for guidance in guidances:
+            for n in (5, 3):
+                sample.generate_latents(run, guidance, range(n), torch.zeros(n, dtype=torch.int64), {"num_steps": 2})
+
+    for step in range(2):
+        train(step)
+        evaluate()
+    assert counters["stats"]["unique_graphs"] == of_blocks + 2 and not counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        train(2)
+        evaluate()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", networks())
+def test_sparse_guidance_takes_a_ratio_for_each_branch(name):
+    net = networks()[name][0]().eval().requires_grad_(False)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    run = Run(net, EDM(), None, OmegaConf.create(), torch.device("cpu"))
+    y = torch.tensor([0, 1, 2])
+    strong, weak = sample.branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), range(3), y)
+    x, t = torch.randn(3, 4, 16, 16), torch.tensor(0.7)
+    seen = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    strong(x, t), weak(x, t)
+    assert seen == net.block_tokens(Routing(0.25))[:8] + net.block_tokens(Routing(0.75))[:8]
+    assert min(seen[:8]) == 48 and min(seen[8:]) == 16
+    alone = sample.branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), [1], y[1:2])[1](x[1:2], t)
+    again = sample.branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), range(3), y)[1](x, t)
+    torch.testing.assert_close(alone, again[1:2], rtol=1e-4, atol=1e-4)  # an image depends on its own seed alone
+
+
+SMALL = ["model.depth=6", "model.hidden_size=32", "model.num_heads=2", "sampler.num_steps=2"]
+
+
+@pytest.mark.parametrize("model", ["sprint", "maskdit"])
+def test_show_routes_shows_the_tokens_that_sampling_keeps(model, tmp_path):
+    folder = make_run(tmp_path / "run", [f"model={model}", *SMALL])
+    run = load_run(folder, device="cpu")
+    (kept,) = show_routes.kept_tokens(run, [4, 9], None, 0)
+    (route,) = run.model.routes
+    masks = sample.streams([4, 9], "strong")
+    ids = draw_keep_ids(2, run.model.num_tokens, route.selection_ratio, generators=masks, selection=route.selection)
+    assert torch.equal(kept.nonzero()[:, 1].view(2, -1), ids)
+    passes = show_routes.through_blocks(run, [kept])
+    assert passes.sum(dim=2).tolist() == [run.model.block_tokens(Routing())] * 2
+    show_routes.main([f"ckpt={folder}", "seeds=0-1", f"out={tmp_path / 'routes.png'}"])
+    assert (tmp_path / "routes.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("model", ["sprint", "maskdit"])
+def test_the_bench_knows_it(model, monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    settings = ["train.global_batch_size=8", "train.compile=off", "train.precision=fp32", "train.micro_batch_size=4"]
+    report = bench.bench(cli.load_config("config", [f"model={model}", *SMALL[:3], *settings]), compare=False)
+    dense, routed = (report["kinds"][f"ours {way}"] for way in ("dense", "routed"))
+    for row in (dense, routed):
+        assert row["gmacs_counted"] == pytest.approx(row["gmacs"], rel=0.02) and row["host_waits"] == 0
+    assert report["speedup_predicted"] == dense["gmacs"] / routed["gmacs"] > 1
+    assert routed["step_gb"] < dense["step_gb"] and (report["graph_breaks"], report["recompiles"]) == (0, 0)
+
+
+def test_cost_is_printed_before_a_run(capsys):
+    keys = ["data=imagenet256", "model.size=DiT-XL/2"]
+    cost.main(["model=sprint", *keys])
+    out = capsys.readouterr().out
+    assert "42.515 routed (blocks 2..25 at 0.75): 0.3564, 2.806x cheaper" in out
+    cost.main(["model=maskdit", *keys])
+    assert "65.451 routed (blocks 0..27 at 0.5)" in capsys.readouterr().out
+
+
+def test_guidance_of_previews_is_refused_before_the_first_step(run):
+    with pytest.raises(UserError, match="needs a model trained with path drop"):
+        run("dit", "model=dit", "guidance@preview=path_drop", "train.dry_run=true", "preview.every=1")
+
+
+PUBLISHED = {
+    "sprint": dict(selection_ratio=0.75, steps=2_000_000, batch=256, lr=1e-4, warmup=0),
+    "sprint_finetune": dict(selection_ratio=0.0, steps=200_000, batch=1024, lr=2e-4, warmup=5000),
+    "maskdit": dict(selection_ratio=0.5, steps=2_000_000, batch=1024, lr=1e-4, warmup=0),
+    "maskdit_finetune": dict(selection_ratio=0.0, steps=100_000, batch=1024, lr=5e-5, warmup=0),
+}
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_the_stages_have_the_papers_setting(experiment):
+    cfg, wanted = cli.load_config("config", [f"experiment={experiment}", "results_dir=runs"]), PUBLISHED[experiment]
+    with torch.device("meta"):
+        net = instantiate(cfg.model)
+    assert (len(net.blocks), net.pos_embed.shape[-1], net.num_tokens) == (28, 1152, 256)
+    assert net.routes[0].selection_ratio == wanted["selection_ratio"]
+    train = cfg.train
+    assert (train.max_steps, train.global_batch_size, train.lr, train.warmup_steps) == tuple(list(wanted.values())[1:])
+    assert (train.ema_decay, train.label_dropout, train.decay_steps, train.grad_clip) == (0.9999, 0.1, 0, 1.0)
+    assert (list(cfg.optimizer.betas), cfg.optimizer.weight_decay) == ([0.9, 0.999], 0)
+    if experiment.startswith("sprint"):
+        assert cfg.objective.timesteps == "logit_normal" and net.path_drop == 0.1
+        names = set(net.state_dict())
+        assert {
+            "blocks.0.attn.q_norm.weight",
+            "blocks.0.mlp.w12.weight",
+        } <= names and "blocks.0.norm1.weight" not in names
+    else:
+        assert (cfg.objective.P_mean, cfg.objective.P_std, cfg.objective.sigma_data) == (-1.2, 1.2, 0.5)
+        assert net.mae_weight == 0.1 and len(net.decoder_blocks) == 8
+    if experiment.endswith("finetune"):
+        first = cli.load_config("config", [f"experiment={experiment.removesuffix('_finetune')}"])
+        model, objective = ("sprint", "rf") if "sprint" in experiment else ("maskdit", "edm")
+        assert (
+            first.run_name is None
+            and cfg.init_from == f"runs/imagenet256-{model}-{objective}" != f"runs/{cfg.run_name}"
+        )
+        assert train.precision == ("fp32" if "maskdit" in experiment else "auto")
+
+
+ROWS = [f"experiment={name}" for name in PUBLISHED] + [
+    f"experiment=imagenet256 model={m}" for m in ("sprint", "maskdit")
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_each_stage_dry_runs(row, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "open_data", None)  # no data is asked for
+    small = [
+        "model.depth=6",
+        "model.hidden_size=64",
+        "model.num_heads=2",
+        "train.global_batch_size=2",
+        "init_from=null",
+    ]
+    config = cli.load_config(
+        "config", [*row.split(), *small, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
+    )
+    assert training.train(config) == 0
+    out = capsys.readouterr().out
+    assert "GPU-hours" in out and "dry run    one step" in out and "nan" not in out
+    assert not list(tmp_path.iterdir())
