@@ -147,8 +147,10 @@ def export_pipeline(run: Run, tensors: dict[str, torch.Tensor], config: DictConf
     if isinstance(run.codec, PixelCodec):
         vae = pixel_vae(model.in_channels)
     else:
+        if run.codec.scale.ndim or run.codec.bias.any():
+            raise UserError("format=diffusers needs latents of one scale and no bias; these have one per channel")
         vae = run.codec.vae
-        vae.register_to_config(scaling_factor=run.codec.scale)
+        vae.register_to_config(scaling_factor=round(run.codec.scale.item(), 8))  # as written: float32 has 7 digits
     names = {i: str(i) for i in range(run.num_classes)}
     pipeline = DiTPipeline(transformer.to(tensors["x_embedder.proj.weight"].dtype), vae, scheduler, id2label=names)
     pipeline.register_to_config(id2label=names)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-import gallery
+from checkpoints import gallery
 from checkpoints.load import Run, load_run
 from checkpoints.run_folder import complete_checkpoints, step_of
 from guidance import Branch, Guidance, check_networks, guidance_from, guide, pair

@@ -27,6 +27,7 @@ from torch import nn
 
 import data
 import fid
+from checkpoints.gallery import save_grid
 from checkpoints.load import Run
 from cost import cost_table
 from data import BatchPlan
@@ -34,7 +35,6 @@ from evaluation.features import Extractor
 from evaluation.reference import Reference
 from evaluation.score import write_metrics
 from evaluation.table import SCORES
-from gallery import save_grid
 from guidance import guidance_from
 from randomness import normal, seeded_generator, uniform
 from sample import check_request, generate, labels_for, parse_seeds

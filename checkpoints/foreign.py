@@ -39,11 +39,9 @@ from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
 from checkpoints.run_folder import in_todays_names
-from dit import SIZES, TIME_WIDTH, DiT, time_frequencies
-from lightningdit import LightningDiT
-from maskdit import MaskDiT
-from sprint import Sprint
+from dit import SIZES, TIME_WIDTH, time_frequencies
 from system import UserError, cli
+from system.instantiate import instantiate
 
 OBJECTIVES = {
     "dit": ["objective=ddpm"],
@@ -189,17 +187,20 @@ def check_keys(tensors: dict[str, torch.Tensor], path: Path) -> None:
     Of the shapes it checks only those that this file relies on; `load_strictly` compares all of them.
     """
     depth = max(num_blocks(tensors), 1)
+    sizes = dict(input_size=2, patch_size=2, in_channels=1, hidden_size=4, depth=depth, num_heads=1)
+    if is_sprint(tensors):
+        network = {"_target_": "sprint.Sprint", "selection": "random", **sprint_parts(tensors)}
+        sizes["depth"] = max(depth, 5)
+    elif is_maskdit(tensors):
+        decoder_depth = max(num_blocks(tensors, "decoder_blocks."), 1)
+        network = {"_target_": "maskdit.MaskDiT", "decoder_hidden_size": 4, "decoder_num_heads": 1}
+        network |= {"decoder_depth": decoder_depth}
+    elif is_lightning(tensors):
+        network = {"_target_": "lightningdit.LightningDiT", "qk_norm": has_qk_norm(tensors)}
+    else:
+        network = {"_target_": "dit.DiT"}
     with torch.device("meta"):
-        if is_sprint(tensors):
-            parts = sprint_parts(tensors)
-            wanted = Sprint(2, 2, 1, 4, max(depth, 5), 1, selection="random", **parts).state_dict()
-        elif is_maskdit(tensors):
-            decoder = dict(decoder_hidden_size=4, decoder_depth=max(num_blocks(tensors, "decoder_blocks."), 1))
-            wanted = MaskDiT(2, 2, 1, 4, depth, 1, decoder_num_heads=1, **decoder).state_dict()
-        elif is_lightning(tensors):
-            wanted = LightningDiT(2, 2, 1, 4, depth, 1, qk_norm=has_qk_norm(tensors)).state_dict()
-        else:
-            wanted = DiT(2, 2, 1, 4, depth, 1).state_dict()
+        wanted = instantiate(OmegaConf.create(sizes | network)).state_dict()
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unknown:
         lists = [

@@ -17,11 +17,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import export
-import gallery
 import rf
 import sample
 from autoencoder import VAECodec, to_uint8
-from checkpoints import run_folder
+from checkpoints import gallery, run_folder
 from checkpoints.load import load_run
 from guidance import Guidance
 from system import cli
