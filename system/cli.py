@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -156,6 +157,8 @@ def leave(error: Exception) -> NoReturn:
     missing = roll_call() if lost else []
     rank = os.environ.get("RANK", "0")
     tells, code = first_to_tell(2 if isinstance(error, USER_ERRORS) else 1)
+    if tells:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, as soon as another process has left
     if tells and lost:
         text = f"process {rank} lost the others: {one_line(error)}; not answering: {missing or 'none'}"
         print(f"error: {text}", file=sys.stderr)

@@ -134,9 +134,14 @@ def roll_call(seconds: float = 3.0) -> list[int]:
 
 
 def first_to_tell(code: int) -> tuple[bool, int]:
-    """(whether this process tells the job's error: the first that asks does, the exit code of that one)."""
+    """(whether this process tells the job's error: the first that asks does, the exit code of that one).
+
+    Before the processes have met, it is the first of each machine; another one, with an error of its own, after 5 s.
+    """
     if not torch.distributed.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", 0)) == 0, code
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(5)  # the launcher ends this process when the first has told the error and left
+        return True, code
     own = f"{torch.distributed.get_rank()} {code}"
     try:
         told = store().compare_set("tread_told", "", own).decode()

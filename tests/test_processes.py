@@ -361,6 +361,12 @@ def test_an_error_of_one_process_is_told_once_with_its_traceback(settings, tmp_p
     assert err.count("RuntimeError: made to fail") == 1 and ", in fail\n" in err
 
 
+def test_a_mistake_of_the_users_is_told_once(settings):
+    job = start(torchrun(29664), *settings[0], "train.max_step=3")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode != 0 and err.count("unknown key 'train.max_step'") == 1, err
+
+
 def test_processes_that_see_different_checkpoints_do_not_start(settings, tmp_path):
     keys = ["run_name=disagree", "train.save_every=10", "train.val_every=0", "preview.every=0"]
     trained_before(*settings[0], *keys, f"results_dir={tmp_path / 'here'}", "train.max_steps=20")
