@@ -149,7 +149,9 @@ class Hub(BaseHTTPRequestHandler):
                 {"error": "no rights"} if refused else {"url": f"{self.server.url}/me/{name}"}, 403 if refused else 200
             )
         if "/preupload/" in self.path:
-            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
             return self.answer({"files": files})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
