@@ -1,5 +1,6 @@
 """A trained network with everything that sampling needs: objective, codec and config."""
 
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -105,9 +106,16 @@ def load_run(
         compile=compiled,
         step=step,
         weights=weights,
-        folder=path.with_suffix("") if path.is_file() else path.parent.parent,
+        folder=folder_of(ckpt, path),
         checkpoint=path,
     )
+
+
+def folder_of(ckpt: str | Path, path: Path) -> Path:
+    """Where samples and scores of a checkpoint at `path` go: its run folder; for hf:owner/name, a folder in runs/."""
+    if hub_name := re.fullmatch(r"(?:\w+:)?hf:(.+)", str(ckpt)):
+        return Path("runs") / hub_name.group(1).replace("/", "-")
+    return path.with_suffix("") if path.is_file() else path.parent.parent
 
 
 def round_linears(model: torch.nn.Module) -> None:

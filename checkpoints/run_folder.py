@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from system import UserError
+from system import UserError, hub
 from system.files import sha256_of, sync, usual_mode, write_text_atomic
 from system.processes import is_main
 
@@ -193,9 +193,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
-    """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself (foreign.py)."""
+    """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself (foreign.py).
+
+    hf:owner/name[/file] becomes its local copy.
+    """
     named = re.fullmatch(r"(dit|sit|repa|tread|maskdit|sprint\d*):(.+)", str(ckpt))
-    return (named.group(1), Path(named.group(2))) if named else (None, Path(ckpt))
+    return (named.group(1), hub.local(named.group(2))) if named else (None, hub.local(ckpt))
 
 
 def find_checkpoint(ckpt: str | Path) -> Path:

@@ -38,7 +38,7 @@ from checkpoints.run_folder import (
 from cost import cost_table
 from data import BatchPlan
 from guidance import check_networks, guidance_from
-from system import UserError, cli
+from system import UserError, cli, hub
 from system.files import reserve, write_text_atomic
 from system.instantiate import instantiate
 from system.processes import is_main
@@ -206,7 +206,9 @@ def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.L
     if cfg.data.prepare == "mnist":
         with dist.local_main_process_first():
             data.prepare_mnist(cfg.data.path)
-    train = data.open_latents(cfg.data.path, kind=cfg.data.kind, on_error=cfg.data.on_error)
+    with dist.local_main_process_first():
+        folder = hub.local(cfg.data.path, "dataset")
+    train = data.open_latents(folder, kind=cfg.data.kind, on_error=cfg.data.on_error)
     wanted = (cfg.data.channels, cfg.data.input_size, cfg.data.input_size)
     if tuple(train.shape) != wanted:
         raise UserError(
@@ -217,9 +219,9 @@ def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.L
         raise UserError(
             f"{cfg.data.path} has {train.num_classes} classes, the model has data.num_classes={cfg.data.num_classes}"
         )
-    if not data.has_split(cfg.data.path, "val"):
+    if not data.has_split(folder, "val"):
         return train, train
-    return train, data.open_latents(cfg.data.path, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)
+    return train, data.open_latents(folder, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)
 
 
 def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[TrainState, object]:

@@ -1,0 +1,27 @@
+"""Files on the Hugging Face hub, named hf:owner/name or hf:owner/name/file, by way of huggingface_hub's cache."""
+
+from pathlib import Path
+
+from system import UserError
+
+
+def local(path: str | Path, kind: str = "model") -> Path:
+    """`path` as it is; for hf:owner/name the folder, for hf:owner/name/file the file, downloaded unless it is cached.
+
+    kind: model or dataset. Without a network, the cached copy is used. Raises UserError where there is none.
+    """
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    owner, _, rest = str(path).removeprefix("hf:").partition("/")
+    name, _, file = rest.partition("/")
+    if not owner or not name:
+        raise UserError(f"{path}; needed: hf:owner/name or hf:owner/name/file")
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if file:
+            return Path(hf_hub_download(f"{owner}/{name}", file, repo_type=kind))
+        return Path(snapshot_download(f"{owner}/{name}", repo_type=kind))
+    except Exception as error:  # the hub's client and the HTTP library under it each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is not cached, and the hub did not send it: {reason}") from None
