@@ -36,10 +36,14 @@ def cost_table(model: nn.Module, cfg: DictConfig) -> str:
     hours = f"{gpu_hours(routed, cfg):.3g} GPU-hours"
     if model.routes:
         hours += f" (dense: {gpu_hours(dense, cfg):.3g})"
+    averages = len(cfg.ema.widths or ())
+    state = "weights, gradients, EMA, Adam's moments" + (f", {averages} power averages" if averages else "")
+    if cfg.optimizer.name == "muon":
+        state += " (one moment less of Muon's matrices)"
     return "\n".join([
         f"parameters {total / 1e6:.2f} M in {len(parameters)} tensors",
         f"forward    {forward}",
-        f"state      {total * BYTES_PER_PARAMETER / 1e9:.3f} GB: weights, gradients, EMA, Adam's moments in float32",
+        f"state      {total * (BYTES_PER_PARAMETER + 4 * averages) / 1e9:.3f} GB: {state} in float32",
         f"run        {cfg.train.max_steps} steps x {cfg.train.global_batch_size} images: {hours} "
         f"at {cfg.hardware.mfu:.0%} of {cfg.hardware.peak_tflops:g} TFLOP/s",
     ])  # fmt: skip

@@ -52,7 +52,7 @@ def main(overrides: list[str]) -> None:
             raise UserError(f"push={settings.push}; needed: owner/name, and format=safetensors or diffusers, a folder")
         with reaching_hub(settings.push) as hub:
             hub.create_repo(settings.push, exist_ok=True)
-    run = load_run(settings.ckpt, settings.weights, device="cpu")
+    run = load_run(settings.ckpt, settings.weights, ema_width=settings.ema_width, device="cpu")
     tensors = {key: value.to(DTYPES[settings.dtype]).contiguous() for key, value in run.model.state_dict().items()}
     config = portable_config(run.config)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,8 @@ def main(overrides: list[str]) -> None:
         export_pipeline(run, tensors, config, out)
     else:
         export_pt(run, tensors, config, out, settings.format)
-    print(f"{settings.weights} weights of {run.checkpoint}, step {run.step}: {out}")
+    width = "" if run.ema_width is None else f" of width {run.ema_width:g}"
+    print(f"{settings.weights} weights{width} of {run.checkpoint}, step {run.step}: {out}")
     if settings.push is not None:
         with reaching_hub(settings.push) as hub:
             hub.upload_folder(repo_id=settings.push, folder_path=out, commit_message=f"step {run.step}")
@@ -93,7 +94,8 @@ def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig
     metadata = {CONFIG_KEY: OmegaConf.to_yaml(config), "layout": "dit", "step": str(run.step), "format": "pt"}
     with usual_mode(out / "model.safetensors"):
         save_file(tensors, out / "model.safetensors", metadata)
-    facts = finite({"step": run.step, "weights": run.weights, **OmegaConf.to_container(config)})
+    width = {} if run.ema_width is None else {"ema_width": run.ema_width}
+    facts = finite({"step": run.step, "weights": run.weights, **width, **OmegaConf.to_container(config)})
     (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     (out / "README.md").write_text(model_card(run, config, "    python sample.py ckpt=model.safetensors"))
 
@@ -227,6 +229,9 @@ def model_card(run: Run, config: DictConfig, use: str) -> str:
     if "train" in config:
         names = ("global_batch_size", "lr", "label_dropout", "ema_decay", "precision")
         facts |= {name: config.train[name] for name in names if name in config.train}
+    if run.ema_width is not None:
+        facts |= {"ema_width": run.ema_width}
+        facts.pop("ema_decay", None)
     facts |= last_figures(run.folder / "metrics.jsonl", run.step) | scores(run)
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if "hardware" in run.config:
@@ -251,7 +256,7 @@ def scores(run: Run) -> dict[str, str]:
     found = {}
     for path in sorted(run.folder.glob("eval/**/metrics.json")):
         values = json.loads(path.read_text())
-        if values.get("checkpoint_sha256") == run.sha256:
+        if values.get("checkpoint_sha256") == run.sha256 and values.get("ema_width") == run.ema_width:
             figures = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith(SCORES)]
             found[f"{path.parent.name}, {values['n']} images"] = ", ".join(figures)
     return found

@@ -2,6 +2,7 @@
 
     python fid.py calc ckpt=runs/mnist-tread-XS4-edm
     python fid.py calc 'ckpt=runs/mnist-tread-XS4-edm/checkpoints/step_*' guidance=cfg scale=1.0,1.5 weights=ema,raw
+    python fid.py calc ckpt=runs/mnist-tread-XS4-edm ema_width=0.03,0.05,0.08,0.12     of a run with ema=power
     python fid.py calc images=samples.npz extractor=inception ref=imagenet256.npz
     python fid.py ref images=FOLDER extractor=inception out=ref.npz
     python fid.py ref from=VIRTUAL_imagenet256_labeled.npz out=imagenet256.npz
@@ -27,6 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import sample
+from checkpoints.power_ema import check_reconstruction
 from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
@@ -124,7 +126,9 @@ def check(config: DictConfig, given: set[str]) -> None:
     check_extractor(reference, extractor)
     choose_metrics(config.metrics, extractor, reference)
     if config.ckpt is not None:
-        find_checkpoint(config.ckpt)
+        checkpoint = find_checkpoint(config.ckpt)
+        if config.ema_width is not None:
+            check_reconstruction(checkpoint, config.weights, config.ema_width)
         guidance_from(config)
         shard_range(len(sample.parse_seeds(config.seeds)))
 
@@ -152,7 +156,9 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
     """Scores a run or images and writes metrics.json -> its contents, with "folder", "run" and "guidance"."""
     extractor, reference = extractor_and_reference(config)
     if config.ckpt is not None:
-        run = sample.load_run(config.ckpt, config.weights, precision=config.precision, compile=config.compile)
+        run = sample.load_run(
+            config.ckpt, config.weights, ema_width=config.ema_width, precision=config.precision, compile=config.compile
+        )
         run.config.sampler = config.get("sampler") or run.config.sampler
         sample.set_codec(run, config.codec)
         source = f"{run.folder.name}-{run.sha256[:6]}"
@@ -238,7 +244,8 @@ def describe_run(run: sample.Run, settings: DictConfig) -> dict:
         "objective": config.objective._target_,
         "sampler": OmegaConf.to_container(config.sampler) | ({"num_steps": settings.steps} if settings.steps else {}),
         **dataclasses.asdict(guidance),
-        "step": run.step, "weights": run.weights, "dtype": run.precision,  # "precision" is a score
+        "step": run.step, "weights": run.weights, **({} if run.ema_width is None else {"ema_width": run.ema_width}),
+        "dtype": run.precision,  # "precision" is a score
         "compile": run.compile,
         "checkpoint": str(run.checkpoint) if run.checkpoint else None,
         "checkpoint_sha256": run.sha256 if run.checkpoint else None,
@@ -260,7 +267,8 @@ def row_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
     """<step>-<extractor>-<settings>: equal names, equal scores."""
     guidance = sample.settings_name(guidance_from(config), config.steps)
     scoring = scoring_name(config, extractor, len(sample.parse_seeds(config.seeds)))
-    parts = [f"{run.step:07d}", scoring, guidance, run.weights, config.labels, config.seeds]
+    weights = run.weights if run.ema_width is None else f"ema{run.ema_width:g}"
+    parts = [f"{run.step:07d}", scoring, guidance, weights, config.labels, config.seeds]
     parts += [config.precision] if config.precision != "fp32" else []
     parts += ["compiled"] if run.compile != "off" else []
     parts += [sample.sampler_name(config.sampler)] if config.get("sampler") is not None else []

@@ -27,6 +27,7 @@ from torch import nn
 
 import data
 import fid
+from checkpoints import power_ema
 from checkpoints.gallery import save_grid
 from checkpoints.load import Run
 from cost import cost_table
@@ -184,6 +185,8 @@ def run_steps(run: TrainContext) -> int:
         lr = set_learning_rate(state.optimizer, step, cfg.train)
         loss, grad_norm = train_step(state, run.ema_run.objective, run.latents, batches, step, run.plan, cfg)
         update_ema(state.ema, state.model, ema_decay(step, cfg.train))
+        for width, average in state.power.items():
+            update_ema(average, state.model, power_ema.beta(width, step))
         log.add(loss)
 
         stop = run.preemption.stops_after(step)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from checkpoints import foreign
+from checkpoints import foreign, power_ema
 from checkpoints.run_folder import (
     WEIGHTS_FILES,
     find_checkpoint,
@@ -42,6 +42,7 @@ class Run:
     compile: str = "off"  # off, or blocks, which rounds differently
     step: int = 0
     weights: str = "ema"
+    ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
     calls: int = field(default=0, init=False)  # network evaluations per image of the last batch
@@ -53,7 +54,7 @@ class Run:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights file that was loaded; a checkpoint folder's manifest, held against it then, says it."""
+        """Of the weights file that was loaded, by the manifest that it was held against; with ema_width, of the EMA's."""
         if self.checkpoint.is_file():
             return sha256_of(self.checkpoint)
         return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
@@ -67,16 +68,20 @@ class Run:
 
 
 def load_run(
-    ckpt: str | Path, weights: str = "ema", *, device=None, precision: str = "fp32", compile: str = "off"
-) -> Run:
+    ckpt: str | Path, weights: str = "ema", *, ema_width: float | None = None, device=None, precision: str = "fp32",
+    compile: str = "off",
+) -> Run:  # fmt: skip
     """The network of a run folder, checkpoint folder or file (foreign.py), with its objective, codec and config.
 
-    weights: "ema" or "raw". device: None = this process's own. Raises UserError where there is no checkpoint or it is
+    weights: "ema" or "raw". ema_width: the power average of this relative width (power_ema.py), of a run trained with
+    ema=power; None = its EMA. device: None = this process's own. Raises UserError where there is no checkpoint or it is
     damaged.
     """
     if precision not in ("fp32", "bf16"):
         raise UserError(f"precision={precision}; needed: fp32 or bf16")
     path = find_checkpoint(ckpt)
+    if ema_width is not None:
+        power_ema.check_reconstruction(path, weights, ema_width)
     if path.is_file():
         config, tensors, step = foreign.read(path, weights, split_family(ckpt)[0])
     else:
@@ -84,7 +89,7 @@ def load_run(
             raise UserError(f"weights={weights!r}; needed: ema or raw")
         verify_checkpoint(path, only=("config.yaml", WEIGHTS_FILES[weights]))  # the rest is several times as much
         config, step = read_config(path), step_of(path)
-        tensors = read_weights(path, weights)
+        tensors = read_weights(path, weights) if ema_width is None else power_ema.reconstruct(path, ema_width)
     check_targets(config)
     device = torch.device(device) if device is not None else start_processes().device
     compiled, reason = decide_compile(compile, device)
@@ -106,6 +111,7 @@ def load_run(
         compile=compiled,
         step=step,
         weights=weights,
+        ema_width=ema_width,
         folder=folder_of(ckpt, path),
         checkpoint=path,
     )

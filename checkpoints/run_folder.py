@@ -2,7 +2,10 @@
 
     <results_dir>/<run_name>/checkpoints/step_0050000/   model.safetensors, ema.safetensors, optimizer.safetensors,
                                                          config.yaml, trainer_state.json, manifest.json (sha256 of each)
+                                                         and with ema=power the averages, power_<width>.safetensors
     <results_dir>/<run_name>/checkpoints/latest          the name of the newest
+    <results_dir>/<run_name>/snapshots/step_0050000/     what pruning leaves of a checkpoint with power averages: these,
+                                                         in float16, and a manifest
 
 A checkpoint is written to a temporary folder, flushed to disk and renamed: it exists whole or not at all. Tensors are
 safetensors and settings are text, so reading a checkpoint runs no code.
@@ -44,8 +47,7 @@ def save_checkpoint(
     run_folder: Path,
     step: int,
     *,
-    model: torch.nn.Module,
-    ema: torch.nn.Module,
+    modules: dict[str, torch.nn.Module],  # by file: "model", "ema", and power averages
     optimizer: torch.optim.Optimizer,
     state: dict,  # plain numbers and strings, for trainer_state.json
     config: str,  # the resolved config, as YAML
@@ -54,39 +56,46 @@ def save_checkpoint(
 
     Raises OSError where the disk is full or cannot be written; earlier checkpoints are untouched.
     """
-    return write_checkpoint(run_folder, step, checkpoint_tensors(model, ema, optimizer), state, config)
+    return write_checkpoint(run_folder, step, checkpoint_tensors(modules, optimizer), state, config)
 
 
-def checkpoint_tensors(model: torch.nn.Module, ema: torch.nn.Module, optimizer: torch.optim.Optimizer) -> NamedTensors:
+def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
     """{file: {name: tensor}} of a checkpoint: the tensors themselves, not copies. The largest file comes first."""
-    return {
-        "optimizer.safetensors": optimizer_tensors(model, optimizer),
-        WEIGHTS_FILES["raw"]: model.state_dict(),
-        WEIGHTS_FILES["ema"]: ema.state_dict(),
-    }
+    weights = {f"{name}.safetensors": module.state_dict() for name, module in modules.items()}
+    return {"optimizer.safetensors": optimizer_tensors(modules["model"], optimizer)} | weights
 
 
 def write_checkpoint(
     run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str, given_up: Event | None = None
 ) -> Path:
     """As save_checkpoint, of `checkpoint_tensors`. Raises GivenUp where `given_up` was set before all was written."""
+    texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
     check_free_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
+    write_folder(target, tensors, texts, given_up)
+    write_text_atomic(target.parent / "latest", target.name + "\n")
+    remove_temporaries(run_folder)
+    return target
+
+
+def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str], given_up: Event | None = None) -> None:
+    """Writes the folder of a step with these files and their manifest: whole or not at all."""
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        (temporary / "config.yaml").write_text(config)
-        (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        for name, text in texts.items():
+            (temporary / name).write_text(text)
         with ThreadPoolExecutor() as pool:  # a file is hashed while the next is written
-            entries = {name: pool.submit(seal, temporary / name) for name in ("config.yaml", "trainer_state.json")}
+            entries = {name: pool.submit(seal, temporary / name) for name in texts}
             for name, named in tensors.items():
                 if given_up is not None and given_up.is_set():
-                    raise GivenUp(f"the checkpoint of step {step}")
+                    raise GivenUp(f"the checkpoint {target.name}")
                 _save_tensors(named, temporary / name)
                 entries[name] = pool.submit(seal, temporary / name)
         files = {name: entries[name].result() for name in sorted(entries)}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        manifest = {"step": step_of(target), "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         sync(temporary / MANIFEST)
         sync(temporary)
         if target.exists():
@@ -98,9 +107,6 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(target.parent)
-    write_text_atomic(target.parent / "latest", target.name + "\n")
-    remove_temporaries(run_folder)
-    return target
 
 
 def seal(path: Path) -> dict:
@@ -121,25 +127,43 @@ def check_free_space(run_folder: Path, needed: int) -> None:
 
 def remove_temporaries(run_folder: Path) -> None:
     """Removes what a killed writer left."""
-    folder = run_folder / "checkpoints"
-    for path in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".latest.*.tmp")):
+    folder, snapshots = run_folder / "checkpoints", run_folder / "snapshots"
+    for path in (*folder.glob(f"{TEMPORARY}*"), *snapshots.glob(f"{TEMPORARY}*"), *folder.glob(".latest.*.tmp")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and those whose step is a multiple of `keep_every`."""
+    """Deletes all but the newest `keep_last` checkpoints and those whose step is a multiple of `keep_every`.
+
+    Power averages stay, as snapshots. A checkpoint whose snapshot cannot be written stays whole.
+    """
     for path in complete_checkpoints(run_folder)[:-keep_last]:
-        if not (keep_every and step_of(path) % keep_every == 0):
-            shutil.rmtree(path)
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
+        try:
+            keep_averages(path)
+        except (OSError, UserError) as error:
+            print(f"warning: {path} is not deleted, for its averages cannot be kept: {error}", file=sys.stderr)
+            continue
+        (path / MANIFEST).unlink()  # from here on it is no checkpoint
+        shutil.rmtree(path)
+
+
+def keep_averages(checkpoint: Path) -> None:
+    """Copies a checkpoint's power averages to snapshots/, in float16: 4 bytes a parameter of the checkpoint's 24."""
+    if averages := average_files(checkpoint):
+        halves = {p.name: {name: t.half() for name, t in read_tensors(p).items()} for p in averages.values()}
+        write_folder(checkpoint.parents[1] / "snapshots" / checkpoint.name, halves, {})
 
 
 def abandon_after(run_folder: Path, step: int) -> Path | None:
-    """Moves the checkpoints after `step`, with a copy of the log, to checkpoints/abandoned_<date>/ -> that folder.
+    """Moves checkpoints and snapshots after `step`, and a copy of the log, to checkpoints/abandoned_<date>/ -> it.
 
     For a run that goes back, whose own checkpoints are then the newest. None where nothing comes after `step`.
     """
     folder = run_folder / "checkpoints"
-    later = [p for p in folder.glob("step_*") if STEP_NAME.fullmatch(p.name) and step_of(p) > step]
+    places = (*folder.glob("step_*"), *(run_folder / "snapshots").glob("step_*"))
+    later = [p for p in places if STEP_NAME.fullmatch(p.name) and step_of(p) > step]
     if not later:
         return None
     abandoned = folder / time.strftime("abandoned_%Y-%m-%d_%H%M%S")
@@ -147,7 +171,7 @@ def abandon_after(run_folder: Path, step: int) -> Path | None:
     if (log := run_folder / "metrics.jsonl").is_file():
         shutil.copy2(log, abandoned)
     for path in sorted(later, key=step_of, reverse=True):
-        os.rename(path, abandoned / path.name)
+        os.rename(path, abandoned / (path.name if path.parent == folder else f"snapshot_{path.name}"))
     sync(folder)
     remaining = complete_checkpoints(run_folder)
     if remaining:
@@ -155,6 +179,24 @@ def abandon_after(run_folder: Path, step: int) -> Path | None:
     else:
         (folder / "latest").unlink(missing_ok=True)
     return abandoned
+
+
+def average_name(width: float) -> str:
+    return f"power_{width:g}"
+
+
+def average_files(folder: Path) -> dict[float, Path]:
+    """{width: file} of the power averages in a checkpoint or snapshot."""
+    return {float(p.stem.removeprefix("power_")): p for p in sorted(folder.glob("power_*.safetensors"))}
+
+
+def snapshots_until(checkpoint: Path) -> list[Path]:
+    """The run's folders with power averages, one a step up to the checkpoint's, oldest first; none in float16 that is
+    there in float32."""
+    run_folder, last = checkpoint.parents[1], step_of(checkpoint)
+    pruned = (p for p in (run_folder / "snapshots").glob("step_*") if (p / MANIFEST).is_file())
+    folders = {step_of(p): p for p in (*pruned, *complete_checkpoints(run_folder), checkpoint) if average_files(p)}
+    return [folders[step] for step in sorted(folders) if step <= last]
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
@@ -267,6 +309,7 @@ def in_todays_names(config: DictConfig) -> DictConfig:
     if config.objective._target_ == "rf.RectifiedFlow":
         config.objective.setdefault("contrastive", 0.0)
         config.objective.setdefault("null_label", config.data.num_classes)
+    config.setdefault("ema", {"widths": None})
     return config
 
 

@@ -1,10 +1,12 @@
-"""Rows of scores: a table on the terminal; scores.csv for several rows; scores.png for several training steps."""
+"""Rows of scores: a table on the terminal; scores.csv for several rows; scores.png for several training steps, and
+widths.png for several widths of the average."""
 
 import csv
 import math
 from pathlib import Path
 
-SETTINGS = ("run", "step", "weights", "guidance", "images", "n")
+SETTINGS = ("run", "step", "weights", "ema_width", "guidance", "images", "n")
+AXES = {"step": ("training step", "scores.png"), "ema_width": ("relative width of the average", "widths.png")}
 SCORES = ("fid", "fd_", "sfid", "sfd_", "inception_score", "precision", "recall", "kid", "class_accuracy")  # prefixes
 COSTS = ("network_calls", "gmacs_per_image", "images_per_s")
 
@@ -26,26 +28,32 @@ def show(rows: list[dict], folder: Path) -> None:
         table.writeheader()
         table.writerows(rows)
     print(folder / "scores.csv")
-    if len({row.get("step") for row in rows}) > 1:
-        plot(rows, scores[0], folder / "scores.png")
-        print(folder / "scores.png")
+    for axis, (_, name) in AXES.items():
+        if len({row.get(axis) for row in rows}) > 1:
+            plot(rows, scores[0], axis, folder / name)
+            print(folder / name)
 
 
-def plot(rows: list[dict], score: str, path: Path) -> None:
-    """`score` against the training step, one line per run, kind of weights and guidance."""
+def plot(rows: list[dict], score: str, axis: str, path: Path) -> None:
+    """`score` against one of AXES, one line per run, kind of weights, guidance and value of the other axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="training step", ylabel=score)
-    lines = {}
+    axes = figure.add_subplot(xlabel=AXES[axis][0], ylabel=score)
+    names = ("run", "weights", "guidance", *(name for name in AXES if name != axis))
+    lines: dict[tuple, list[tuple]] = {}
     for row in rows:
-        lines.setdefault((row["run"], row["weights"], row["guidance"]), []).append((row["step"], row[score]))
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points)), marker="o", label=" ".join(label))
+        lines.setdefault(tuple(row.get(name) for name in names), []).append((row.get(axis), row[score]))
+    for values, points in lines.items():
+        label = " ".join(str(value) for value in values if value is not None)
+        if points[0][0] is None:  # the run's own EMA, beside averages of several widths
+            axes.axhline(points[0][1], linestyle="--", label=label)
+        else:
+            axes.plot(*zip(*sorted(points)), marker="o", label=label)
     axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=axis == "step")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -51,7 +51,7 @@ def main(overrides: list[str]) -> None:
     score("500 digits unseen by the classifier", unseen, unseen_labels, reference)
     if overrides:
         config = cli.load_config("fid", ["metrics=[fd,pr]", *overrides])
-        run = sample.load_run(config.ckpt, config.weights, precision=config.precision)
+        run = sample.load_run(config.ckpt, config.weights, ema_width=config.ema_width, precision=config.precision)
         show(f"samples of {run.folder.name}", fid.evaluate(run, config, extractor, reference))
     noise = torch.randint(0, 256, (1000, 3, 28, 28), generator=seeded_generator("sanity noise"), dtype=torch.uint8)
     score("noise", noise, None, reference)

@@ -19,6 +19,11 @@ def make_run(folder, overrides, steps=(1,)):
             torch.nn.init.normal_(parameter, std=0.05)
         optimizer = torch.optim.AdamW(net.parameters())
         save_checkpoint(
-            folder, step, model=net, ema=net, optimizer=optimizer, state={}, config=OmegaConf.to_yaml(config)
+            folder,
+            step,
+            modules={"model": net, "ema": net},
+            optimizer=optimizer,
+            state={},
+            config=OmegaConf.to_yaml(config),
         )
     return folder

@@ -41,7 +41,7 @@ def trained():
 def save(folder, step, trained):
     model, ema, optimizer = trained
     return save_checkpoint(
-        folder, step, model=model, ema=ema, optimizer=optimizer, state={"data": "x"}, config="a: 1\n"
+        folder, step, modules={"model": model, "ema": ema}, optimizer=optimizer, state={"data": "x"}, config="a: 1\n"
     )
 
 

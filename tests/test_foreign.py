@@ -194,7 +194,14 @@ def trained(request, tmp_path_factory, few_latents):
         p.mul_(0.9)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {"data": "none"}
-    save_checkpoint(folder, 7, model=model, ema=ema, optimizer=optimizer, state=state, config=OmegaConf.to_yaml(config))
+    save_checkpoint(
+        folder,
+        7,
+        modules={"model": model, "ema": ema},
+        optimizer=optimizer,
+        state=state,
+        config=OmegaConf.to_yaml(config),
+    )
     (folder / "metrics.jsonl").write_text('{"step": 6, "train/loss": 0.5}\n{"step": 7, "val/loss_dense": 0.25}\n')
     (folder / "eval" / "x").mkdir(parents=True)
     scores = {"checkpoint_sha256": load_run(folder, device="cpu").sha256, "n": 100, "fd_mnist": 12.5, "seconds": 3}

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -20,9 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import data
+from checkpoints import power_ema
 from checkpoints.load import load_run
 from checkpoints.run_folder import (
     abandon_after,
+    average_name,
     find_checkpoint,
     in_todays_names,
     latest_checkpoint,
@@ -31,6 +33,7 @@ from checkpoints.run_folder import (
     load_weights,
     newest_intact,
     read_config,
+    read_tensors,
     remove_temporaries,
     step_of,
     verify_checkpoint,
@@ -65,6 +68,12 @@ class TrainState:
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     guard: FiniteGuard
+    power: dict[float, nn.Module] = field(default_factory=dict)  # power averages by width
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint has of weights, by file."""
+        averages = {average_name(width): average for width, average in self.power.items()}
+        return {"model": self.model, "ema": self.ema, **averages}
 
 
 def name_run(cfg: DictConfig) -> DictConfig:
@@ -159,6 +168,8 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
     train.compile = "blocks" if train.compile == "blocks" else "off"
     train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
     check_optimizer(cfg.optimizer)
+    for width in cfg.ema.widths or ():
+        power_ema.check_width(width)
     guidance_from(cfg.preview)
     guidance_from(cfg.eval)
     return cfg
@@ -241,7 +252,8 @@ def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[TrainState, o
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, cfg.optimizer, cfg.train.lr)
     guard = FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite)
-    return TrainState(model, model, ema, optimizer, guard), objective
+    power = {width: copy.deepcopy(ema) for width in cfg.ema.widths or ()}
+    return TrainState(model, model, ema, optimizer, guard, power), objective
 
 
 def start_from(ckpt: str, model: nn.Module, objective) -> None:
@@ -332,6 +344,11 @@ def resume(path: Path, state: TrainState, cfg: DictConfig, latents: data.Latents
         print(f"resume     the checkpoint is older than {', '.join(newer)}: the defaults, as it was trained")
     load_weights(path, state.model, "raw")
     load_weights(path, state.ema, "ema")
+    for width, average in state.power.items():
+        file = path / f"{average_name(width)}.safetensors"
+        if not file.is_file():
+            raise UserError(f"{path} has no power average of width {width}; needed: a run with it from its first step")
+        load_strictly(average, read_tensors(file), source=str(file))
     load_optimizer(path, state.model, state.optimizer)
     return step_of(path)
 

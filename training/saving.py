@@ -45,7 +45,7 @@ class Saver:
             self.given_up.clear()
         self.finish()  # a save that would be overtaken
         self.step = step
-        tensors = checkpoint_tensors(state.model, state.ema, state.optimizer)
+        tensors = checkpoint_tensors(state.modules(), state.optimizer)
         if wait or self.cfg.save == "sync":
             self.write(step, tensors)
             return

@@ -1,0 +1,100 @@
+"""Power-function averages of the weights, and any other width of them after training (EDM2, arXiv 2312.02696).
+
+The average of relative width s at step t gives the weights of step i the weight i^gamma: its standard deviation is s t.
+Training keeps two; every save stores them, as a snapshot. A mix of snapshots approximates any other width. Times enter
+as ratios alone, so they are steps here, where the paper counts images. Numbers of equations and algorithms are the
+paper's.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoints.run_folder import average_files, read_tensors, snapshots_until, step_of, verify_checkpoint
+from system import UserError
+
+MAX_WIDTH = 0.28  # gamma = 0, the plain mean of all steps, has width 0.2887
+POOR_FIT = 0.1
+
+
+@cache
+def gamma_of(width: float) -> float:
+    """The exponent of a relative width: the largest root of Eq. 126 (Algorithm 2), whose inverse is `width_of`."""
+    check_width(width)
+    return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+
+
+def width_of(gamma: float) -> float:
+    """The relative width of i^gamma (Eq. 123)."""
+    return (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5
+
+
+def beta(width: float, step: int) -> float:
+    """The part of the average of `step` that is that of the step before (Eq. 127): 0 at step 1."""
+    return (1 - 1 / step) ** (gamma_of(width) + 1)
+
+
+def coefficients(steps: Sequence[int], widths: Sequence[float], step: int, width: float) -> tuple[np.ndarray, float]:
+    """The mix of snapshots whose profile is nearest to that of (step, width) in L2 (Algorithm 3) -> (n,), error.
+
+    Snapshot i has steps[i], widths[i]. The coefficients' sum is 1; the error is relative to the wanted profile.
+    """
+    t, g = np.array(steps, dtype=np.float64), np.array([gamma_of(s) for s in widths])  # (n,)
+    A = inner_product(t[:, None], g[:, None], t, g)  # (n, n)
+    B = inner_product(t, g, step, gamma_of(width))  # (n,)
+    X = np.linalg.solve(A, B)
+    X /= X.sum()
+    own = inner_product(step, gamma_of(width), step, gamma_of(width))
+    return X, float(np.sqrt(max(own - 2 * X @ B + X @ A @ X, 0) / own))
+
+
+def inner_product(t_a, g_a, t_b, g_b):
+    """Of the profiles (t_a, gamma_a) and (t_b, gamma_b) (Eq. 151); broadcasts."""
+    decay = (np.minimum(t_a, t_b) / np.maximum(t_a, t_b)) ** np.where(np.less(t_a, t_b), g_b, g_a)
+    return (g_a + 1) * (g_b + 1) * decay / ((g_a + g_b + 1) * np.maximum(t_a, t_b))
+
+
+def check_width(width: float) -> None:
+    """Raises UserError for a width outside (0, MAX_WIDTH)."""
+    if not isinstance(width, (int, float)) or not 0 < width < MAX_WIDTH:
+        raise UserError(f"ema_width={width}; needed: between 0 and {MAX_WIDTH}")
+
+
+def check_reconstruction(checkpoint: Path, weights: str, width: float) -> None:
+    """Raises UserError where the average of this width cannot be made at this checkpoint."""
+    check_width(width)
+    if weights != "ema":
+        raise UserError(f"ema_width={width} is an average; needed: weights=ema, got weights={weights}")
+    if checkpoint.is_file() or not average_files(checkpoint):
+        raise UserError(f"ema_width={width}: {checkpoint} has no power averages; needed: a run trained with ema=power")
+
+
+def reconstruct(checkpoint: Path, width: float) -> dict[str, torch.Tensor]:
+    """The average of this width at a checkpoint's step, by name. At a stored width it is the stored average itself.
+
+    Raises UserError where a snapshot is damaged.
+    """
+    stored = average_files(checkpoint)
+    if width in stored:
+        return read_tensors(stored[width])
+    folders = snapshots_until(checkpoint)
+    files = [(step_of(folder), s, path) for folder in folders for s, path in average_files(folder).items()]
+    steps, widths, paths = zip(*files)
+    mix, error = coefficients(steps, widths, step_of(checkpoint), width)
+    if error > POOR_FIT:
+        print(
+            f"warning: ema_width={width}: {len(folders)} snapshots come within {error:.0%} of its profile; "
+            f"more saves come nearer",
+            file=sys.stderr,
+        )
+    for folder in folders:
+        verify_checkpoint(folder)
+    average: dict[str, torch.Tensor] = {}
+    for part, path in zip(mix, paths):
+        for name, tensor in read_tensors(path).items():
+            average[name] = average.get(name, 0) + part * tensor.double()
+    return {name: tensor.float() for name, tensor in average.items()}
