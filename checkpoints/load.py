@@ -54,7 +54,7 @@ class Run:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights file that was loaded, by the manifest that it was held against; with ema_width, of the EMA's."""
+        """Of the weights file that was loaded, by the manifest that it was verified by; with ema_width, the EMA's."""
         if self.checkpoint.is_file():
             return sha256_of(self.checkpoint)
         return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]

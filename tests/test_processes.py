@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
-from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, verify_checkpoint
+from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, verify_checkpoint
 from system import UserError, cli
 from system.files import reserve
 from system.launchers import refuse_flags, usable_cpus
@@ -391,3 +391,23 @@ def test_sweeps_give_a_complete_run_a_job(settings):
     folders = sorted(p.parent for p in (settings[1] / "multirun").glob("*/config.yaml"))
     assert len(folders) == 2 and all(latest_checkpoint(f).name == "step_0000002" for f in folders)
     assert [f.name for f in folders] == ["model-dit", "model-tread"]
+
+
+def test_muon_averages_and_contrasts_on_two_processes_are_those_of_one(settings):
+    """Each process orthogonalizes half of the matrices; the weights are compared bit for bit after each step."""
+    keys = ["optimizer=muon", "ema=power", "objective=rf", "objective.contrastive=0.05", "train.max_steps=12"]
+    keys += ["train.check_replicas_every=1", "train.micro_batch_size=4", "preview.every=0", "train.val_every=12"]
+    jobs = [start(torchrun(29655), *settings[0], *keys, "run_name=muon2")]
+    jobs += [start([sys.executable], *settings[0], *keys, "run_name=muon1")]
+    for job in jobs:
+        _, err = job.communicate(timeout=120)
+        assert job.returncode == 0, err
+    two, one = (settings[1] / name for name in ("muon2", "muon1"))
+    for a, b in zip(numbers(two), numbers(one), strict=True):
+        assert a == pytest.approx(b, rel=2e-3), a["step"]
+    for file in ("model", "power_0.05", "optimizer"):
+        found, wanted = (read_tensors(latest_checkpoint(folder) / f"{file}.safetensors") for folder in (two, one))
+        assert found.keys() == wanted.keys()
+        for name in found:
+            difference = (found[name] - wanted[name]).norm()
+            assert difference <= 0.02 * wanted[name].norm() or name.endswith("qkv.bias"), (file, name)  # rounding alone
