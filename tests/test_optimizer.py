@@ -96,6 +96,8 @@ def test_a_bad_step_changes_no_bit(mode, value):
     config, plan = settings(global_batch_size=4), BatchPlan(4, 4, 1, 0, 1)
     config.train.precision = "fp32"
     state = muon_state(mode=mode)
+    for parameter in state.model.parameters():  # adaLN-Zero would pass no gradient to the blocks
+        nn.init.normal_(parameter, std=0.1)
     batch = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
 
     def everything():
@@ -106,8 +108,10 @@ def test_a_bad_step_changes_no_bit(mode, value):
         training.train_step(state, RectifiedFlow(), Latents, iter([(latent, batch[1])]), step, plan, config)
 
     take(1, batch[0])
+    first = everything()
     take(2, batch[0])
     good = everything()
+    assert not any(map(torch.equal, first, good))
     take(3, batch[0].clone().fill_(value))
     assert all(torch.equal(a, b) for a, b in zip(good, everything(), strict=True))
     take(4, batch[0])  # in mode stop nothing is updated any more
