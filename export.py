@@ -8,6 +8,8 @@
 The first three are valid ckpt=: each carries the config with the weights, which come back bit for bit. dtype=float16
 halves the file and rounds them. push=owner/name uploads a folder with its card to the Hugging Face hub, as the user
 that `hf auth login` has logged in.
+
+ema_width=0.07: of a run with ema=power, the average of that width.
 """
 
 import json

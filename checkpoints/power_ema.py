@@ -18,7 +18,7 @@ from checkpoints.run_folder import average_files, read_tensors, snapshots_until,
 from system import UserError
 
 MAX_WIDTH = 0.28  # gamma = 0, the plain mean of all steps, has width 0.2887
-POOR_FIT = 0.1
+POOR_FIT = 0.1  # error, relative to the wanted profile, from which on a reconstruction is warned of
 
 
 @cache

@@ -153,7 +153,7 @@ def keep_averages(checkpoint: Path) -> None:
     """Copies a checkpoint's power averages to snapshots/, in float16: 4 bytes a parameter of the checkpoint's 24."""
     if averages := average_files(checkpoint):
         halves = {p.name: {name: t.half() for name, t in read_tensors(p).items()} for p in averages.values()}
-        write_folder(checkpoint.parents[1] / "snapshots" / checkpoint.name, halves, {})
+        write_folder(checkpoint.parent.parent / "snapshots" / checkpoint.name, halves, {})
 
 
 def abandon_after(run_folder: Path, step: int) -> Path | None:
@@ -182,7 +182,7 @@ def abandon_after(run_folder: Path, step: int) -> Path | None:
 
 
 def average_name(width: float) -> str:
-    return f"power_{width:g}"
+    return f"power_{width}"
 
 
 def average_files(folder: Path) -> dict[float, Path]:
@@ -191,18 +191,23 @@ def average_files(folder: Path) -> dict[float, Path]:
 
 
 def snapshots_until(checkpoint: Path) -> list[Path]:
-    """The run's folders with power averages, one a step up to the checkpoint's, oldest first; none in float16 that is
-    there in float32."""
-    run_folder, last = checkpoint.parents[1], step_of(checkpoint)
-    pruned = (p for p in (run_folder / "snapshots").glob("step_*") if (p / MANIFEST).is_file())
-    folders = {step_of(p): p for p in (*pruned, *complete_checkpoints(run_folder), checkpoint) if average_files(p)}
-    return [folders[step] for step in sorted(folders) if step <= last]
+    """The run's folders with power averages, oldest first, one for each step up to the checkpoint's: the checkpoint in
+    float32 where there still is one."""
+    run_folder = checkpoint.absolute().parent.parent
+    every = (*complete_steps(run_folder / "snapshots"), *complete_checkpoints(run_folder), checkpoint)
+    folders = {step_of(p): p for p in every if average_files(p)}
+    return [folders[step] for step in sorted(folders) if step <= step_of(checkpoint)]
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
     """The run's checkpoint folders that have a manifest, oldest first."""
-    folders = (run_folder / "checkpoints").glob("step_*")
-    return sorted((p for p in folders if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()), key=step_of)
+    return complete_steps(run_folder / "checkpoints")
+
+
+def complete_steps(folder: Path) -> list[Path]:
+    return sorted(
+        (p for p in folder.glob("step_*") if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()), key=step_of
+    )
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:

@@ -68,6 +68,7 @@ def test_the_table_holds_what_was_counted(report):
     assert "plain routed" in bench.show(report)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 def test_the_cost_of_muon_is_printed(monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 2)
     report = bench.bench(cli.load_config("config", [*TINY, "optimizer=muon"]), compare=False)

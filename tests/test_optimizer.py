@@ -22,6 +22,7 @@ from training.stopping import EXIT_START_AGAIN
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic of Jordan's post
 run = test_train.run  # a fixture
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 
 
 def muon_settings(*overrides):
@@ -166,4 +167,14 @@ def test_muon_is_refused_where_torch_has_none(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.8.0")
     config = cli.load_config("config", ["optimizer=muon"])
     with pytest.raises(ValueError, match="needs torch 2.9 or newer, this is 2.8.0"):
+        resolve_config(config, training.start_processes())
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [(["optimizer.name=lion"], "optimizer.name=lion; needed"), (["optimizer.momentum=1.5"], "optimizer.momentum in")],
+)
+def test_bad_settings_get_one_line(overrides, message):
+    config = cli.load_config("config", ["optimizer=muon", *overrides])
+    with pytest.raises(ValueError, match=message):
         resolve_config(config, training.start_processes())

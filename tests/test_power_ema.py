@@ -156,7 +156,8 @@ def test_training_keeps_the_averages_and_resumes_to_the_bit(run):
 
     assert run("cut", *power, stop_after=4)[0] == EXIT_START_AGAIN
     cut = golden.with_name("cut")
-    (cut / "snapshots" / "step_0000009").mkdir()  # of a future that a resume from an earlier checkpoint gave up
+    # Of a future that a resume from an earlier checkpoint gave up.
+    shutil.copytree(cut / "snapshots" / "step_0000002", cut / "snapshots" / "step_0000009")
     run("cut", *power)
     assert_same_run(golden, cut)
     files = [{p.relative_to(folder): p.read_bytes() for p in folder.rglob("power_*")} for folder in (golden, cut)]
@@ -260,6 +261,8 @@ def test_what_has_no_average_gets_one_line(averaged, tmp_path, settings, message
 def test_training_refuses_widths_out_of_range(run):
     with pytest.raises(ValueError, match="ema_width=0.3"):
         run("wide", "ema=power", "ema.widths=[0.05,0.3]")
+    with pytest.raises(ValueError, match="ema.widths=0.05; needed: a list"):
+        run("one", "ema.widths=0.05")
     with pytest.raises(ValueError, match="ema_width=wide"):
         check_width("wide")
 

@@ -18,9 +18,14 @@ IN_BLOCKS = re.compile(r"blocks\.\d+\.(attn|mlp)\.")
 
 
 def check_optimizer(settings: DictConfig) -> None:
-    """Raises UserError for an optimizer that this torch does not have."""
+    """Raises UserError for an optimizer that is unknown or that this torch does not have."""
+    if settings.name not in ("adamw", "muon"):
+        raise UserError(f"optimizer.name={settings.name}; needed: optimizer=adamw or optimizer=muon")
     if settings.name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}; or optimizer=adamw")
+    if settings.name == "muon" and not (0 <= settings.momentum < 1 and 1 <= settings.ns_steps < 100):
+        found = f"{settings.momentum} and {settings.ns_steps}"
+        raise UserError(f"needed: optimizer.momentum in [0, 1), optimizer.ns_steps from 1 to 99; got {found}")
 
 
 def make_optimizer(model: nn.Module, settings: DictConfig, lr: float) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 import data
@@ -168,6 +168,8 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
     train.compile = "blocks" if train.compile == "blocks" else "off"
     train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
     check_optimizer(cfg.optimizer)
+    if not isinstance(cfg.ema.widths, ListConfig | None):
+        raise UserError(f"ema.widths={cfg.ema.widths}; needed: a list, as in ema=power")
     for width in cfg.ema.widths or ():
         power_ema.check_width(width)
     guidance_from(cfg.preview)
