@@ -48,10 +48,10 @@ def plot(rows: list[dict], score: str, axis: str, path: Path) -> None:
         lines.setdefault(tuple(row.get(name) for name in names), []).append((row.get(axis), row[score]))
     for values, points in lines.items():
         label = " ".join(str(value) for value in values if value is not None)
-        if points[0][0] is None:  # the run's own EMA, beside averages of several widths
-            axes.axhline(points[0][1], linestyle="--", label=label)
-        else:
-            axes.plot(*zip(*sorted(points)), marker="o", label=label)
+        curve = sorted(point for point in points if point[0] is not None)
+        (line,) = axes.plot([x for x, _ in curve], [y for _, y in curve], marker="o", label=label)
+        for level in (y for x, y in points if x is None):  # the run's own EMA, beside averages of several widths
+            axes.axhline(level, color=line.get_color(), linestyle="--", label=f"{label}, own EMA")
     axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=axis == "step")
     axes.grid(alpha=0.3)

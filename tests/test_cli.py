@@ -99,6 +99,13 @@ TRAIN = {
     "{selection_ratio:0.5,start_layer_idx:3,end_layer_idx:4}]": "routes overlap",
     "model.routes=[{selection_ratio:1.5,start_layer_idx:1,end_layer_idx:3}]": "share of tokens routed away",
     "model.size=DiT-M/2": "model size 'DiT-M/2'",
+    "optimizer.name=lion": "optimizer.name=lion; needed: optimizer=adamw or optimizer=muon",
+    "optimizer=muon optimizer.momentum=1.5": "optimizer.momentum in [0, 1)",
+    "ema=power ema.widths=[0.05,0.28]": "ema_width=0.28; needed: between 0 and 0.28",
+    "ema.widths=0.05": "ema.widths=0.05; needed: a list",
+    "objective=rf objective.contrastive=1": "objective.contrastive=1; needed: from 0 to below 1",
+    "objective=rf objective.contrastive=0.05 train.micro_batch_size=1": "needed: an even size, got 1",
+    "objective.contrastive=0.05": "unknown key 'objective.contrastive'",
     "resume=nowhere": "ckpt=nowhere",
     "train.grad_clip=0": "train.grad_clip > 0 or null",
     "model=dit guidance@preview=sparse preview.every=1": "needs a model trained with routes",
@@ -120,6 +127,14 @@ def test_an_existing_run_is_not_touched_when_resume_is_null(command, tiny_overri
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
     result = command("train.py", *tiny_overrides, f"results_dir={trained}", "run_name=tread", "resume=null")
     assert_refused(result, "exists already; set resume=auto")
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+
+
+def test_a_run_of_adamw_is_not_continued_by_muon(command, tiny_overrides, trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    keys = [*tiny_overrides, f"results_dir={trained}", "run_name=tread", "optimizer=muon"]
+    assert_refused(command("train.py", *keys), "optimizer.name was adamw, is muon")
+    assert_refused(command("train.py", *keys, "resume_allow=[optimizer]"), "is of another optimizer: it has")
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
 
 
@@ -154,6 +169,10 @@ def test_a_label_outside_the_classes_is_refused(command, tiny_overrides, few_lat
         ("rf.py", "draw ckpt={runs}/rf", "unknown command 'draw'; needed: one of sample, sample_tread"),
         ("fid.py", "calc ckpt=nowhere", "nowhere"),
         ("fid.py", "score", "unknown command 'score'"),
+        ("fid.py", "calc ckpt={runs}/tread ema_width=0.28", "ema_width=0.28; needed: between 0 and 0.28"),
+        ("fid.py", "calc ckpt={runs}/tread ema_width=0.07", "needed: a run trained with ema=power"),
+        ("export.py", "ckpt={runs}/tread out=nowhere ema_width=-0.1", "ema_width=-0.1; needed: between 0 and 0.28"),
+        ("export.py", "ckpt={runs}/tread out=nowhere ema_width=0.07", "needed: a run trained with ema=power"),
     ],
 )
 def test_the_other_commands_refuse(command, trained, script, arguments, expected):

@@ -6,10 +6,6 @@ import torch
 from edm import EDM
 from randomness import BatchSlice, normal, seeded_generator
 from rf import RectifiedFlow
-from system import cli
-from system.instantiate import instantiate
-from system.processes import start_processes
-from training.prepare import resolve_config
 
 
 def zero_net(x, t, y):
@@ -126,17 +122,3 @@ def test_a_lone_row_has_nothing_to_contrast_with():
     plain = RectifiedFlow().loss(zero_net, x, y, seeded())
     contrastive = RectifiedFlow(contrastive=0.5, null_label=NULL).loss(zero_net, x, y, seeded())
     assert (plain == contrastive).tolist() == [False, False, True]
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["objective.contrastive=1"], "from 0 to below 1"),
-        (["objective.contrastive=-0.1"], "from 0 to below 1"),
-        (["objective.contrastive=0.05", "train.global_batch_size=15"], "needed: an even size, got 15"),
-    ],
-)
-def test_bad_contrasts_get_one_line(overrides, message):
-    config = cli.load_config("config", ["objective=rf", *overrides])
-    with pytest.raises(ValueError, match=message):
-        instantiate(resolve_config(config, start_processes()).objective)

@@ -15,7 +15,7 @@ import export
 import fid
 import train as training
 from checkpoints.load import load_run
-from checkpoints.power_ema import beta, check_width, coefficients, gamma_of, inner_product, reconstruct, width_of
+from checkpoints.power_ema import beta, coefficients, gamma_of, inner_product, reconstruct, width_of
 from checkpoints.run_folder import (
     complete_checkpoints,
     latest_checkpoint,
@@ -240,45 +240,26 @@ def test_an_export_is_the_average_of_its_width(averaged, tmp_path):
     assert not torch.equal(reconstruct(earlier, 0.07)[WEIGHT], expected[WEIGHT])
 
 
-@pytest.mark.parametrize("width", [0, -0.05, 0.28, 0.5])
-def test_widths_out_of_range_get_one_line(averaged, tmp_path, digits, width):
-    for command in (
-        lambda: export.main([f"ckpt={averaged}", f"ema_width={width}", f"out={tmp_path / 'x'}"]),
-        lambda: fid.main(["calc", f"ckpt={averaged}", f"digits={digits}", f"ema_width={width}"]),
-    ):
-        with pytest.raises(ValueError, match=f"ema_width={width}; needed: between 0 and 0.28"):
-            command()
-    assert not (tmp_path / "x").exists()
+def test_raw_weights_have_no_width(averaged, tmp_path):
+    with pytest.raises(ValueError, match="ema_width=0.07 is an average; needed: weights=ema, got weights=raw"):
+        export.main([f"ckpt={averaged}", "ema_width=0.07", "weights=raw", f"out={tmp_path / 'x'}"])
 
 
-@pytest.mark.parametrize(
-    "settings, message", [(["weights=raw"], "needed: weights=ema"), ([], "needed: a run trained with ema=power")]
-)
-def test_what_has_no_average_gets_one_line(averaged, tmp_path, settings, message):
-    ckpt = averaged
-    if not settings:
-        ckpt = tmp_path / "plain"
-        shutil.copytree(latest_checkpoint(averaged), ckpt / "checkpoints" / "step_0000008")
-        for path in ckpt.rglob("power_*"):
-            path.unlink()
-    with pytest.raises(ValueError, match=message):
-        export.main([f"ckpt={ckpt}", "ema_width=0.07", *settings, f"out={tmp_path / 'x'}"])
-
-
-def test_training_refuses_widths_out_of_range(run):
-    with pytest.raises(ValueError, match="ema_width=0.3"):
-        run("wide", "ema=power", "ema.widths=[0.05,0.3]")
-    with pytest.raises(ValueError, match="ema.widths=0.05; needed: a list"):
-        run("one", "ema.widths=0.05")
-    with pytest.raises(ValueError, match="ema_width=wide"):
-        check_width("wide")
-
-
-def test_one_line_for_each_run_and_step_in_a_plot_of_widths(tmp_path):
+def test_a_plot_of_widths_has_a_line_for_each_step_and_a_level_for_the_ema(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure.axes[0]))
+    about = {"run": "a", "weights": "ema", "guidance": "cfg2"}
     rows = [
-        {"run": "a", "weights": "ema", "guidance": "unguided", "step": step, "ema_width": width, "fd_mnist": 1 + width}
+        about | {"step": step, "fd_mnist": step * (1 + (width or 0))} | ({"ema_width": width} if width else {})
         for step in (100, 200)
-        for width in (0.05, 0.1)
+        for width in (0.1, None, 0.05)
     ]
-    table.plot(rows, "fd_mnist", "ema_width", tmp_path / "widths.png")
-    assert Image.open(tmp_path / "widths.png").size[0] > 400
+    for axis, found in (("ema_width", [0.05, 0.1]), ("step", [100, 200])):
+        table.plot(rows, "fd_mnist", axis, tmp_path / "plot.png")
+        lines = {line.get_label(): list(line.get_xdata()) for line in drawn[-1].lines}
+        sloped = {label: x for label, x in lines.items() if x != [0, 1]}  # a level runs from edge to edge
+        assert list(sloped.values()) == [found] * len(sloped) and drawn[-1].get_ylabel() == "fd_mnist"
+    assert set(lines) == {"a ema cfg2 0.1", "a ema cfg2", "a ema cfg2 0.05"}
+    of_widths = {line.get_label(): list(line.get_ydata()) for line in drawn[0].lines}
+    assert of_widths["a ema cfg2 100"] == pytest.approx([105, 110])
+    assert of_widths["a ema cfg2 200, own EMA"] == [200, 200] and len(of_widths) == 4
