@@ -5,6 +5,8 @@ restarted by the same command, and must end with the golden run's weights, EMA, 
 """
 
 import argparse
+import errno
+import fcntl
 import json
 import os
 import pickle  # to plant one; nothing here reads it
@@ -267,6 +269,86 @@ def processes(results: Path) -> list[Row]:
     return rows
 
 
+def launch(results: Path, name: str, change: str, *overrides: str) -> tuple[Job, subprocess.Popen]:
+    """Starts train.py on two processes, with something changed in it by `change`."""
+    job, program = Job(results, name, *overrides), results / f"{name}.py"
+    program.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom system import cli\n{change}\n"
+        "with cli.user_errors():\n    code = train.train(cli.load_config('config', sys.argv[1:]))\nsys.exit(code)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return job, subprocess.Popen([*torchrun, *job.overrides], cwd=ROOT, **piped)
+
+
+def one_of_two(results: Path) -> list[Row]:
+    """R3, R4: what only one process meets, and the launcher's SIGTERM on a disk that takes seconds for a save."""
+    change = (
+        "predict = train.TrainedEma.predict\ndef fail(self, *arguments):\n"
+        "    if os.environ['RANK'] == '1':\n        raise RuntimeError('made to fail')\n"
+        "    return predict(self, *arguments)\ntrain.TrainedEma.predict = fail"
+    )
+    keys = (f"eval.digits={results / 'mnist'}", "eval.seeds=0-49", "eval.steps=2", "eval.every=4")
+    job, launched = launch(results, "evaluation", change, "train.max_steps=8", *keys)
+    _, said = launched.communicate()
+    told, good = said.count("RuntimeError: made to fail"), launched.returncode == 0 and job.last_saved() == 8
+    rows = [
+        ("R4 evaluations failed on one of two, told", f"{told} of 2, all trained on", "once each", told == 2 and good)
+    ]
+
+    seen = Job(results, "there", "train.max_steps=10")
+    assert seen.run() == 0, seen.log.read_text()
+    (results / "other").mkdir()
+    shutil.copytree(seen.folder, results / "other" / "there")
+    shutil.rmtree(results / "other" / "there" / "checkpoints" / "step_0000010")
+    change = f"sys.argv += [f'results_dir={results / 'other'}'] * (os.environ['RANK'] == '1')"
+    _, launched = launch(results, "there", change, "train.max_steps=20")
+    _, said = launched.communicate()
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    good = len(lines) == 1 and "step_0000010, process 1 has step_0000005" in lines[0] and seen.last_saved() == 10
+    rows.append(("R4 two processes, two newest checkpoints", f"{len(lines)} line", "1, with both", good))
+
+    slow = "fsync = os.fsync\ndef slow(descriptor):\n    time.sleep(2)\n    fsync(descriptor)\nos.fsync = slow"
+    job, launched = launch(results, "slow", slow, "train.max_steps=100000", "train.save_every=0")
+    wait_until(lambda: job.last_logged() >= 5, launched.pid)
+    launched.terminate()
+    sent = time.monotonic()
+    launched.communicate()
+    seconds, lost = time.monotonic() - sent, job.last_logged() - job.last_saved()
+    found = f"{lost} steps, {seconds:.1f} s"
+    rows.append(("R3 launcher's SIGTERM, slow disk: lost", found, "0, < 30 s", lost == 0 and seconds < 30))
+    return rows
+
+
+def going_back(results: Path) -> list[Row]:
+    """R2: resume= an older checkpoint, a SIGTERM, and the same command again, on a file system without locks."""
+    golden = Job(results, "forth", "train.max_steps=30", "train.keep_last=20")
+    assert golden.run() == 0, golden.log.read_text()
+    back = f"resume={golden.folder}/checkpoints/step_0000010"
+    job = Job(results, "forth", "train.max_steps=1000", "train.keep_last=2", back)
+    process = job.start()
+    wait_until(lambda: job.reached() >= 12 and not (job.folder / "checkpoints" / "step_0000030").exists(), process)
+    os.kill(process, signal.SIGTERM)
+    stopped = job.wait(process) == EXIT_START_AGAIN
+    at, lost = job.last_saved(), job.last_logged() - job.last_saved()
+    flock = fcntl.flock
+
+    def unsupported(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = unsupported
+    again = Job(results, "forth", f"train.max_steps={at + 5}", "train.keep_last=2", back).run() == 0
+    fcntl.flock = flock
+    first = min(step for step in (line["step"] for line in job.numbers()) if step > at)
+    kept = sorted(step_of(path) for path in (golden.folder / "checkpoints").glob("abandoned_*/step_*"))
+    good = stopped and lost == 0 and first == at + 1 and kept[-1] == 30
+    warned = "has no locks" in job.log.read_text()
+    return [
+        ("R2 going back: steps lost; the earlier attempt's", f"{lost}; kept {kept}", "0; kept", good),
+        ("R1 without file locks", "trained, with a warning" if again and warned else "no", "trained", again and warned),
+    ]
+
+
 def bad_numbers(results: Path) -> list[Row]:
     """R5: from step 10 on one gradient is infinite; is anything saved after it?"""
     job = Job(results, "infinite", "train.max_steps=40", "train.log_every=7")
@@ -382,7 +464,8 @@ def main() -> None:
         data.prepare_mnist(results / "mnist")
         rows = kills(results, count, rng)
         rows += signals(results, 6 if arguments.quick else 20, rng)
-        rows += [] if arguments.quick else processes(results)  # the tests have them too
+        rows += [] if arguments.quick else [*processes(results), *one_of_two(results)]  # the tests have them too
+        rows += going_back(results)
         rows += planted_code(results)
         rows += bad_numbers(results)
         rows += damaged_shards(results, 6 if arguments.quick else 50, rng)

@@ -280,7 +280,11 @@ def test_a_line_that_a_full_disk_has_cut_is_written_whole_later(run, monkeypatch
     assert [line["step"] for line in numbers(folder)] == list(range(1, 8))
 
 
-@pytest.mark.parametrize("broken", [b'{"step": 2, "tra{"step": 2, "train/loss": 1.0}\n', b"\0" * 40 + b"\n", b"7\n"])
+@pytest.mark.parametrize(
+    "broken",
+    [b'{"step": 2, "tra{"step": 2, "train/loss": 1.0}\n', b"\0" * 40 + b"\n", b"7\n"],
+    ids=["glued", "NUL", "number"],
+)
 def test_a_log_with_broken_lines_is_repaired_at_the_resume(run, broken, capsys):
     _, folder = run("broken", stop_after=3)
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
