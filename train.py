@@ -37,7 +37,7 @@ from evaluation.reference import Reference
 from evaluation.score import write_metrics
 from evaluation.table import SCORES
 from guidance import guidance_from
-from randomness import normal, seeded_generator, uniform
+from randomness import BatchSlice, normal, seeded_generator, uniform
 from sample import check_request, generate, labels_for, parse_seeds
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
@@ -130,10 +130,10 @@ def train(cfg: DictConfig) -> int:
         dist.wait_for_everyone()
         torch.compiler.reset()  # a sweep trains several models in one process
         compiled, why_not = decide_compile(cfg.train.compile, dist.device)
+        if dist.num_processes > 1:
+            state.net = wrap(state.model, objective)
         compile_blocks(state.model, compiled)
         compile_blocks(state.ema, compiled, dynamic=True)
-        if dist.num_processes > 1:
-            state.net = wrap(state.model)
         codec = instantiate(cfg.data.codec).to(dist.device)
         ema_run = TrainedEma(
             state.ema, objective, codec, cfg, dist.device, cfg.train.precision, compiled, folder=run_folder,
@@ -190,6 +190,8 @@ def run_steps(run: TrainContext) -> int:
         log.add(loss)
 
         stop = run.preemption.stops_after(step)
+        if stop and run.preemption.alone:
+            return save_alone(run, step)
         last = stop or step == cfg.train.max_steps
         save_due = last or every(cfg.train.save_every, step) or (run.scoring and every(cfg.eval.every, step))
         if every(cfg.train.log_every, step) or save_due:
@@ -351,6 +353,16 @@ def save(run: TrainContext, step: int, wait: bool) -> None:
             run.saver.save(step, run.state, wait)
 
 
+def save_alone(run: TrainContext, step: int) -> int:
+    """Process 0 after the launcher's end saves what its step left, without a word to the others -> exit code."""
+    if run.state.guard.mode == "stop" and run.state.guard.count:
+        return EXIT_NOT_FINITE
+    run.saver.save(step, run.state, wait=True)
+    say_start_again(run, step)
+    run.log.close(f"stopped by {run.preemption.reason} after step {step}, saved: the same command continues")
+    return EXIT_START_AGAIN
+
+
 def say_start_again(run: TrainContext, step: int) -> None:
     """Leaves <run folder>/start_again for job scripts: no launcher hands on the exit code that says so."""
     if run.dist.is_main_process:
@@ -387,7 +399,7 @@ def dry_run(cfg: DictConfig, dist: PartialState, plan: BatchPlan) -> int:
     """Builds the run, prints its cost and takes one step on noise; reads and writes no data -> exit code 0."""
     state, objective = build(cfg, dist, new=True)
     if dist.num_processes > 1:
-        state.net = wrap(state.model)
+        state.net = wrap(state.model, objective)
     noise = seeded_generator(cfg.seed, "dry run", dist.process_index, device=dist.device)
     shape = (plan.micro_batch_size, cfg.data.channels, cfg.data.input_size, cfg.data.input_size)
     no_data = SimpleNamespace(to_model_input=lambda raw, generators: raw)
@@ -402,12 +414,23 @@ def dry_run(cfg: DictConfig, dist: PartialState, plan: BatchPlan) -> int:
     return 0
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """In DistributedDataParallel: gradients are all that the processes exchange in a step."""
+def wrap(model: nn.Module, objective) -> nn.Module:
+    """In DistributedDataParallel: gradients are all that the processes exchange in a step. Before `compile_blocks`.
+
+    After its first backward pass DDP lays out its buckets anew, and with them the order in which three or more
+    processes add up. The first step after a resume would round otherwise than the same step of a run without: hence a
+    first pass here, of nothing.
+    """
     torch._dynamo.config.optimize_ddp = False  # or its buckets would cut the compiled blocks in pieces
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases call broadcast_buffers by another name
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    x = model.pos_embed.new_zeros(2, model.in_channels, model.input_size, model.input_size)  # (2, C, h, w)
+    rows = BatchSlice(seeded_generator("first pass", device=x.device), 0, len(x))
+    loss = model.training_loss(objective, net, x, torch.zeros(len(x), dtype=torch.int64, device=x.device), rows)
+    (loss * 0).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return net
 
 
 if __name__ == "__main__":

@@ -124,12 +124,13 @@ def lost_others(error: BaseException) -> bool:
 def roll_call(seconds: float = 3.0) -> list[int]:
     """After a lost connection: the ranks that do not answer, as soon as one of the others has told what happened."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    store().set(f"tread_alive_{rank}", "yes")
     deadline = time.monotonic() + seconds
     missing = list(range(world))
-    while missing and time.monotonic() < deadline and not store().check(["tread_told"]):
-        missing = [rank for rank in missing if not store().check([f"tread_alive_{rank}"])]
-        time.sleep(0.1)
+    with contextlib.suppress(RuntimeError):  # the store has gone, with the launcher that held it
+        store().set(f"tread_alive_{rank}", "yes")
+        while missing and time.monotonic() < deadline and not store().check(["tread_told"]):
+            missing = [rank for rank in missing if not store().check([f"tread_alive_{rank}"])]
+            time.sleep(0.1)
     return missing
 
 

@@ -217,7 +217,8 @@ def test_a_signal_to_the_launcher_alone_saves_and_leaves_no_orphan(settings, lau
     """docs/reliability.md has the table of all launchers and signals."""
     command, number, code = LAUNCHED[launcher]
     folder = settings[1] / f"launched{list(LAUNCHED).index(launcher)}"
-    job = start(command, *settings[0], f"run_name={folder.name}", "train.max_steps=100000", "train.val_every=0")
+    own = ["train.max_steps=100000", "train.log_every=7", "train.val_every=0", "preview.every=0"]
+    job = start(command, *settings[0], f"run_name={folder.name}", *own)
     wait_for(folder, 20)
     os.kill(job.pid, number)
     assert job.wait(60) == code
@@ -225,7 +226,7 @@ def test_a_signal_to_the_launcher_alone_saves_and_leaves_no_orphan(settings, lau
     while time.monotonic() < deadline and not (folder / "start_again").exists():
         time.sleep(0.05)
     reason, _, steps = (folder / "start_again").read_text().strip().partition(" after step ")
-    assert reason.startswith("SIG") and numbers(folder)[-1]["step"] == int(steps)  # none is lost
+    assert reason and 0 <= int(steps) - numbers(folder)[-1]["step"] < 7  # no step is lost
     assert latest_checkpoint(folder).name == f"step_{int(steps):07d}"
     job.communicate(timeout=30)  # the processes that trained have closed the pipes,
     reserve(folder).close()  # and hold no lock
