@@ -8,6 +8,7 @@ Exit code 2 for a request that cannot be met; `inspect` exits with 1 if it finds
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,13 +35,15 @@ def main(argv: list[str]) -> int:
         return 0
     (source, target), overrides = _split(verb, arguments, 2)
     manifest = convert(source, target, Conversion(**OmegaConf.to_container(cli.load_config("convert", overrides))))
-    print(f"{target}: {_counts(manifest)}; python -m data inspect {target} says more")
+    print(f"{target}: {_counts(manifest)}; python -m data inspect {shlex.quote(target)} says more")
     return 0
 
 
 def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list[str]]:
     """(paths, overrides) among the arguments of a verb."""
-    paths = [a for a in arguments[:count] if "=" not in a]
+    paths = [a for a in arguments[:count] if "=" not in a or "/" in a.partition("=")[0] or Path(a).exists()]
+    if "" in paths:
+        raise UserError(f"python -m data {verb}: an empty path; needed: a folder or a file")
     overrides = arguments[len(paths) :]
     stray = [a for a in overrides if "=" not in a]
     if len(paths) < count or stray:

@@ -1,5 +1,6 @@
 """What is at a path: `python -m data inspect PATH`. Our shards are read whole; of other formats, a sample."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,11 @@ def _inspect_shards(folder: Path) -> dict:
         "num_classes": num_classes,
         "labels": np.bincount(labels, minlength=num_classes).tolist(),
         "wrong": wrong,
-        "next": f"python train.py data=folder data.path={folder} data.channels={channels} data.input_size={size} "
+        "next": f"python train.py data=folder data.path={shlex.quote(str(folder))} "
+        f"data.channels={channels} data.input_size={size} "
         f"data.num_classes={num_classes}{_codec_settings(manifest.get('codec'))}"
         if ready
-        else f"python -m data index {folder} kind={report['kind']} scale=...",
+        else f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=...",
     }
 
 
@@ -115,7 +117,7 @@ def _inspect_source(path: Path) -> dict:
         "num_classes": max(labels) + 1,
         "labels": np.bincount(labels).tolist() if min(labels) >= 0 else [],
         "wrong": wrong + ([f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []),
-        "next": f"python -m data convert {path} NEW_FOLDER format={source.format}{kind}{scale}",
+        "next": f"python -m data convert {shlex.quote(str(path))} NEW_FOLDER format={source.format}{kind}{scale}",
     }
 
 

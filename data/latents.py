@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
@@ -194,5 +195,5 @@ def scale_warning(latents: Latents, sigma_data: float) -> str | None:
         return None
     return (
         f"the latents in {latents.folder} have standard deviation {overall:.3g}, the objective expects about "
-        f"{sigma_data:.3g}: is their scale right? (python -m data inspect {latents.folder})"
+        f"{sigma_data:.3g}: is their scale right? (python -m data inspect {shlex.quote(str(latents.folder))})"
     )

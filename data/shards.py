@@ -15,6 +15,7 @@ shards                [{name, split, n, sha256}]
 
 import json
 import re
+import shlex
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -52,7 +53,9 @@ def open_latents(path: str | Path, *, split: str = "train", kind: str | None = N
     manifest = read_manifest(folder)
     shards = split_shards(folder, split, manifest)
     if not shards:
-        raise UserError(f"no {split} shards in {folder}; python -m data inspect {folder} says what is there")
+        raise UserError(
+            f"no {split} shards in {folder}; python -m data inspect {shlex.quote(str(folder))} says what is there"
+        )
     encoding = read_encoding(folder, manifest, kind)
     index = load_index(folder, split, shards, manifest)
     if index.faults and on_error == "stop" or not len(index.entries):
@@ -96,7 +99,7 @@ def read_encoding(folder: Path, manifest: dict, kind: str | None = None) -> Late
     if manifest.get("scale") is None:
         raise UserError(
             f"{folder} is to be read as {kind} and no meta.json says the scale; "
-            f"python -m data index {folder} kind={kind} scale=... writes one"
+            f"python -m data index {shlex.quote(str(folder))} kind={kind} scale=... writes one"
         )
     return LatentEncoding(kind, manifest["scale"], manifest["bias"])
 
@@ -115,7 +118,8 @@ def read_manifest(folder: Path) -> dict:
         missing = [key for key in SHARD_KEYS for shard in manifest["shards"] if key not in shard]
     if missing:
         raise UserError(
-            f"{path} does not say {missing[0]}; remove it, and python -m data index {folder} writes a new one"
+            f"{path} does not say {missing[0]}; remove it, "
+            f"and python -m data index {shlex.quote(str(folder))} writes a new one"
         )
     for shard in manifest["shards"]:
         if Path(shard["name"]).name != shard["name"]:

@@ -10,6 +10,7 @@ interruption the same command resumes, to the same bytes as an undisturbed run. 
 import contextlib
 import hashlib
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -139,7 +140,10 @@ def finish(folder: Path, images: Images, cfg: DictConfig, vae_sha256: str) -> No
         flip=cfg.flip,
         num_classes=len(images.classes) or None,
     )
-    print(f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes; look: python -m data inspect {folder}")
+    print(
+        f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes; "
+        f"look: python -m data inspect {shlex.quote(str(folder))}"
+    )
 
 
 def device() -> torch.device:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from data.index import Entries, Index, save_index
 from data.loader import RUN, WINDOW, Order
 from data.shards import finalize, read_manifest, shard_name, write_shard
 from randomness import BatchSlice, seeded_generator
-from system import UserError
+from system import UserError, cli
 from tests.made_sets import NUM_CLASSES, SHAPE, TOTAL, add, array_of, npy, numbers_in, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -462,6 +463,16 @@ def test_inspect_command(uneven):
     assert report["shape"] == report["stored_shape"] == list(SHAPE) and report["dtype"] == "float16"
     assert len(report["mean"]) == len(report["std"]) == 4 and sum(report["labels"]) == TOTAL
     assert f"data=folder data.path={uneven} data.channels=4 data.input_size=4 data.num_classes=10" in report["next"]
+
+
+def test_the_next_command_can_be_pasted_from_a_folder_of_any_name(tmp_path, capsys):
+    folder = write_set(tmp_path / "model=dit, é (1)", sizes=(3,))
+    assert data.__main__.main(["inspect", str(folder), "--json"]) == 0
+    words = shlex.split(json.loads(capsys.readouterr().out)["next"])
+    given = cli.load_config("config", words[2:])
+    assert words[:2] == ["python", "train.py"] and given.data.path == str(folder)
+    with pytest.raises(UserError, match="an empty path"):  # as an unset variable of a shell leaves it
+        data.__main__.main(["inspect", ""])
 
 
 def test_commands_say_what_is_wrong_in_one_line(uneven, tmp_path):
