@@ -248,15 +248,15 @@ def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
     return (named.group(1), hub.local(named.group(2))) if named else (None, hub.local(ckpt))
 
 
-def find_checkpoint(ckpt: str | Path) -> Path:
+def find_checkpoint(ckpt: str | Path, key: str = "ckpt") -> Path:
     """The checkpoint folder of a run folder or checkpoint folder, or the weights file for foreign.py.
 
-    Raises UserError where there is neither.
+    key: the setting that names it. Raises UserError where there is neither.
     """
     family, path = split_family(ckpt)
     if not path.exists():
         raise UserError(
-            f"ckpt={ckpt}: no such file or folder; needed: a run folder, a checkpoint folder or a file of weights"
+            f"{key}={ckpt}: no such file or folder; needed: a run folder, a checkpoint folder or a file of weights"
         )
     if path.is_file() or (path / MANIFEST).is_file() and family is None:
         return path
@@ -265,7 +265,7 @@ def find_checkpoint(ckpt: str | Path) -> Path:
     newest = latest_checkpoint(path) if path.is_dir() else None
     if newest is None:
         raise UserError(
-            f"ckpt={ckpt} is not a checkpoint; "
+            f"{key}={ckpt} is not a checkpoint; "
             f"needed: a run folder (with checkpoints/step_*/{MANIFEST}) or one of its checkpoints"
         )
     return newest

@@ -241,7 +241,7 @@ def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[TrainState, o
     """(state, objective) before the first step; a `new` run starts from cfg.init_from, if set. Raises UserError."""
     starts_elsewhere = new and cfg.init_from is not None
     if starts_elsewhere:
-        find_checkpoint(cfg.init_from)
+        find_checkpoint(cfg.init_from, "init_from")
     torch.manual_seed(cfg.seed)  # for the initial weights; training itself never uses the global generator
     model = instantiate(cfg.model).to(dist.device)
     objective = instantiate(cfg.objective)
@@ -280,7 +280,7 @@ def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
     newest = newest_intact(run_folder) if since is not None else None
     if newest is not None and step_of(newest) > since:
         return newest
-    found = find_checkpoint(cfg.resume)
+    found = find_checkpoint(cfg.resume, "resume")
     verify_checkpoint(found)
     return found
 
