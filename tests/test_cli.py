@@ -106,7 +106,7 @@ TRAIN = {
     "objective=rf objective.contrastive=1": "objective.contrastive=1; needed: from 0 to below 1",
     "objective=rf objective.contrastive=0.05 train.micro_batch_size=1": "needed: an even size, got 1",
     "objective.contrastive=0.05": "unknown key 'objective.contrastive'",
-    "resume=nowhere": "ckpt=nowhere",
+    "resume=nowhere": "resume=nowhere: no such",
     "train.grad_clip=0": "train.grad_clip > 0 or null",
     "model=dit guidance@preview=sparse preview.every=1": "needs a model trained with routes",
     "guidance@preview=auto preview.weak_ckpt=nowhere preview.every=1": "nowhere",
