@@ -284,9 +284,9 @@ def launch(results: Path, name: str, change: str, *overrides: str) -> tuple[Job,
 def one_of_two(results: Path) -> list[Row]:
     """R3, R4: what only one process meets, and the launcher's SIGTERM on a disk that takes seconds for a save."""
     change = (
-        "predict = train.TrainedEma.predict\ndef fail(self, *arguments):\n"
+        "from checkpoints.load import Run\npredict = Run.predict\ndef fail(self, *arguments):\n"
         "    if os.environ['RANK'] == '1':\n        raise RuntimeError('made to fail')\n"
-        "    return predict(self, *arguments)\ntrain.TrainedEma.predict = fail"
+        "    return predict(self, *arguments)\nRun.predict = fail"
     )
     keys = (f"eval.digits={results / 'mnist'}", "eval.seeds=0-49", "eval.steps=2", "eval.every=4")
     job, launched = launch(results, "evaluation", change, "train.max_steps=8", *keys)

@@ -330,9 +330,9 @@ def test_an_evaluation_that_fails_on_one_process_is_told_once_and_all_go_on(sett
     ]  # fmt: skip
     failing = program(
         tmp_path,
-        "predict = train.TrainedEma.predict\ndef fail(self, *arguments):\n"
+        "from checkpoints.load import Run\npredict = Run.predict\ndef fail(self, *arguments):\n"
         "    if os.environ['RANK'] == '1':\n        raise RuntimeError('made to fail')\n"
-        "    return predict(self, *arguments)\ntrain.TrainedEma.predict = fail\n",
+        "    return predict(self, *arguments)\nRun.predict = fail\n",
     )
     folder = settings[1] / "failing"
     trained_before(*settings[0], *keys, "train.max_steps=2")  # a resume evaluates first
