@@ -107,7 +107,7 @@ def test_routing_saves_gpu_hours_as_predicted():
 def test_the_documented_rows_are_these_and_cost_as_predicted():
     """docs/training.md: a line for each row, or for its four sizes, with the GPU-hours that cost.py counts."""
     page = (Path(training.__file__).parent / "docs" / "training.md").read_text()
-    lines = re.findall(r"^\| [^|]+ \| `(experiment=[^`]+)` \| [^|]* \| ([\d. /]+) \|$", page, re.MULTILINE)
+    lines = re.findall(r"^\| [^|]+ \| `(experiment=[^`]+)` \|[^|]*\| ([\d. /]+) \|$", page, re.MULTILINE)
     found = {}
     for overrides, hours in lines:
         overrides = re.sub("<[^>]+>", "null", overrides)
