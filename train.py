@@ -46,18 +46,9 @@ from system.instantiate import instantiate
 from system.launchers import own_process, set_determinism
 from system.processes import Preempted, agree, start_processes, together
 from training.log import Log, TimedBatches
-from training.prepare import (
-    TrainState,
-    batch_plan,
-    build,
-    describe,
-    find_resume,
-    name_run,
-    open_data,
-    reserve_run_folder,
-    resolve_config,
-    resume,
-)
+from training.naming import name_run
+from training.prepare import TrainState, batch_plan, build, describe, open_data, resolve_config
+from training.resuming import find_resume, reserve_run_folder, resume
 from training.saving import Saver
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, START_AGAIN, PreemptionHandler
 

@@ -16,7 +16,7 @@ import train as training
 from checkpoints.run_folder import latest_checkpoint
 from dit import DiT
 from system import cli
-from training.prepare import default_name, job_name
+from training.naming import default_name, job_name
 
 ROOT = Path(__file__).resolve().parent.parent
 

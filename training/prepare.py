@@ -1,55 +1,27 @@
 """Everything before the first training step. What cannot run is refused here, before anything slow or written."""
 
 import copy
-import hashlib
-import json
 import os
-import re
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from accelerate import PartialState
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 import data
 from checkpoints import power_ema
 from checkpoints.load import load_run
-from checkpoints.run_folder import (
-    abandon_after,
-    average_name,
-    find_checkpoint,
-    in_todays_names,
-    latest_checkpoint,
-    load_optimizer,
-    load_strictly,
-    load_weights,
-    newest_intact,
-    read_config,
-    read_tensors,
-    remove_temporaries,
-    step_of,
-    verify_checkpoint,
-)
+from checkpoints.run_folder import average_name, find_checkpoint, load_strictly
 from cost import cost_table
 from data import BatchPlan
 from guidance import check_networks, guidance_from
-from system import UserError, cli, hub
-from system.files import reserve, write_text_atomic
+from system import UserError, hub
 from system.instantiate import instantiate
-from system.processes import is_main
 from training.guard import FiniteGuard
 from training.optimizer import check_optimizer, make_optimizer
-from training.stopping import START_AGAIN
 
-WENT_BACK = "went_back.json"  # in checkpoints/: the last explicit resume=, and the step it started from
 AT_LEAST = {
     "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,
     "train.warmup_steps": 0, "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1,
@@ -74,70 +46,6 @@ class TrainState:
         """What a checkpoint has of weights, by file."""
         averages = {average_name(width): average for width, average in self.power.items()}
         return {"model": self.model, "ema": self.ema, **averages}
-
-
-def name_run(cfg: DictConfig) -> DictConfig:
-    """Names the run and checks key types. A sweep's jobs go to <run_name or multirun>/<swept overrides>."""
-    hydra_cfg = HydraConfig.get()
-    cli.check_types(cfg, "config", hydra_cfg.overrides.task)
-    choices = hydra_cfg.runtime.choices
-    earlier = None  # the folder's name by earlier versions
-    if hydra_cfg.mode == RunMode.MULTIRUN:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("-m runs its jobs one after another in one process; needed: one launch per job")
-        given = OverridesParser.create().parse_overrides(overrides_of(sys.argv))
-        keys = {o.key_or_group for o in given if o.is_sweep_override()}
-        swept = [o for o in hydra_cfg.overrides.task if o.partition("=")[0] in keys]
-        parent, job = cfg.run_name or "multirun", f"job{hydra_cfg.job.num}"
-        cfg.run_name = f"{parent}/{job_name(swept) or job}"
-        earlier = f"{parent}/{(','.join(swept) or job).replace('/', '-')}"
-    elif cfg.run_name is None:
-        cfg.run_name = default_name(choices, cfg.model.size)
-        earlier = f"{choices.data}-{choices.model}-{choices.objective}"
-    if earlier and cfg.resume == "auto" and is_this_run(Path(cfg.results_dir) / earlier, cfg):
-        if not (Path(cfg.results_dir) / cfg.run_name).exists():
-            if os.environ.get("RANK", "0") == "0":
-                print(f"this run has a folder, named as in earlier versions: {earlier} (today: {cfg.run_name})")
-            cfg.run_name = earlier
-    return cfg
-
-
-def default_name(choices: Mapping, size: str) -> str:
-    """[<experiment>-]<data>-<model>-<size>-<objective>: mnist-tread-XS4-edm. One named as its data is said once."""
-    experiment = choices.get("experiment")
-    first = [experiment] if experiment not in (None, "null", choices["data"]) else []
-    size = re.sub(r"[^A-Za-z0-9.]", "", size.removeprefix("DiT-"))
-    return "-".join([*first, choices["data"], choices["model"], size, choices["objective"]])
-
-
-def job_name(swept: Sequence[str]) -> str:
-    """Overrides as a folder name that a shell need not quote: model-dit_train.lr-1e-3.
-
-    A value of other characters gets a digest, so that two values never share a name.
-    """
-    parts = []
-    for override in swept:
-        key, _, value = override.partition("=")
-        plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")
-        if plain != value.replace("/", "-"):
-            plain += f"-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
-        parts.append(f"{key}-{plain}".replace("@", "-").replace("/", "-"))
-    return "_".join(parts)
-
-
-def is_this_run(folder: Path, cfg: DictConfig) -> bool:
-    """Whether a run folder's settings are these, as far as both know them and they are not chosen by the machine."""
-    if not (folder / "config.yaml").is_file():
-        return False
-    saved = in_todays_names(OmegaConf.load(folder / "config.yaml"))
-    keys = set(cli.flat_keys(saved)) & set(cli.flat_keys(cfg))
-    left_out = (*HARMLESS, "train.precision", "train.compile", *([] if cfg.train.decay_steps else ["train.max_steps"]))
-    kept = [key for key in keys if not any(key == k or key.startswith(f"{k}.") for k in left_out)]
-    return all(OmegaConf.select(saved, key) == OmegaConf.select(cfg, key) for key in kept)
-
-
-def overrides_of(argv: list[str]) -> list[str]:
-    return [argument for argument in argv[1:] if "=" in argument and not argument.startswith("-")]
 
 
 def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
@@ -265,131 +173,6 @@ def start_from(ckpt: str, model: nn.Module, objective) -> None:
         found, wanted = type(source.objective).__name__, type(objective).__name__
         raise UserError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
     load_strictly(model, source.model.state_dict(), source=str(ckpt))
-
-
-def find_resume(cfg: DictConfig, run_folder: Path) -> Path | None:
-    """The verified checkpoint to resume from; None for a new run. Raises UserError."""
-    if cfg.resume is None:
-        if (run_folder / "config.yaml").exists() or latest_checkpoint(run_folder) is not None:
-            raise UserError(f"{run_folder} exists already; set resume=auto to continue it, or another run_name")
-        return None
-    if cfg.resume == "auto":
-        return newest_intact(run_folder)
-    # The same command goes on where it was stopped; only its first start goes back.
-    since = gone_back(cfg, run_folder)
-    newest = newest_intact(run_folder) if since is not None else None
-    if newest is not None and step_of(newest) > since:
-        return newest
-    found = find_checkpoint(cfg.resume, "resume")
-    verify_checkpoint(found)
-    return found
-
-
-def gone_back(cfg: DictConfig, run_folder: Path) -> int | None:
-    """The step to which the run went back when it was last started with this very resume=; None = it was not."""
-    note = run_folder / "checkpoints" / WENT_BACK
-    try:
-        went = json.loads(note.read_text())
-        return went["step"] if went["resume"] == str(Path(cfg.resume).absolute()) else None
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-
-
-def go_back(cfg: DictConfig, run_folder: Path, start_step: int) -> None:
-    """Sets later checkpoints aside, deleting nothing, and notes where an explicit resume= has started."""
-    if abandoned := abandon_after(run_folder, start_step):
-        print(f"resume     step {start_step}; later checkpoints are in {abandoned} now")
-    if cfg.resume in (None, "auto"):
-        return
-    note, since = run_folder / "checkpoints" / WENT_BACK, gone_back(cfg, run_folder)
-    if since is not None and start_step > since:
-        again = f"to go back once more, remove {note}"
-        print(f"resume     the run went back to {cfg.resume} before, and goes on at step {start_step}; {again}")
-    else:
-        note.parent.mkdir(exist_ok=True)
-        write_text_atomic(note, json.dumps({"resume": str(Path(cfg.resume).absolute()), "step": start_step}) + "\n")
-
-
-# Keys that may differ between a run and its continuation: none of them changes a number.
-HARMLESS = (
-    "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "wandb", "hardware", "sampler", "data.path",
-    "data.prepare", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
-    "train.val_every", "train.val_samples", "train.save_every", "train.save", "train.keep_last", "train.keep_every",
-    "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
-    "train.gradient_checkpointing", "train.deterministic",
-)  # fmt: skip
-
-
-def resume(path: Path, state: TrainState, cfg: DictConfig, latents: data.Latents) -> int:
-    """Restores weights, EMA and optimizer -> the checkpoint's step. Raises UserError where the run is another."""
-    saved = read_config(path)
-    allowed = (*HARMLESS, *cfg.resume_allow) + (() if cfg.train.decay_steps else ("train.max_steps",))
-    known, differing, newer = set(cli.flat_keys(saved)), [], []
-    for key in dict.fromkeys([*known, *cli.flat_keys(cfg)]):
-        was, now = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
-        if any(key == prefix or key.startswith(f"{prefix}.") for prefix in allowed) or key in known and was == now:
-            continue
-        if key in known:
-            differing.append(f"{key} was {was}, is {now}")
-        elif now in (defaults := cli.defaults_of(key)):
-            newer.append(f"{key}={now}")
-        else:
-            differing.append(f"{key} is newer than the checkpoint, which had {defaults}, is {now}")
-    fingerprint = json.loads((path / "trainer_state.json").read_text())["data"]
-    if fingerprint != latents.fingerprint and "data" not in cfg.resume_allow:
-        differing.append(f"the data's fingerprint was {fingerprint}, is {latents.fingerprint}")
-    if differing:
-        raise UserError(
-            f"{path} is of another run: {'; '.join(differing)} (resume_allow=[key,...] continues it nevertheless)"
-        )
-    if newer and is_main():
-        print(f"resume     the checkpoint is older than {', '.join(newer)}: the defaults, as it was trained")
-    load_weights(path, state.model, "raw")
-    load_weights(path, state.ema, "ema")
-    for width, average in state.power.items():
-        file = path / f"{average_name(width)}.safetensors"
-        if not file.is_file():
-            raise UserError(f"{path} has no power average of width {width}; needed: a run with it from its first step")
-        load_strictly(average, read_tensors(file), source=str(file))
-    load_optimizer(path, state.model, state.optimizer)
-    return step_of(path)
-
-
-def reserve_run_folder(run_folder: Path, cfg: DictConfig, start_step: int) -> TextIO:
-    """Creates and locks the folder, sets aside what comes after `start_step`, and writes the resolved config.
-
-    Closing the returned file releases the lock. Raises UserError where another job holds it.
-    """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    lock = reserve(run_folder)
-    remove_temporaries(run_folder)
-    (run_folder / START_AGAIN).unlink(missing_ok=True)
-    go_back(cfg, run_folder, start_step)
-    write_text_atomic(run_folder / "config.yaml", OmegaConf.to_yaml(cfg))
-    metrics = run_folder / "metrics.jsonl"
-    if metrics.exists():
-        write_text_atomic(metrics, log_until(metrics, start_step))
-    return lock
-
-
-def log_until(metrics: Path, step: int) -> str:
-    """The log's lines that stay at a resume: those up to the checkpoint, but not its evaluations, which run again.
-
-    Lines that a full disk or a power cut has broken are left out, with a warning.
-    """
-    kept, broken = [], []
-    lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line's end, a killed job was writing
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line.decode())
-            if values["step"] < step or (values["step"] == step and "train/loss" in values):
-                kept.append(line.decode() + "\n")
-        except (ValueError, KeyError, TypeError):
-            broken.append(number)
-    if broken:
-        numbers = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-        print(f"warning: {metrics}: left out what is no log line: {numbers}", file=sys.stderr)
-    return "".join(kept)
 
 
 def describe(
