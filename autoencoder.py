@@ -6,6 +6,7 @@ import torch
 
 from system import UserError
 
+SD_SCALE = 0.18215  # of the latents of Stable Diffusion's VAEs: 1 / their standard deviation
 DECODE_AT_ONCE = 8 * 32 * 32  # latent pixels per call of the decoder: 8 images of 256 x 256
 
 
@@ -36,7 +37,7 @@ class VAECodec:
     def __init__(
         self,
         path: str | None = "stabilityai/sd-vae-ft-ema",
-        scale: float | Sequence[float] = 0.18215,
+        scale: float | Sequence[float] = SD_SCALE,
         bias: float | Sequence[float] = 0.0,
     ):
         self.path, self.device, self._vae = path, torch.device("cpu"), None
