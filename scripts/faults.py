@@ -5,6 +5,7 @@ restarted by the same command, and must end with the golden run's weights, EMA, 
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import json
@@ -252,9 +253,8 @@ def processes(results: Path) -> list[Row]:
         deadline = time.monotonic() + 120
         while job.last_logged() < 5 and time.monotonic() < deadline:
             time.sleep(0.05)
-        listing = ["ps", "-o", "pid=", "--ppid", str(launched.pid)]
-        children = subprocess.run(listing, capture_output=True, text=True).stdout.split()
-        victim = next(int(c) for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes())
+        workers = children(launched.pid)
+        victim = next(child for child in workers if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
         os.kill(victim, number)
         sent = time.monotonic()
         telling = ("not answering: [1]", "rank      : 1")
@@ -347,6 +347,64 @@ def going_back(results: Path) -> list[Row]:
         ("R2 going back: steps lost; the earlier attempt's", f"{lost}; kept {kept}", "0; kept", good),
         ("R1 without file locks", "trained, with a warning" if again and warned else "no", "trained", again and warned),
     ]
+
+
+def lost_node(results: Path) -> list[Row]:
+    """R4, R9: two nodes of two processes each, of which one is killed; the same commands bring the run back."""
+    jobs = {name: Job(results, name, "train.max_steps=60", "train.timeout_s=10") for name in ("nodes", "lost_node")}
+    assert [node.wait() for node in start_nodes(jobs["nodes"], 29701)] == [0, 0]
+    job = jobs["lost_node"]
+    left, dying = start_nodes(job, 29702)
+    wait_until(lambda: job.last_logged() >= 12, left.pid)
+    for process in (*children(dying.pid), dying.pid):
+        os.kill(process, signal.SIGKILL)
+    started = time.monotonic()
+    ended, seconds = left.wait() != 0, time.monotonic() - started
+    back = [node.wait() for node in start_nodes(job, 29703)] == [0, 0]
+    difference = max_difference(jobs["nodes"], job) if back else float("inf")
+    return [
+        ("R4 the node that is left ends after s", f"{seconds:.1f}", "< 30", ended and seconds < 30),
+        ("R9 max abs difference after a lost node", f"{difference:g}", "0", difference == 0),
+    ]
+
+
+def start_nodes(job: Job, port: int) -> list[subprocess.Popen]:
+    """The job on two nodes, which meet on this machine's loopback address."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
+    torchrun += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return [subprocess.Popen([*torchrun, rank, "train.py", *job.overrides], cwd=ROOT, **quiet) for rank in "01"]
+
+
+def children(process: int) -> list[int]:
+    listing = ["ps", "-o", "pid=", "--ppid", str(process)]
+    return [int(child) for child in subprocess.run(listing, capture_output=True, text=True).stdout.split()]
+
+
+def read_errors(results: Path) -> list[Row]:
+    """R6: reads that fail while shards are indexed, once and for as long as it lasts, are not kept as damage."""
+    folder, pread = shutil.copytree(results / "mnist", results / "unreadable"), os.pread
+    total, failures, found = len(data.open_latents(folder)), 0, []
+
+    def failing(*arguments) -> bytes:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(*arguments)
+
+    os.pread = failing
+    try:
+        for count in (1, 10**9, 0):
+            for index in folder.glob(".*.index.npz") if count else ():
+                index.unlink()
+            failures = count
+            with contextlib.suppress(UserError):
+                found.append(len(data.open_latents(folder)))
+    finally:
+        os.pread = pread
+    kept = f"{found} of {total}"
+    return [("R6 samples after EIO once, and after it has ended", kept, "all", found == [total, total])]
 
 
 def bad_numbers(results: Path) -> list[Row]:
@@ -464,11 +522,12 @@ def main() -> None:
         data.prepare_mnist(results / "mnist")
         rows = kills(results, count, rng)
         rows += signals(results, 6 if arguments.quick else 20, rng)
-        rows += [] if arguments.quick else [*processes(results), *one_of_two(results)]  # the tests have them too
+        rows += [] if arguments.quick else [*processes(results), *one_of_two(results), *lost_node(results)]  # tests too
         rows += going_back(results)
         rows += planted_code(results)
         rows += bad_numbers(results)
         rows += damaged_shards(results, 6 if arguments.quick else 50, rng)
+        rows += read_errors(results)
         rows += storm(results, steps, rng)
         rows += mismatches(results)
     width = max(len(row[0]) for row in rows)
