@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import dit
+import routing_module
 import sample
 from checkpoints.load import load_run
 from guidance import Guidance
@@ -81,8 +82,8 @@ def test_routes_shown_are_those_that_sampling_draws(run_folder, tmp_path, monkey
         drawn.append(draw(*inputs, **settings))
         return drawn[-1]
 
-    draw = dit.draw_keep_ids
-    monkeypatch.setattr(dit, "draw_keep_ids", record)
+    draw = routing_module.draw_keep_ids
+    monkeypatch.setattr(routing_module, "draw_keep_ids", record)
     next(sample.generate(run, Guidance(gamma_strong=0.5), [0, 1], torch.tensor([0, 1])))
     for step, keep_ids in enumerate(drawn):
         (mask,) = show.kept_tokens(run, [0, 1], 0.5, step)

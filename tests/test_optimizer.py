@@ -155,7 +155,7 @@ def test_a_bad_step_is_left_out_of_a_run(run, monkeypatch):
 def test_the_state_of_another_optimizer_is_refused(run, before, after):
     _, folder = run(before, f"optimizer={before}", stop_after=2)
     kept = {path: path.read_bytes() for path in folder.glob("checkpoints/*/*")}
-    with pytest.raises(ValueError, match=f"another run: optimizer.name was {before}, is {after}"):
+    with pytest.raises(ValueError, match=f"another run: .*optimizer.name was {before}, is {after}"):
         run(before, f"optimizer={after}")
     with pytest.raises(ValueError, match="of another optimizer.*needed: ") as error:
         run(before, f"optimizer={after}", "resume_allow=[optimizer]")

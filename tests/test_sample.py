@@ -101,7 +101,6 @@ def test_folder_holds_png_npz_grid_and_manifest(runs, tmp_path, capsys):
     assert manifest["settings"]["checkpoint_sha256"] == run.sha256 and manifest["settings"]["scale"] == 1.5
 
 
-@pytest.mark.slow
 def test_compiled_is_the_same_but_for_rounding_and_says_so(runs, tmp_path):
     call = [f"ckpt={runs['rf']}", "guidance=sparse", "steps=4", "seeds=0-5"]
     sample.main([*call, f"out={tmp_path / 'eager'}"])

@@ -318,7 +318,6 @@ def activation_peak(size, routed, gradient_checkpointing=False):
     return next(n for kind, n in snapshot.items() if getattr(kind, "name", kind) == "ACT")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size, bar", [("DiT-B/2", 0.74), ("DiT-XL/2", 0.62)])
 def test_routing_saves_memory_as_well(size, bar, monkeypatch):
     """P8. Where all that is kept is linear in tokens, the limits are 0.708 and 0.589. Attention as on GPUs."""
