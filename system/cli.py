@@ -174,6 +174,9 @@ def leave(error: Exception) -> NoReturn:
 def one_line(error: BaseException) -> str:
     """An error's message as one line, without Hydra's and OmegaConf's paragraphs."""
     text = str(error) or type(error).__name__
+    present = re.search(r"Could not append to config\. An item is already at '([^']+)'", text)
+    if present:
+        return f"+{present.group(1)} adds a key that is there already; needed: {present.group(1)}=... without the +"
     key = re.search(r"Could not (?:override|append to config\.[^']*) '([^']+)'", text)
     if key:
         return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
@@ -207,9 +210,13 @@ def _config_files() -> Iterator[tuple[Path, dict]]:
 
 
 def _did_you_mean(key: str) -> str:
-    """The keys of the config files that are nearest to a mistyped one."""
-    known = {key for _, values in _config_files() for key in values}
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    """Where a refused key does belong (model.routes, given to model=maskdit), or the keys nearest to a mistyped one."""
+    files = list(_config_files())
+    groups = [(f"{path.parent.name}={path.stem}", values) for path, values in files if path.parent != CONFIG_DIR]
+    owners = sorted(group for group, values in groups if key in values and not group.startswith("experiment="))
+    if owners:
+        return f" here; it belongs to {', '.join(owners)}"
+    near = difflib.get_close_matches(key, {key for _, values in files for key in values}, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else "; the keys are in configs/"
 
 

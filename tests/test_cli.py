@@ -75,7 +75,9 @@ def assert_refused(result, expected):
 TRAIN = {
     "trian.lr=1": "unknown key 'trian.lr'; did you mean train.lr",
     "train.max_stpes=5": "did you mean train.max_steps",
+    "model=maskdit model.routes=[]": "unknown key 'model.routes' here; it belongs to model=dit",
     "+train.foo=1": "unknown key 'train.foo'",
+    "+train.lr=1": "needed: train.lr=... without the +",
     "model=unet": "unknown model=unet; needed: one of",
     "train.max_steps=many": "train.max_steps=many; needed: a whole number",
     "train.lr=null": "train.lr=None; needed: a number",
