@@ -1,6 +1,7 @@
 """Every test runs from the repository root, on few threads, without the network."""
 
 import io
+import json
 import os
 import sys
 import tarfile
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
@@ -58,3 +60,35 @@ def tiny_overrides(few_latents):
         "train.compile=off", "train.precision=fp32", "train.log_every=1", "train.save_every=0", "train.val_every=0",
         "train.val_samples=20", "preview.every=0", "preview.num_images=6", "sampler.num_steps=3", "train.keep_last=20",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def run(tiny_overrides, tmp_path):
+    """run(name, *overrides, stop_after=None) -> (exit code, run folder): a training run in this process."""
+    import train as training
+    from system import cli
+    from training.stopping import PreemptionHandler
+
+    def run(name, *overrides, stop_after=None):
+        config = cli.load_config("config", [*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
+        with pytest.MonkeyPatch.context() as patch:
+            if stop_after is not None:
+                patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
+            return training.train(config), tmp_path / name
+
+    return run
+
+
+def numbers(folder):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def assert_same_run(a, b):
+    """Two run folders hold the same log and the same newest checkpoint, to the bit."""
+    from checkpoints.run_folder import latest_checkpoint
+
+    assert numbers(a) == numbers(b)
+    for name in COMPARED:
+        assert (latest_checkpoint(a) / name).read_bytes() == (latest_checkpoint(b) / name).read_bytes(), name

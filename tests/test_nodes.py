@@ -9,8 +9,8 @@ import time
 import pytest
 
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, verify_checkpoint
+from tests.conftest import COMPARED, numbers
 from tests.test_processes import ROOT, start, torchrun, wait_for
-from tests.test_train import COMPARED, numbers
 
 COMPILED = """
 import sys

@@ -12,16 +12,15 @@ from dit import DiT
 from lightningdit import LightningDiT
 from rf import RectifiedFlow
 from system import cli
-from tests import test_train
+from tests.conftest import assert_same_run, numbers
 from tests.test_step import TREAD, Latents, OpCounter, settings
-from tests.test_train import assert_same_run, numbers, poison
+from tests.test_train import poison
 from training.guard import FiniteGuard
 from training.optimizer import make_optimizer
 from training.prepare import TrainState, resolve_config
 from training.stopping import EXIT_START_AGAIN
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic of Jordan's post
-run = test_train.run  # a fixture
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 
 

@@ -27,11 +27,9 @@ from checkpoints.run_folder import (
 from evaluation import table
 from system import cli
 from system.files import sha256_of
-from tests import test_train
-from tests.test_train import assert_same_run
+from tests.conftest import assert_same_run
 from training.stopping import EXIT_START_AGAIN
 
-run = test_train.run  # a fixture
 WIDTHS, WEIGHT = (0.05, 0.1), "blocks.0.attn.proj.weight"
 
 

@@ -17,7 +17,7 @@ from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read
 from system import UserError, cli
 from system.files import reserve
 from system.launchers import refuse_flags, usable_cpus
-from tests.test_train import COMPARED, numbers
+from tests.conftest import COMPARED, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]

@@ -1,7 +1,6 @@
 """What holds for every token-sparse method alike: TREAD structured, SPRINT, MaskDiT, and their second stages."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -33,9 +32,9 @@ from sprint import Sprint
 from system import UserError, cli
 from system.compiling import compile_blocks
 from system.instantiate import instantiate
-from tests.conftest import ROOT
+from tests.conftest import COMPARED, ROOT, assert_same_run, numbers
 from tests.made_runs import make_run
-from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
 METHODS = {
     "tread": [
@@ -48,32 +47,6 @@ METHODS = {
     "maskdit": ["model=maskdit"],
     "maskdit, unmasked": ["model=maskdit", "model.selection_ratio=0"],
 }  # fmt: skip
-COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-
-
-@pytest.fixture
-def run(tiny_overrides, tmp_path):
-    """run(name, *overrides, stop_after=None) -> (exit code, run folder)."""
-
-    def run(name, *overrides, stop_after=None):
-        config = cli.load_config("config", [*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
-        with pytest.MonkeyPatch.context() as patch:
-            if stop_after is not None:
-                patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
-            return training.train(config), tmp_path / name
-
-    return run
-
-
-def numbers(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-
-
-def assert_same_run(a, b):
-    assert numbers(a) == numbers(b)
-    for name in COMPARED:
-        assert (latest_checkpoint(a) / name).read_bytes() == (latest_checkpoint(b) / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,38 +18,10 @@ from omegaconf import OmegaConf
 import train as training
 from checkpoints import run_folder
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, step_of, verify_checkpoint
-from system import UserError, cli
-from tests.conftest import ROOT, write_shard
+from system import UserError
+from tests.conftest import COMPARED, ROOT, assert_same_run, numbers, write_shard
 from training.guard import FiniteGuard
-from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
-
-COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-
-
-@pytest.fixture
-def run(tiny_overrides, tmp_path):
-    """run(name, *overrides, stop_after=None) -> (exit code, run folder)."""
-
-    def run(name, *overrides, stop_after=None):
-        config = cli.load_config("config", [*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
-        with pytest.MonkeyPatch.context() as patch:
-            if stop_after is not None:
-                patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
-            return training.train(config), tmp_path / name
-
-    return run
-
-
-def numbers(folder):
-    """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-
-
-def assert_same_run(a, b):
-    assert numbers(a) == numbers(b)
-    for name in COMPARED:
-        assert (latest_checkpoint(a) / name).read_bytes() == (latest_checkpoint(b) / name).read_bytes(), name
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
 
 @pytest.mark.parametrize(
