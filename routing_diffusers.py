@@ -119,6 +119,7 @@ class ListedBlocks(RoutedBlocks):
             yield partial(self.observe, block, notes) if i == 0 and self.row.note is not None else block
 
     def observe(self, block: Callable, notes: dict, *args, **kwargs):
+        """A block, after its row's note of its arguments. They are whatever the model's own forward hands to it."""
         notes.update(self.row.note(dict(zip(self.arguments, args)) | kwargs))
         return block(*args, **kwargs)
 

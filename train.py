@@ -203,9 +203,7 @@ def run_steps(run: TrainContext) -> int:
     if stop:
         if step > run.start_step:
             save(run, step, wait=True)
-        say_start_again(run, step)
-        log.close(f"stopped by {run.preemption.reason} after step {step}, saved: the same command continues")
-        return EXIT_START_AGAIN
+        return end_early(run, step)
     if step > cfg.train.max_steps:
         log.close(f"{run.run_folder} is at step {step}, past train.max_steps={cfg.train.max_steps}: nothing to do")
     else:
@@ -349,16 +347,19 @@ def save_alone(run: TrainContext, step: int) -> int:
     if run.state.guard.mode == "stop" and run.state.guard.count:
         return EXIT_NOT_FINITE
     run.saver.save(step, run.state, wait=True)
-    say_start_again(run, step)
-    run.log.close(f"stopped by {run.preemption.reason} after step {step}, saved: the same command continues")
-    return EXIT_START_AGAIN
+    return end_early(run, step)
 
 
-def say_start_again(run: TrainContext, step: int) -> None:
-    """Leaves <run folder>/start_again for job scripts: no launcher hands on the exit code that says so."""
+def end_early(run: TrainContext, step: int) -> int:
+    """Says that a saved run is to be started again -> exit code.
+
+    <run folder>/start_again says it to job scripts: no launcher hands on the exit code that does.
+    """
     if run.dist.is_main_process:
         with run.log.survive(START_AGAIN):
             write_text_atomic(run.run_folder / START_AGAIN, f"{run.preemption.reason} after step {step}\n")
+    run.log.close(f"stopped by {run.preemption.reason} after step {step}, saved: the same command continues")
+    return EXIT_START_AGAIN
 
 
 @torch.no_grad()

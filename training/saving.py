@@ -21,8 +21,8 @@ class Saver:
     thread hashes and writes the copy, with the same writer.
     """
 
-    def __init__(self, run_folder: Path, cfg: DictConfig, state: dict):
-        self.run_folder, self.cfg, self.state = run_folder, cfg.train, state
+    def __init__(self, run_folder: Path, cfg: DictConfig, trainer_state: dict):
+        self.run_folder, self.cfg, self.trainer_state = run_folder, cfg.train, trainer_state
         self.config = OmegaConf.to_yaml(cfg)
         self.step: int | None = None  # of the last save
         self.copies: NamedTensors = {}  # kept for the next save: pinned memory is slow to get
@@ -78,7 +78,7 @@ class Saver:
     def write(self, step: int, tensors: NamedTensors) -> None:
         for pause in (*PAUSES_S, None):
             try:
-                write_checkpoint(self.run_folder, step, tensors, self.state, self.config, self.given_up)
+                write_checkpoint(self.run_folder, step, tensors, self.trainer_state, self.config, self.given_up)
                 break
             except OSError as error:
                 if pause is None:
