@@ -13,14 +13,16 @@ import threading
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from omegaconf import OmegaConf
 
 import train as training
 from checkpoints import run_folder
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, step_of, verify_checkpoint
-from system import UserError
+from system import UserError, cli
 from tests.conftest import COMPARED, ROOT, assert_same_run, numbers, write_shard
 from training.guard import FiniteGuard
+from training.prepare import open_data
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
 
@@ -550,3 +552,11 @@ def test_a_second_job_on_the_same_folder_is_refused(run):
         with pytest.raises(ValueError, match="in use by process"):
             run("locked")
     assert run("locked")[0] == 0  # the lock of a job that is gone is no lock
+
+
+def test_digits_made_at_a_new_path_are_announced(tmp_path, capsys):
+    cfg = cli.load_config("config", [f"data.path={tmp_path}/typo"])
+    open_data(cfg, PartialState(cpu=True))
+    assert capsys.readouterr().out.count("typo does not exist: the digits are made there; data=folder") == 1
+    open_data(cfg, PartialState(cpu=True))
+    assert not capsys.readouterr().out

@@ -125,6 +125,8 @@ def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
 def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.Latents]:
     """(train, validation) latents. Raises UserError where their shape or classes are not the model's."""
     if cfg.data.prepare == "mnist":
+        if dist.is_main_process and not Path(cfg.data.path).exists():  # it may be a mistyped one
+            print(f"data       {cfg.data.path} does not exist: the digits are made there; data=folder reads your own")
         with dist.local_main_process_first():
             data.prepare_mnist(cfg.data.path)
     with dist.local_main_process_first():
