@@ -74,8 +74,13 @@ def end_with_launcher() -> None:
 
     `accelerate launch` hands no signal on to a lone process, and no launcher survives SIGKILL or an unknown SIGUSR1.
     """
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    if launched and sys.platform == "linux":
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """On Linux the kernel sends this process SIGTERM when the one that started it dies."""
+    if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

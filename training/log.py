@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
@@ -42,7 +43,7 @@ class Log:
     def __init__(self, cfg: DictConfig, run_folder: Path, start_step: int, dist: PartialState):
         self.cfg, self.dist, self.path = cfg.train, dist, run_folder / "metrics.jsonl"
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
-        self.started, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
+        self.started, self.paused, self.waited = clocks(), 0.0, 0.0
         self.skipped, self.unwritten, self.warned = 0.0, "", set()
         self.wandb = None
         if dist.is_main_process and cfg.wandb.mode != "disabled":
@@ -77,13 +78,13 @@ class Log:
         totals[0] /= self.dist.num_processes
         loss, left_out = totals.tolist()
         norm, skipped, first_bad = torch.stack([grad_norm, guard.count, guard.first]).tolist()
-        seconds = time.perf_counter() - self.started - self.paused
+        seconds, cpu_seconds = (clocks() - self.started - self.paused).tolist()
         good_steps = self.steps - (skipped - self.skipped)
         values = {
             "train/loss": loss / good_steps if good_steps else None,
             "train/grad_norm": norm if math.isfinite(norm) else None,
             "train/lr": lr, "train/skipped": int(skipped), "data/left_out": int(left_out),
-            "perf/step_s": seconds / self.steps,
+            "perf/step_s": seconds / self.steps, "perf/cpu_s": cpu_seconds / self.steps,
             "perf/img_per_s": self.steps * self.cfg.global_batch_size / seconds,
             "perf/data_wait": (waited - self.waited) / seconds,
         }  # fmt: skip
@@ -91,7 +92,7 @@ class Log:
         self.bar.set_postfix(loss=values["train/loss"], refresh=False)
         self.losses.zero_()
         self.skipped, self.steps = skipped, 0
-        self.started, self.paused, self.waited = time.perf_counter(), 0.0, waited
+        self.started, self.paused, self.waited = clocks(), 0.0, waited
         return int(first_bad) if skipped > (0 if guard.mode == "stop" else self.cfg.max_skipped) else 0
 
     @contextmanager
@@ -139,9 +140,9 @@ class Log:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time inside does not count as training time."""
-        started = time.perf_counter()
+        started = clocks()
         yield
-        self.paused += time.perf_counter() - started
+        self.paused += clocks() - started
 
     def close(self, text: str) -> None:
         self.bar.close()
@@ -149,6 +150,11 @@ class Log:
         if self.wandb is not None:
             with self.survive("wandb"):
                 self.wandb.finish()
+
+
+def clocks() -> np.ndarray:
+    """Seconds that have passed, and seconds that this process has computed: less where it shares its cores."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def start_wandb(cfg: DictConfig, run_folder: Path):

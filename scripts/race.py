@@ -1,0 +1,410 @@
+"""Races: networks trained side by side under one rule, with several seeds, and compared in a record that stays.
+
+python scripts/race.py run name=smoke     trains and scores what is not finished yet, then as `show`
+python scripts/race.py show name=smoke    statistics.md, table.md and figure.png, from the record's logs alone
+
+A race is a file of configs/race/, which holds the rule before the first run: who takes part, when a run ends, what is
+scored. Its record is records/<date>_<name>/, with a folder for each run: its config, its log, its scores, the machine.
+
+Seconds are those that a run computed for: its number of steps times the median CPU time of its steps. They leave out
+compiling, saving, validation and scoring, and hardly depend on what else the machine does.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from system import UserError, cli  # noqa: E402
+from system.files import write_text_atomic  # noqa: E402
+from system.launchers import end_with_parent, usable_cpus  # noqa: E402
+
+SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
+LOG_EVERY = 10
+POLL_S = 0.5
+
+
+@dataclasses.dataclass
+class Race:
+    """A file of configs/race/: the rule of a race."""
+
+    question: str
+    contestants: dict[str, list[str]]  # overrides of train.py and, after "score.", of fid.py; the first is the baseline
+    common: list[str]  # of all contestants
+    seeds: list[int]
+    score: list[str]  # overrides of `fid.py calc`
+    keep_every: int  # steps from one score to the next
+    steps: int | None = None  # a run ends after so many,
+    seconds: float | None = None  # or with the first log line at which it has computed for so long
+    metric: str = "fd_mnist"  # of metrics.json; lower is better
+    cores: int = 1  # of each run
+
+
+def main(argv: list[str]) -> None:
+    verb, overrides = cli.verb(argv, __doc__, ("run", "show"))
+    cfg = cli.load_config("race", overrides)
+    race = load_race(cfg.name)
+    folder = record_folder(Path(cfg.records), cfg.name, race)
+    if verb == "run":
+        run(cfg, race, folder)
+    if verb == "show" or not missing_runs(race, folder):
+        show(race, folder)
+        print((folder / "table.md").read_text(), end="")
+    else:
+        print(f"{folder}: still to be run: {', '.join(missing_runs(race, folder))}")
+
+
+def load_race(name: str) -> Race:
+    """Raises UserError where the file does not exist or is no race."""
+    path = cli.CONFIG_DIR / "race" / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"name={name}; needed: one of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
+    try:
+        race = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Race), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {cli.one_line(error)}") from error
+    if (race.steps is None) == (race.seconds is None):
+        raise UserError(f"{path}: needed: steps or seconds, one of the two")
+    return race
+
+
+def record_folder(records: Path, name: str, race: Race) -> Path:
+    """The race's record, begun today if there is none. Raises UserError where one was made by another config."""
+    found = sorted(path.parent for path in records.glob(f"*_{name}/race.yaml") if path.parent.name[11:] == name)
+    folder = found[-1] if found else records / f"{datetime.date.today()}_{name}"
+    text = OmegaConf.to_yaml(dataclasses.asdict(race))
+    if not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(folder / "race.yaml", text)
+    elif (folder / "race.yaml").read_text() != text:
+        raise UserError(f"{folder} was made by another config than configs/race/{name}.yaml; needed: another name")
+    return folder
+
+
+def run_names(race: Race) -> dict[str, tuple[str, int]]:
+    """{folder of a run: (contestant, seed)}, in the order of running: the contestants of a seed side by side."""
+    return {f"{contestant}-{seed}": (contestant, seed) for seed in race.seeds for contestant in race.contestants}
+
+
+def missing_runs(race: Race, folder: Path) -> list[str]:
+    return [name for name in run_names(race) if not (folder / name).is_dir()]
+
+
+# Running
+
+
+def run(cfg: DictConfig, race: Race, folder: Path) -> None:
+    """Trains and scores all runs that the record lacks. Raises UserError, before the first, for what cannot be run."""
+    only = list(race.contestants) if cfg.only is None else list(cfg.only)
+    if unknown := set(only) - set(race.contestants):
+        raise UserError(f"only={sorted(unknown)}; needed: of {', '.join(race.contestants)}")
+    if cfg.at_once * race.cores > usable_cpus():
+        raise UserError(f"at_once={cfg.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
+    for contestant in only:
+        cli.load_config("config", training_overrides(race, contestant))
+        cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant)])
+    cores = sorted(os.sched_getaffinity(0))
+    places = queue.SimpleQueue()
+    for i in range(cfg.at_once):
+        places.put(cores[i * race.cores : (i + 1) * race.cores])
+
+    def work(name: str) -> None:
+        mine = places.get()
+        os.sched_setaffinity(0, mine)  # of this thread, and of the processes that it starts
+        try:
+            contestant, seed = run_names(race)[name]
+            run_folder = Path(cfg.runs) / folder.name / name
+            train(race, contestant, seed, run_folder)
+            score(race, contestant, run_folder)
+            keep(run_folder, folder / name)
+            print(f"{name}: finished", flush=True)
+        finally:
+            places.put(mine)
+
+    names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in only]
+    with ThreadPoolExecutor(cfg.at_once) as pool:
+        runs = [pool.submit(work, name) for name in names]
+        try:
+            for one in runs:
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def training_overrides(race: Race, contestant: str) -> list[str]:
+    return [*race.common, *(o for o in race.contestants[contestant] if not o.startswith(SCORE))]
+
+
+def scoring_overrides(race: Race, contestant: str) -> list[str]:
+    own = race.contestants[contestant]
+    return [*race.score, *(o.removeprefix(SCORE) for o in own if o.startswith(SCORE))]
+
+
+def train(race: Race, contestant: str, seed: int, run_folder: Path) -> None:
+    """Trains one run until the race's rule ends it; one that was interrupted goes on."""
+    if ended(race, run_folder):
+        return
+    command = [
+        sys.executable, str(ROOT / "train.py"), *training_overrides(race, contestant), f"seed={seed}",
+        f"results_dir={run_folder.parent}", f"run_name={run_folder.name}",
+        f"train.max_steps={race.steps or 10**7}", f"train.save_every={race.keep_every}",
+        f"train.keep_every={race.keep_every}", "train.keep_last=1", f"train.val_every={race.keep_every}",
+        f"train.log_every={LOG_EVERY}", "preview.every=0",
+    ]  # fmt: skip
+    process = start(command, race.cores, run_folder)
+    while process.poll() is None:
+        time.sleep(POLL_S)
+        if race.seconds is not None and ended(race, run_folder):
+            process.send_signal(signal.SIGTERM)  # saves and leaves
+            process.wait()
+    if not ended(race, run_folder):
+        raise RuntimeError(f"{run_folder.name} ended with exit code {process.returncode}: {run_folder}.log")
+
+
+def start(command: list[str], cores: int, run_folder: Path) -> subprocess.Popen:
+    """A process that ends with this one; what it prints goes to <run folder>.log."""
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
+    with open(f"{run_folder}.log", "a") as log:
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
+
+
+def ended(race: Race, run_folder: Path) -> bool:
+    steps = read_steps(run_folder / "metrics.jsonl") if (run_folder / "metrics.jsonl").is_file() else {}
+    if not steps:
+        return False
+    return max(steps) >= race.steps if race.seconds is None else max(steps) * step_seconds(race, steps) >= race.seconds
+
+
+def score(race: Race, contestant: str, run_folder: Path) -> None:
+    """Scores the kept steps and the last one, those that have no score yet."""
+    done = {found["step"] for found in read_scores(run_folder / "scores")}
+    checkpoints = {int(path.name[5:]): path for path in sorted((run_folder / "checkpoints").glob("step_*"))}
+    for step, checkpoint in checkpoints.items():
+        if step in done:
+            continue
+        out = run_folder / "scores" / f"{step:07d}"
+        overrides = scoring_overrides(race, contestant)
+        command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={checkpoint}", f"out={out}", *overrides]
+        if code := start(command, race.cores, run_folder).wait():
+            raise RuntimeError(f"scoring {checkpoint} ended with exit code {code}: {run_folder}.log")
+
+
+def keep(run_folder: Path, record: Path) -> None:
+    """Copies what the record needs of a finished run; its folder appears whole or not at all."""
+    part = record.with_name(f".{record.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copyfile(run_folder / name, part / name)
+    lines = []
+    for found in sorted(read_scores(run_folder / "scores"), key=lambda found: found["step"]):
+        left_out = ("config", "checkpoint", "seconds", "images_per_s", "machine")
+        lines.append(json.dumps({key: value for key, value in found.items() if key not in left_out}))
+    (part / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    (part / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+    part.rename(record)
+
+
+def read_scores(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in folder.glob("*/metrics.json")]
+
+
+def machine() -> dict:
+    """What a run ran on."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        fields = dict(line.split("\t: ") for line in info.read_text().splitlines() if "\t: " in line)
+        cpu = " ".join(fields.get(name, "") for name in ("model name", "cpu family", "model")).strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True
+    )
+    versions = {name: version(name) for name in ("torch", "numpy", "scipy")}
+    return {
+        "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions,
+        "commit": commit or None, "uncommitted_changes": bool(changed.stdout.strip()),
+    }  # fmt: skip
+
+
+# Showing
+
+
+@dataclasses.dataclass
+class Scored:
+    """A finished run, from its record."""
+
+    step_seconds: float
+    steps: list[int]  # of its scores
+    metric: list[float]
+    accuracy: list[float]
+
+    def at_step(self, step: float) -> tuple[float, float]:
+        """(metric, class accuracy), between two scores on the straight line through them."""
+        return float(np.interp(step, self.steps, self.metric)), float(np.interp(step, self.steps, self.accuracy))
+
+
+def show(race: Race, folder: Path) -> None:
+    """Writes statistics.md, table.md, figure.png. Raises UserError where a run, a log line or a score is missing."""
+    runs = {contestant: [] for contestant in race.contestants}
+    for name, (contestant, _) in run_names(race).items():
+        runs[contestant].append(read_run(race, folder / name))
+    every = [run for those in runs.values() for run in those]
+    step = min(run.steps[-1] // race.keep_every * race.keep_every for run in every)
+    seconds = min(run.steps[-1] * run.step_seconds for run in every)
+    first = max(run.steps[0] * run.step_seconds for run in every)
+    if seconds < first:
+        raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
+    write_text_atomic(folder / "statistics.md", statistics(race, runs, step, seconds))
+    write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
+    draw(race, runs, seconds, folder / "figure.png")
+
+
+def read_run(race: Race, folder: Path) -> Scored:
+    """Raises UserError where a file, a line of the log or a score is missing."""
+    for name in ("config.yaml", "metrics.jsonl", "scores.jsonl", "machine.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} does not exist; needed: a finished run, by `race.py run`")
+    steps = read_steps(folder / "metrics.jsonl")
+    wanted = sorted(
+        {*range(LOG_EVERY, max(steps) + 1, LOG_EVERY), *range(race.keep_every, max(steps) + 1, race.keep_every)}
+    )
+    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    scored = sorted({*range(race.keep_every, max(steps) + 1, race.keep_every), max(steps)})
+    if lost := set(wanted) - set(steps):
+        raise UserError(f"{folder / 'metrics.jsonl'} has no line of step {min(lost)}")
+    if [score["step"] for score in scores] != scored:
+        raise UserError(f"{folder / 'scores.jsonl'} has steps {[s['step'] for s in scores]}; needed: {scored}")
+    return Scored(
+        step_seconds(race, steps), scored, [s[race.metric] for s in scores], [s["class_accuracy"] for s in scores]
+    )
+
+
+def read_steps(log: Path) -> dict[int, dict]:
+    """{step: a log's line on training}; of a step that was logged again after a restart, the later line."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {line["step"]: line for line in lines if "train/loss" in line}
+
+
+def step_seconds(race: Race, steps: dict[int, dict]) -> float:
+    """The median time of a step: CPU time, shared by the run's cores."""
+    return float(np.median([line["perf/cpu_s"] for line in steps.values()])) / race.cores
+
+
+def values_at(race: Race, runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
+    """(metric, class accuracy) of each run after a step or a time: (runs, 2)."""
+    return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
+
+
+def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) -> str:
+    """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test."""
+    from scipy.stats import ttest_ind
+
+    lines = [f"# {race.question}", ""]
+    baseline = next(iter(runs))
+    for column, name, alternative in ((0, race.metric, "less"), (1, "class accuracy", "greater")):
+        for title, at in ((f"after {step:,} steps", {"step": step}), (f"after {seconds:,.0f} s", {"seconds": seconds})):
+            lines += [
+                f"## {name} {title}", "",
+                f"| | n | mean | standard deviation | difference to {baseline} | p ({alternative} than {baseline}) |",
+                "|---|---|---|---|---|---|",
+            ]  # fmt: skip
+            base = values_at(race, runs[baseline], **at)[:, column]
+            for contestant, those in runs.items():
+                mine = values_at(race, those, **at)[:, column]
+                row = [contestant, str(len(mine)), f"{mine.mean():.4g}", f"{spread(mine):.2g}"]
+                if contestant != baseline:
+                    p = ttest_ind(mine, base, equal_var=False, alternative=alternative).pvalue
+                    row += [f"{mine.mean() - base.mean():+.4g}", f"{p:.2g}"]
+                else:
+                    row += ["", ""]
+                lines.append(f"| {' | '.join(row)} |")
+            lines.append("")
+    lines += [
+        "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on the "
+        "straight line through them.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray) -> float:
+    """The sample standard deviation; nan of a single value."""
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+
+def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) -> str:
+    """One row a contestant: mean over seeds, plus or minus the sample standard deviation."""
+    lines = [
+        f"| | s a step | steps in {seconds:,.0f} s | {race.metric} then | class accuracy then "
+        f"| {race.metric} after {step:,} steps | class accuracy then |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for contestant, those in runs.items():
+        pace = np.mean([run.step_seconds for run in those])
+        cells = [contestant, f"{pace:.3f}", f"{seconds / pace:,.0f}"]
+        for values in (values_at(race, those, seconds=seconds), values_at(race, those, step=step)):
+            cells += [f"{values[:, 0].mean():.1f} ± {spread(values[:, 0]):.1f}"]
+            cells += [f"{values[:, 1].mean():.3f} ± {spread(values[:, 1]):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) -> None:
+    """The metric against seconds and against steps: a line through the means, a band of one standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    styles = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (8, 2)), "P")]
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(runs)))  # still apart in grey
+    for (contestant, those), (line, marker), shade in zip(runs.items(), styles * len(runs), shades):
+        last = min(run.steps[-1] for run in those)
+        steps = np.array([*range(race.keep_every, last + 1, race.keep_every)])
+        pace = np.mean([run.step_seconds for run in those])
+        times = np.array([*(steps * pace)[steps * pace < seconds], seconds])
+        columns = {
+            0: (times, [values_at(race, those, seconds=t)[:, 0] for t in times]),
+            1: (steps, [values_at(race, those, step=step)[:, 0] for step in steps]),
+        }
+        for i, (x, values) in columns.items():
+            mean, deviation = np.mean(values, 1), np.nan_to_num([spread(v) for v in values])
+            axes[i].plot(x, mean, linestyle=line, marker=marker, color=shade, label=contestant, markersize=5)
+            axes[i].fill_between(x, mean - deviation, mean + deviation, color=shade, alpha=0.2, linewidth=0)
+    for ax, label in zip(axes, ("seconds of training", "steps")):
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3)
+        ax.set_xlim(left=0)
+    axes[0].set_ylabel(race.metric)
+    axes[0].set_yscale("log")
+    axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1:])
