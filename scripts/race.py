@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -64,7 +65,10 @@ def main(argv: list[str]) -> None:
     race = load_race(cfg.name)
     folder = record_folder(Path(cfg.records), cfg.name, race)
     if verb == "run":
+        check(cfg, race)
         run(cfg, race, folder)
+    elif not folder.is_dir():
+        raise UserError(f"{cfg.records} has no record of {cfg.name}; needed: python scripts/race.py run")
     if verb == "show" or not missing_runs(race, folder):
         show(race, folder)
         print((folder / "table.md").read_text(), end="")
@@ -87,16 +91,15 @@ def load_race(name: str) -> Race:
 
 
 def record_folder(records: Path, name: str, race: Race) -> Path:
-    """The race's record, begun today if there is none. Raises UserError where one was made by another config."""
+    """The race's record, or where one that is begun today belongs. Raises UserError where another config made it."""
     found = sorted(path.parent for path in records.glob(f"*_{name}/race.yaml") if path.parent.name[11:] == name)
-    folder = found[-1] if found else records / f"{datetime.date.today()}_{name}"
-    text = OmegaConf.to_yaml(dataclasses.asdict(race))
-    if not found:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(folder / "race.yaml", text)
-    elif (folder / "race.yaml").read_text() != text:
-        raise UserError(f"{folder} was made by another config than configs/race/{name}.yaml; needed: another name")
-    return folder
+    if found and (found[-1] / "race.yaml").read_text() != as_yaml(race):
+        raise UserError(f"{found[-1]} was made by another config than configs/race/{name}.yaml; needed: another name")
+    return found[-1] if found else records / f"{datetime.date.today()}_{name}"
+
+
+def as_yaml(race: Race) -> str:
+    return OmegaConf.to_yaml(dataclasses.asdict(race))
 
 
 def run_names(race: Race) -> dict[str, tuple[str, int]]:
@@ -111,16 +114,21 @@ def missing_runs(race: Race, folder: Path) -> list[str]:
 # Running
 
 
-def run(cfg: DictConfig, race: Race, folder: Path) -> None:
-    """Trains and scores all runs that the record lacks. Raises UserError, before the first, for what cannot be run."""
-    only = list(race.contestants) if cfg.only is None else list(cfg.only)
-    if unknown := set(only) - set(race.contestants):
+def check(cfg: DictConfig, race: Race) -> None:
+    """Raises UserError for what cannot be run, before the first run."""
+    if unknown := set(cfg.only or ()) - set(race.contestants):
         raise UserError(f"only={sorted(unknown)}; needed: of {', '.join(race.contestants)}")
     if cfg.at_once * race.cores > usable_cpus():
         raise UserError(f"at_once={cfg.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
-    for contestant in only:
+    for contestant in race.contestants:
         cli.load_config("config", training_overrides(race, contestant))
         cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant)])
+
+
+def run(cfg: DictConfig, race: Race, folder: Path) -> None:
+    """Trains and scores all runs that the record lacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / "race.yaml", as_yaml(race))
     cores = sorted(os.sched_getaffinity(0))
     places = queue.SimpleQueue()
     for i in range(cfg.at_once):
@@ -139,7 +147,7 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
         finally:
             places.put(mine)
 
-    names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in only]
+    names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in (cfg.only or race.contestants)]
     with ThreadPoolExecutor(cfg.at_once) as pool:
         runs = [pool.submit(work, name) for name in names]
         try:
@@ -200,16 +208,14 @@ def ended(race: Race, run_folder: Path) -> bool:
 
 def score(race: Race, contestant: str, run_folder: Path) -> None:
     """Scores the kept steps and the last one, those that have no score yet."""
-    done = {found["step"] for found in read_scores(run_folder / "scores")}
-    checkpoints = {int(path.name[5:]): path for path in sorted((run_folder / "checkpoints").glob("step_*"))}
-    for step, checkpoint in checkpoints.items():
-        if step in done:
-            continue
-        out = run_folder / "scores" / f"{step:07d}"
-        overrides = scoring_overrides(race, contestant)
-        command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={checkpoint}", f"out={out}", *overrides]
-        if code := start(command, race.cores, run_folder).wait():
-            raise RuntimeError(f"scoring {checkpoint} ended with exit code {code}: {run_folder}.log")
+    done = {f"step_{found['step']:07d}" for found in read_scores(run_folder / "scores")}
+    left = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if path.name not in done]
+    if not left:
+        return
+    command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={','.join(map(str, left))}"]
+    command += [f"out={run_folder / 'scores'}", *scoring_overrides(race, contestant)]
+    if code := start(command, race.cores, run_folder).wait():
+        raise RuntimeError(f"the scores of {run_folder.name} ended with exit code {code}: {run_folder}.log")
 
 
 def keep(run_folder: Path, record: Path) -> None:
@@ -229,7 +235,7 @@ def keep(run_folder: Path, record: Path) -> None:
 
 
 def read_scores(folder: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in folder.glob("*/metrics.json")]
+    return [json.loads(path.read_text()) for path in folder.rglob("metrics.json")]
 
 
 def machine() -> dict:
@@ -320,8 +326,6 @@ def values_at(race: Race, runs: list[Scored], step: float | None = None, seconds
 
 def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) -> str:
     """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test."""
-    from scipy.stats import ttest_ind
-
     lines = [f"# {race.question}", ""]
     baseline = next(iter(runs))
     for column, name, alternative in ((0, race.metric, "less"), (1, "class accuracy", "greater")):
@@ -336,7 +340,8 @@ def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: fl
                 mine = values_at(race, those, **at)[:, column]
                 row = [contestant, str(len(mine)), f"{mine.mean():.4g}", f"{spread(mine):.2g}"]
                 if contestant != baseline:
-                    p = ttest_ind(mine, base, equal_var=False, alternative=alternative).pvalue
+                    differ = spread(mine) or spread(base)  # there is no test of values that are all equal
+                    p = ttest_ind(mine, base, equal_var=False, alternative=alternative).pvalue if differ else math.nan
                     row += [f"{mine.mean() - base.mean():+.4g}", f"{p:.2g}"]
                 else:
                     row += ["", ""]

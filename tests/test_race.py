@@ -1,0 +1,123 @@
+"""scripts/race.py: an interrupted race ends as an undisturbed one, and a record is what its logs say."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+
+RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/race.yaml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MADE = ("statistics.md", "table.md", "figure.png")
+
+
+def race(verb, name, folder, *overrides, wait=True):
+    command = [sys.executable, "scripts/race.py", verb, f"name={name}", f"records={folder}", *overrides]
+    if wait:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def one_line(done):
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def scores(run):
+    return [json.loads(line)["fd_mnist"] for line in (run / "scores.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The record of a race that was killed once, and that of one of its contestants, undisturbed."""
+    folder = tmp_path_factory.mktemp("race")
+    whole = race("run", "smoke", folder / "whole", f"runs={folder / 'a'}", "only=[tread]")
+    assert whole.returncode == 0 and "still to be run: dit-0, dit-1" in whole.stdout, whole.stderr
+
+    killed = race("run", "smoke", folder / "killed", f"runs={folder / 'b'}", wait=False)
+    log, deadline = folder / "b", time.monotonic() + 120
+    while not any(path.stat().st_size for path in log.glob("*/tread-0/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    killed.stdout.close(), killed.stderr.close()
+    assert not list((folder / "killed").glob("*/tread-0"))
+    while any(b"/b/" in line.read_bytes() for line in Path("/proc").glob("[0-9]*/cmdline") if line.is_file()):
+        assert time.monotonic() < deadline, "the runs outlived the race"
+        time.sleep(0.1)
+    again = race("run", "smoke", folder / "killed", f"runs={folder / 'b'}")
+    assert again.returncode == 0, again.stderr
+    return next((folder / "whole").iterdir()), next((folder / "killed").iterdir())
+
+
+def test_a_killed_race_goes_on_to_the_same_scores(smoke):
+    whole, killed = smoke
+    for run in ("tread-0", "tread-1"):
+        assert scores(whole / run) == scores(killed / run)
+    assert scores(whole / "tread-0") != scores(whole / "tread-1")
+
+
+def test_a_finished_race_is_not_run_again(smoke):
+    before = {path: path.stat().st_mtime_ns for path in smoke[1].glob("*-?/*")}
+    done = race("run", "smoke", smoke[1].parent, f"runs={smoke[1] / 'unused'}")
+    assert done.returncode == 0 and "finished" not in done.stdout and not (smoke[1] / "unused").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in smoke[1].glob("*-?/*")}
+
+
+@pytest.mark.parametrize("lost", ["log line", "score", "run", "file"])
+def test_what_is_missing_is_named(smoke, tmp_path, lost):
+    shutil.copytree(smoke[1], tmp_path / smoke[1].name)
+    run = tmp_path / smoke[1].name / "dit-1"
+    if lost in ("log line", "score"):
+        path = run / ("metrics.jsonl" if lost == "log line" else "scores.jsonl")
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    elif lost == "run":
+        shutil.rmtree(run)
+    else:
+        (run / "machine.json").unlink()
+    assert "dit-1" in one_line(race("show", "smoke", tmp_path))
+
+
+def test_bad_input_is_one_line(smoke, tmp_path):
+    assert "digits196" in one_line(race("run", "none", tmp_path))
+    assert "of dit, tread" in one_line(race("run", "smoke", tmp_path, "only=[dit,best]"))
+    assert "cores" in one_line(race("run", "smoke", tmp_path, "at_once=1000"))
+    assert "no record" in one_line(race("show", "smoke", tmp_path))
+    assert not list(tmp_path.iterdir())
+    other = tmp_path / smoke[1].name
+    shutil.copytree(smoke[1], other)
+    (other / "race.yaml").write_text((other / "race.yaml").read_text().replace("steps: 20", "steps: 30"))
+    assert "another config" in one_line(race("run", "smoke", tmp_path))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
+def test_a_committed_record_is_what_its_logs_say(record, tmp_path):
+    again = tmp_path / record.name
+    shutil.copytree(record, again, ignore=shutil.ignore_patterns(*MADE))
+    done = race("show", record.name[11:], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in MADE[:2]:
+        assert (record / name).read_text() == (again / name).read_text()
+    with Image.open(record / MADE[2]) as a, Image.open(again / MADE[2]) as b:
+        assert a.size == b.size
+        difference = np.asarray(a.convert("L"), float) - np.asarray(b.convert("L"), float)
+    assert abs(difference).mean() < 2  # of 255: other versions of matplotlib draw text a little differently
+
+
+def test_the_pages_quote_the_records():
+    """Between <!-- records/... --> and <!-- end --> a page has the words of the file."""
+    found = 0
+    for page in PAGES:
+        for name, text in re.findall(r"<!-- (records/[^ ]+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL):
+            assert text == (ROOT / name).read_text(), f"{page.name}: not what {name} says"
+            found += 1
+    assert found or not RECORDS
