@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -130,6 +131,7 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "race.yaml", as_yaml(race))
     cores = sorted(os.sched_getaffinity(0))
+    training = {name: threading.Lock() for name in run_names(race)}
     places = queue.SimpleQueue()
     for i in range(cfg.at_once):
         places.put(cores[i * race.cores : (i + 1) * race.cores])
@@ -139,10 +141,13 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
         os.sched_setaffinity(0, mine)  # of this thread, and of the processes that it starts
         try:
             contestant, seed = run_names(race)[name]
-            run_folder = Path(cfg.runs) / folder.name / name
-            train(race, contestant, seed, run_folder)
-            score(race, contestant, run_folder)
-            keep(run_folder, folder / name)
+            trained = f"{trains_for(race, contestant)}-{seed}"
+            run_folder = Path(cfg.runs) / folder.name / trained
+            with training[trained]:
+                train(race, contestant, seed, run_folder)
+            scores = run_folder / f"scores-{contestant}"
+            score(race, contestant, run_folder, scores)
+            keep(run_folder, scores, folder / name)
             print(f"{name}: finished", flush=True)
         finally:
             places.put(mine)
@@ -160,6 +165,12 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
 
 def training_overrides(race: Race, contestant: str) -> list[str]:
     return [*race.common, *(o for o in race.contestants[contestant] if not o.startswith(SCORE))]
+
+
+def trains_for(race: Race, contestant: str) -> str:
+    """The first contestant that is trained in the same way: those that differ in their scoring alone share its runs."""
+    wanted = training_overrides(race, contestant)
+    return next(name for name in race.contestants if training_overrides(race, name) == wanted)
 
 
 def scoring_overrides(race: Race, contestant: str) -> list[str]:
@@ -206,19 +217,19 @@ def ended(race: Race, run_folder: Path) -> bool:
     return max(steps) >= race.steps if race.seconds is None else max(steps) * step_seconds(race, steps) >= race.seconds
 
 
-def score(race: Race, contestant: str, run_folder: Path) -> None:
+def score(race: Race, contestant: str, run_folder: Path, scores: Path) -> None:
     """Scores the kept steps and the last one, those that have no score yet."""
-    done = {f"step_{found['step']:07d}" for found in read_scores(run_folder / "scores")}
+    done = {f"step_{found['step']:07d}" for found in read_scores(scores)}
     left = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if path.name not in done]
     if not left:
         return
     command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={','.join(map(str, left))}"]
-    command += [f"out={run_folder / 'scores'}", *scoring_overrides(race, contestant)]
+    command += [f"out={scores}", *scoring_overrides(race, contestant)]
     if code := start(command, race.cores, run_folder).wait():
         raise RuntimeError(f"the scores of {run_folder.name} ended with exit code {code}: {run_folder}.log")
 
 
-def keep(run_folder: Path, record: Path) -> None:
+def keep(run_folder: Path, scores: Path, record: Path) -> None:
     """Copies what the record needs of a finished run; its folder appears whole or not at all."""
     part = record.with_name(f".{record.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -226,7 +237,7 @@ def keep(run_folder: Path, record: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copyfile(run_folder / name, part / name)
     lines = []
-    for found in sorted(read_scores(run_folder / "scores"), key=lambda found: found["step"]):
+    for found in sorted(read_scores(scores), key=lambda found: found["step"]):
         left_out = ("config", "checkpoint", "seconds", "images_per_s", "machine")
         lines.append(json.dumps({key: value for key, value in found.items() if key not in left_out}))
     (part / "scores.jsonl").write_text("\n".join(lines) + "\n")
