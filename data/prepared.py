@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.encoding import LatentEncoding
-from data.idx import find_idx, read_idx
+from data.packed import find_idx, read_idx
 from data.shards import FILE_NAME, finalize, open_latents, read_manifest, reserve, shard_name, write_shard
 from randomness import seeded_generator
 from system import UserError
@@ -69,14 +69,15 @@ def prepare_idx(path: str | Path, source: str | Path, size: int = 28, num_classe
     UserError, before anything is written, for files that are missing or damaged, pictures of another size, labels that
     are not below num_classes, and a folder of other shards.
     """
-    folder, pairs = Path(path), find_idx(source)
-    if len(pairs) < 2:
-        raise UserError(f"{source} has IDX files of its {min(pairs)} split alone; needed: train and test")
+    folder, found = Path(path), find_idx(source)
+    if len(found) < 2:
+        raise UserError(f"{source} has IDX files of its {min(found)} split alone; needed: train and test")
+    pairs = {"train": found["train"], "val": found["test"]}
     recipe = {f"{split} {what}": sha256_of(file) for split in pairs for what, file in pairs[split]._asdict().items()}
     if _is_intact(folder):
         reserve(folder, recipe)
         return
-    parts = [read_idx(pairs[split]) for split in ("train", "val")]
+    parts = [read_idx(pair) for pair in pairs.values()]
     for pair, (images, labels) in zip(pairs.values(), parts):
         if images.shape[1:] != (size, size):
             found = "x".join(map(str, images.shape[1:]))

@@ -1,7 +1,7 @@
 """Trains the classifiers of `fd_mnist`, `fd_fashion` and `class_accuracy`.
 
     python scripts/train_classifier.py                  4,500 digits, 20 epochs, about 40 s on two cores
-    python scripts/train_classifier.py data=fashion     60,000 pictures, 12 epochs, about 10 min on one core
+    python scripts/train_classifier.py data=fashion     60,000 pictures, 8 epochs, about 4 min on one core
 
 Prints the accuracy on the unseen pictures of `val` and writes assets/<data>_classifier.safetensors.
 """
@@ -24,8 +24,8 @@ from randomness import seeded_generator, uniform  # noqa: E402
 from system import UserError, cli  # noqa: E402
 from system.launchers import own_process  # noqa: E402
 
-EPOCHS = {"mnist": 20, "fashion": 12}
-AUGMENTATION = {"mnist": 1.0, "fashion": 0.5}  # clothes hang straight
+EPOCHS = {"mnist": 20, "fashion": 8}
+AUGMENTATION = {"mnist": 1.0, "fashion": 0.4}  # clothes hang straight
 BATCH_SIZE, MAX_LR, WEIGHT_DECAY, LABEL_SMOOTHING = 100, 3e-3, 0.05, 0.1
 
 
@@ -58,15 +58,19 @@ def train(name: str, images: torch.Tensor, labels: torch.Tensor) -> Classifier:
     generator = seeded_generator(f"{name} classifier")
     net = Classifier()
     init_weights(net, generator)
+    fast = name == "fashion"  # 2.6 times, with bf16 in hardware; the digits' shipped weights were made without
+    net = net.to(memory_format=torch.channels_last) if fast else net
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
     steps = len(images) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LR, total_steps=EPOCHS[name] * steps)
     for _ in range(EPOCHS[name]):
         order = torch.randperm(len(images), generator=generator)
         for batch in order[: steps * BATCH_SIZE].view(steps, BATCH_SIZE):
-            logits = net(augment(images[batch, :1], AUGMENTATION[name], generator).expand(-1, 3, -1, -1)).logits
+            shown = augment(images[batch, :1], AUGMENTATION[name], generator).expand(-1, 3, -1, -1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+                logits = net(shown).logits
             optimizer.zero_grad()
-            F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING).backward()
+            F.cross_entropy(logits.float(), labels[batch], label_smoothing=LABEL_SMOOTHING).backward()
             optimizer.step()
             schedule.step()
     return net.eval()
@@ -83,7 +87,7 @@ def main(overrides: list[str]) -> None:
         right = torch.cat([net(part).logits.argmax(1) for part in images.split(500)]) == labels
     path = CLASSIFIERS[data.name]
     path.parent.mkdir(exist_ok=True)
-    save_file(net.state_dict(), path)
+    save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)
     seconds = time.time() - started
     print(f"{right.float().mean():.4f} of {len(labels)} unseen pictures, {seconds:.0f} s: {path.name}")
 

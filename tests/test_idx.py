@@ -11,7 +11,7 @@ import data
 import data.prepared
 import fid
 from data import open_latents, prepare
-from data.idx import find_idx
+from data.packed import find_idx, read_idx
 from data.prepared import prepare_fashion
 from evaluation import features
 from evaluation.reference import MAX_FEATURES, shipped_reference
@@ -63,7 +63,7 @@ def test_several_sets_in_one_folder_are_told_apart(tmp_path):
         "emnist-letters-train-labels-idx1-ubyte.gz", "emnist-letters-test-labels-idx1-ubyte.gz",
     ]  # fmt: skip
     write_idx(tmp_path, name="emnist-letters-", test="test", compress=False)  # torchvision keeps both
-    assert find_idx(tmp_path / "emnist-letters")["val"].images.name == "emnist-letters-test-images-idx3-ubyte"
+    assert find_idx(tmp_path / "emnist-letters")["test"].images.name == "emnist-letters-test-images-idx3-ubyte"
 
 
 def test_other_shards_are_refused(tmp_path):
@@ -74,35 +74,32 @@ def test_other_shards_are_refused(tmp_path):
         prepare("idx", tmp_path / "made", tmp_path / "two")
 
 
+def zipped(array: np.ndarray) -> bytes:
+    return gzip.compress(idx(array))
+
+
+# What is wrong: (the file, its contents made of those it had; None = it is not there), and what is said.
 BAD = {
-    "no folder": (lambda f: f.rename(f.with_name("moved")), "files has no IDX files; needed: train-images-idx3-ubyte"),
-    "no labels": (lambda f: (f / TRAIN_LABELS).unlink(), f"has {TRAIN_IMAGES} alone; needed: images and labels"),
-    "no test split": (lambda f: [p.unlink() for p in f.glob("t10k*")], "of its train split alone; needed: train and test"),
+    "no labels": (TRAIN_LABELS, lambda _: None, f"has {TRAIN_IMAGES} alone; needed: images and labels"),
     "magic": (
-        lambda f: (f / TRAIN_LABELS).write_bytes((f / TRAIN_IMAGES).read_bytes()),
+        TRAIN_LABELS, lambda _: zipped(np.zeros((30, 28, 28), np.uint8)),
         f"{TRAIN_LABELS} begins with 00 00 08 03; needed: 00 00 08 01",
     ),
-    "truncated gz": (
-        lambda f: (f / TRAIN_IMAGES).write_bytes((f / TRAIN_IMAGES).read_bytes()[:9000]), f"{TRAIN_IMAGES} is cut off"
-    ),
-    "no gz": (lambda f: (f / TRAIN_IMAGES).write_bytes(b"<html>"), f"{TRAIN_IMAGES} is cut off or damaged (Not a gzip"),
-    "flipped bits": (
-        lambda f: (f / TRAIN_IMAGES).write_bytes((f / TRAIN_IMAGES).read_bytes()[:-8] + bytes(8)), "is cut off or damaged"
-    ),
+    "truncated gz": (TRAIN_IMAGES, lambda whole: whole[:9000], f"{TRAIN_IMAGES} is cut off"),
+    "no gz": (TRAIN_IMAGES, lambda _: b"<html>", f"{TRAIN_IMAGES} is cut off or damaged (Not a gzip"),
+    "flipped bits": (TRAIN_IMAGES, lambda whole: whole[:-8] + bytes(8), "is cut off or damaged"),
     "short": (
-        lambda f: (f / TRAIN_IMAGES).write_bytes(gzip.compress(idx(np.zeros((30, 28, 28), np.uint8))[:-1])),
+        TRAIN_IMAGES, lambda _: gzip.compress(idx(np.zeros((30, 28, 28), np.uint8))[:-1]),
         "has 23519 bytes of numbers; its header needs 23520",
     ),
-    "empty": (lambda f: (f / TRAIN_LABELS).write_bytes(gzip.compress(b"\0\0\x08\x01")), "has 0 bytes of numbers"),
-    "counts": (
-        lambda f: (f / TRAIN_LABELS).write_bytes(gzip.compress(idx(np.zeros(29, np.uint8)))), "has 30 images, train-labels"
-    ),
+    "empty": (TRAIN_LABELS, lambda _: gzip.compress(b"\0\0\x08\x01"), "has 0 bytes of numbers"),
+    "counts": (TRAIN_LABELS, lambda _: zipped(np.zeros(29, np.uint8)), "has 30 images, train-labels"),
     "labels": (
-        lambda f: (f / TRAIN_LABELS).write_bytes(gzip.compress(idx(np.full(30, 26, np.uint8)))),
+        TRAIN_LABELS, lambda _: zipped(np.full(30, 26, np.uint8)),
         "has labels up to 26; needed: below data.num_classes=10",
     ),
     "size": (
-        lambda f: (f / TRAIN_IMAGES).write_bytes(gzip.compress(idx(np.zeros((30, 32, 30), np.uint8)))),
+        TRAIN_IMAGES, lambda _: zipped(np.zeros((30, 32, 30), np.uint8)),
         "has pictures of 32x30 pixels; needed: data.input_size=28, squares",
     ),
 }  # fmt: skip
@@ -111,13 +108,26 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_files_get_one_line_and_leave_nothing(case, tmp_path, capsys):
     write_idx(tmp_path / "files")
-    damage, said = BAD[case]
-    damage(tmp_path / "files")
+    name, damage, said = BAD[case]
+    file = tmp_path / "files" / name
+    contents = damage(file.read_bytes())
+    file.write_bytes(contents) if contents is not None else file.unlink()
     cfg = cli.load_config("config", ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"])
     with pytest.raises(SystemExit) as refused, cli.user_errors():
         open_data(cfg, PartialState(cpu=True))
     error = capsys.readouterr().err
     assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
+    assert not (tmp_path / "made").exists()
+
+
+def test_missing_files_get_one_line(tmp_path):
+    with pytest.raises(UserError, match="none has no IDX files; needed: train-images-idx3-ubyte"):
+        prepare("idx", tmp_path / "made", tmp_path / "none")
+    write_idx(tmp_path / "files")
+    for path in (tmp_path / "files").glob("t10k*"):
+        path.unlink()
+    with pytest.raises(UserError, match="of its train split alone; needed: train and test"):
+        prepare("idx", tmp_path / "made", tmp_path / "files")
     assert not (tmp_path / "made").exists()
 
 
@@ -171,7 +181,7 @@ def test_the_fashion_classifier_is_small_and_of_the_digits_shape():
 
 @pytest.mark.skipif(not data.prepared.FASHION_FOLDERS[0].is_dir(), reason="needs the package dataset-fashion-mnist")
 def test_the_fashion_classifier_reads_clothes_it_has_not_seen():
-    images, labels = data.idx.read_idx(find_idx(data.prepared.FASHION_FOLDERS[0])["val"])
+    images, labels = read_idx(find_idx(data.prepared.FASHION_FOLDERS[0])["test"])
     extractor, right = features.load_extractor("fashion"), 0
     images = features.torch.from_numpy(images.copy())[:, None].expand(-1, 3, -1, -1)
     for part, wanted in zip(images.split(500), np.split(labels, 20)):
