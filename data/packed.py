@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.archives import Tree, is_picture, open_tree
+from data.archives import LABEL, Tree, is_picture, open_tree, split_name
 from system import UserError
 
 IDX_NAME = re.compile(r"(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
@@ -70,6 +70,9 @@ def _choose(path: Path, groups: dict, split: str | None):
 
 def _open_tars(folder: Path, names: list[str]) -> Tree:
     trees = {name: open_tree(folder / name) for name in names}
+    for name, tree in trees.items():
+        if not any(split_name(member)[1] == LABEL for member in tree.names):
+            raise UserError(f"{folder / name} has no labels; needed: <key>.cls beside each picture, as in WebDataset")
     members = sorted(f"{name}/{member}" for name, tree in trees.items() for member in tree.names)
 
     def read(name: str) -> bytes:
@@ -87,38 +90,35 @@ def _open_parquet(folder: Path, names: list[str]) -> Tree:
     except ImportError:
         raise UserError(f"{folder / names[0]} needs the package pyarrow: pip install pyarrow") from None
 
-    files, starts, labels = {}, {}, {}
+    files, images, starts, labels = {}, {}, {}, {}  # by name of file; starts: the first row of each row group
     for name in sorted(names):
         try:
             files[name] = file = parquet.ParquetFile(folder / name)
-            image, label = _columns(folder / name, file.schema_arrow)
+            images[name], label = _columns(folder / name, file.schema_arrow)
             labels[name] = file.read([label]).column(0).to_pylist()
-        except pyarrow.ArrowInvalid as error:
+        except pyarrow.ArrowException as error:
             raise UserError(f"{folder / name} is damaged or no parquet file ({str(error).splitlines()[0]})") from None
         groups = file.metadata.num_row_groups
         starts[name] = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(groups))])
     lock, fetched = threading.Lock(), {}
 
     @lru_cache(maxsize=2)
-    def group(name: str, number: int) -> list[bytes | None]:
-        column = files[name].read_row_group(number, columns=[image]).column(0).combine_chunks()
+    def group(name: str, number: int) -> pyarrow.Array:  # of bytes, or null
+        column = files[name].read_row_group(number, columns=[images[name]]).column(0).combine_chunks()
         return column.field("bytes") if pyarrow.types.is_struct(column.type) else column
-
-    def place(name: str) -> tuple[str, int]:
-        file, _, row = name.rpartition("/")
-        return file, int(row.partition(".")[0])
 
     def read(name: str) -> bytes:
         if name in fetched:
             return fetched[name]
-        file, row = place(name)
-        if name.endswith(".cls"):
+        file, _, member = name.rpartition("/")
+        row = int(member.partition(".")[0])
+        if split_name(name)[1] == LABEL:
             return str(labels[file][row]).encode()
         number = int(np.searchsorted(starts[file], row, "right")) - 1
         try:
             with lock:
                 contents = group(file, number)[row - starts[file][number]].as_py()
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{folder / file}: row group {number} is damaged ({str(error).splitlines()[0]})") from None
         if contents is None:
             raise UserError(f"{folder / file}: row {row} has no picture in it")
@@ -128,7 +128,7 @@ def _open_parquet(folder: Path, names: list[str]) -> Tree:
         fetched.clear()
         fetched.update({name: read(name) for name in sorted(wanted)})
 
-    rows = [f"{name}/{row:08d}.{kind}" for name in files for row in range(starts[name][-1]) for kind in ("cls", "jpg")]
+    rows = [f"{name}/{row:08d}.{kind}" for name in files for row in range(starts[name][-1]) for kind in (LABEL, "jpg")]
     return Tree(rows, read, fetch)
 
 
@@ -214,6 +214,6 @@ def _open_idx(pair: IdxPair) -> Tree:
 
     def read(name: str) -> bytes:
         row, _, kind = name.partition(".")
-        return b"%d" % labels[int(row)] if kind == "cls" else header + images[int(row)].tobytes()
+        return b"%d" % labels[int(row)] if kind == LABEL else header + images[int(row)].tobytes()
 
-    return Tree([f"{i:08d}.{kind}" for i in range(len(labels)) for kind in ("cls", "pgm")], read)
+    return Tree([f"{i:08d}.{kind}" for i in range(len(labels)) for kind in (LABEL, "pgm")], read)

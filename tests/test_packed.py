@@ -112,6 +112,13 @@ def test_idx_files_are_pictures(tmp_path, vae):  # noqa: F811
         main(settings(tmp_path / "files", tmp_path / "out", vae, "split=train"))
 
 
+def test_tars_need_labels(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        add(tar, "0.jpg", jpeg(0))
+    with pytest.raises(UserError, match="train-0.tar has no labels; needed: <key>.cls beside each picture"):
+        open_images(tmp_path)
+
+
 def test_rows_are_read_by_group_and_not_one_by_one(tmp_path, monkeypatch):
     pictures = [jpeg(i) for i in range(50)]
     write_parquet(tmp_path / "train.parquet", pictures, [0] * 50, group=10)
