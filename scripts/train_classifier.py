@@ -22,6 +22,7 @@ from data import prepare  # noqa: E402
 from evaluation.features import CLASSIFIERS, Classifier, real_images  # noqa: E402
 from randomness import seeded_generator, uniform  # noqa: E402
 from system import UserError, cli  # noqa: E402
+from system.files import usual_mode  # noqa: E402
 from system.launchers import own_process  # noqa: E402
 
 EPOCHS = {"mnist": 20, "fashion": 8}
@@ -87,7 +88,8 @@ def main(overrides: list[str]) -> None:
         right = torch.cat([net(part).logits.argmax(1) for part in images.split(500)]) == labels
     path = CLASSIFIERS[data.name]
     path.parent.mkdir(exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)
+    with usual_mode(path):
+        save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)
     seconds = time.time() - started
     print(f"{right.float().mean():.4f} of {len(labels)} unseen pictures, {seconds:.0f} s: {path.name}")
 
