@@ -32,15 +32,15 @@ from checkpoints.power_ema import check_reconstruction
 from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
-from evaluation.features import Extractor, Features, load_extractor
+from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
 from evaluation.reference import (
     MAX_FEATURES,
     Reference,
     check_extractor,
-    digits_reference,
     read_reference,
     reference_from,
+    shipped_reference,
     write_reference,
 )
 from evaluation.score import (
@@ -67,7 +67,7 @@ python fid.py ref images=FOLDER|ZIP|TAR|NPZ | from=NPZ out=FILE.npz [key=value] 
 """
 SCORING_KEYS = {  # all others are about generating
     "ckpt", "images", "batch_size", "out",
-    "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "metrics",
+    "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "fashion", "metrics",
 }  # fmt: skip
 
 
@@ -136,9 +136,13 @@ def check(config: DictConfig, given: set[str]) -> None:
 def extractor_and_reference(config: DictConfig) -> tuple[Extractor, Reference]:
     """The extractor and the reference of a row, loaded once for all rows. Raises UserError."""
     extractor = cached_extractor(config.extractor, config.extractor_weights, config.extractor_sha256)
-    if config.ref is None and extractor.name != "mnist":
+    if config.ref is not None:
+        return extractor, cached_reference(config.ref)
+    if extractor.name not in CLASSIFIERS:
         raise UserError(f"extractor={extractor.name} needs ref=FILE.npz, made by `python fid.py ref`")
-    return extractor, cached_reference(config.ref, config.digits, extractor)
+    return extractor, cached_shipped_reference(
+        extractor, config.digits if extractor.name == "mnist" else config.fashion
+    )
 
 
 @functools.cache
@@ -147,9 +151,13 @@ def cached_extractor(name: str, weights: str | None, sha256: str | None) -> Extr
         return load_extractor(name, weights, sha256, device=start_processes().device)
 
 
+cached_reference = functools.cache(read_reference)
+
+
 @functools.cache
-def cached_reference(ref: str | None, digits: str, extractor: Extractor) -> Reference:
-    return digits_reference(extractor, digits) if ref is None else read_reference(ref)
+def cached_shipped_reference(extractor: Extractor, path: str) -> Reference:
+    with start_processes().main_process_first():  # the others read what it has made
+        return shipped_reference(extractor, path)
 
 
 def calc_row(config: DictConfig, alone: bool) -> dict:
@@ -282,7 +290,7 @@ def scoring_name(config: DictConfig, extractor: Extractor, n: int) -> str:
     parts = [distance_name(extractor, n)]
     parts += [extractor.sha256[:6]] if config.extractor_weights is not None else []
     if config.ref is not None:
-        parts += [f"{Path(config.ref).stem}_{cached_reference(config.ref, config.digits, extractor).sha256[:6]}"]
+        parts += [f"{Path(config.ref).stem}_{cached_reference(config.ref).sha256[:6]}"]
     parts += ["_".join(config.metrics)] if config.metrics is not None else []
     return "-".join(parts)
 

@@ -2,10 +2,10 @@
 
 from data.latents import Latents, channel_stats, scale_warning
 from data.loader import BatchPlan, Order, make_loader
-from data.mnist import prepare_mnist
+from data.prepared import prepare
 from data.shards import has_split, open_latents
 
 __all__ = [
-    "BatchPlan", "Latents", "Order", "channel_stats", "has_split", "make_loader", "open_latents", "prepare_mnist",
+    "BatchPlan", "Latents", "Order", "channel_stats", "has_split", "make_loader", "open_latents", "prepare",
     "scale_warning",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ BLOCK = 512
 MAX_MEMBER = 1 << 28  # bytes; a larger member is no latent and no picture
 REGULAR, DIRECTORY, PAX, PAX_GLOBAL, LONG_NAME = (b"0", b"\0", b"7"), b"5", b"x", b"g", b"L"
 ARRAY, LABEL = "latent.npy", "cls"  # what follows the key in a member's name
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
 
 
 class Member(NamedTuple):
@@ -119,6 +119,7 @@ def _pax_records(text: bytes) -> dict[str, str]:
 class Tree(NamedTuple):
     names: list[str]  # relative, with "/", sorted
     read: Callable[[str], bytes]
+    fetch: Callable[[list[str]], None] | None = None  # reads these ahead, in the order that is fastest
 
 
 def open_tree(path: Path) -> Tree:

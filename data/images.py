@@ -1,4 +1,4 @@
-"""Pictures on disk, for encoding and for scoring: `open_images(path)` of a folder, a zip, a tar or an .npz."""
+"""Pictures on disk, for encoding and for scoring: `open_images(path)`."""
 
 import struct
 import sys
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, open_tree, parse_number, split_name
+from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, parse_number, split_name
+from data.packed import open_pictures
 from system import UserError
 
 SPLIT_FOLDERS = {"train", "training", "val", "validation", "test"}
@@ -39,10 +40,15 @@ class Images:
     def __len__(self) -> int:
         return len(self.names)
 
+    def fetch(self, chosen: Sequence[int]) -> None:
+        """Reads these pictures, and no others, into memory, where one by one would be slow: of parquet files."""
+        if self.tree and self.tree.fetch:
+            self.tree.fetch([self.names[i] for i in chosen])
+
     def read(self, i: int) -> Image.Image:
         """Picture i as a viewer shows it: turned as its EXIF orientation says, 16 bits reduced to 8, in RGB.
 
-        Raises UserError for several frames and for 32-bit pixels, whose range is unknown.
+        Transparency is dropped. Raises UserError for several frames and for 32-bit pixels, whose range is unknown.
         """
         if self.tree is None:
             return Image.fromarray(self.array[i])
@@ -140,15 +146,16 @@ class Images:
         return [number[folder] for folder in folders], classes
 
 
-def open_images(path: str | Path) -> Images:
-    """The pictures of a folder (searched recursively), a zip or a tar, or an .npz with `arr_0` (uint8, NHWC or NHW).
+def open_images(path: str | Path, split: str | None = None) -> Images:
+    """The pictures of a folder, searched recursively, and whatever else open_pictures reads, or of an .npz.
 
-    Raises UserError if there are none or the first cannot be decoded.
+    The .npz has `arr_0` (uint8, NHWC or NHW). split: as in open_pictures. Raises UserError if there are no pictures or
+    the first cannot be decoded.
     """
     path = Path(path)
     if path.suffix == ".npz":
         return _open_array(path)
-    tree = open_tree(path)
+    tree = open_pictures(path, split)
     names = [name for name in tree.names if is_picture(name)]
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(PICTURES)})")

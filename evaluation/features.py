@@ -1,6 +1,7 @@
 """Extractors: uint8 images (B, 3, H, W) -> the features that Frechet distances, precision and recall are computed in.
 
-    mnist      a small digit classifier, in assets/, trained by scripts/train_mnist_classifier.py
+    mnist      a small classifier of digits, in assets/, trained by scripts/train_classifier.py
+    fashion    the same of Fashion-MNIST
     inception  torch-fidelity's port of the 2015 TensorFlow graph: FID, sFID and Inception score of the ADM protocol
     dinov2     timm's DINOv2 ViT-L/14
 
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 
 from autoencoder import PixelCodec
 from checkpoints.run_folder import load_strictly, read_tensors
-from data import open_latents, prepare_mnist
+from data import open_latents, prepare
 from evaluation import inception
 from system import UserError
 from system.files import sha256_of
 
-MNIST_WEIGHTS = Path(__file__).resolve().parents[1] / "assets" / "mnist_classifier.safetensors"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+CLASSIFIERS = {name: ASSETS / f"{name}_classifier.safetensors" for name in ("mnist", "fashion")}
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 
 
@@ -60,15 +62,15 @@ class Extractor:
 def load_extractor(
     name: str, weights: str | Path | None = None, sha256: str | None = None, *, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """An extractor by name: mnist, inception, dinov2.
+    """An extractor by name: mnist, fashion, inception, dinov2.
 
-    weights: a file; None = the shipped one (mnist) or the published one, downloaded once (inception, dinov2).
+    weights: a file; None = the shipped one (mnist, fashion) or the published one, downloaded once (inception, dinov2).
     sha256: required of that file; None = the published one's, where known (inception).
     Raises UserError for an unknown name and for weights that are missing, wrong or of another network.
     """
-    if name == "mnist":
-        path = Path(weights or MNIST_WEIGHTS)
-        net, found = MnistClassifier(), sha256_of(path)
+    if name in CLASSIFIERS:
+        path = Path(weights or CLASSIFIERS[name])
+        net, found = Classifier(), sha256_of(path)
         load_strictly(net, read_tensors(path), str(path))
     elif name == "inception":
         state, found = inception.read_weights(inception.find_weights(weights), sha256)
@@ -77,7 +79,7 @@ def load_extractor(
         path = dinov2_weights(weights)
         net, found = DinoV2(path), sha256_of(path)
     else:
-        raise UserError(f"extractor={name}; needed: mnist, inception or dinov2")
+        raise UserError(f"extractor={name}; needed: mnist, fashion, inception or dinov2")
     if found != (sha256 or found):
         raise UserError(f"the weights of {name} have sha256 {found}; needed: {sha256}")
     return Extractor(name, net.eval().requires_grad_(False).to(device), found, torch.device(device))
@@ -143,7 +145,7 @@ def dinov2_weights(path: str | Path | None) -> Path:
         ) from None
 
 
-class MnistClassifier(nn.Module):
+class Classifier(nn.Module):
     """Three convolutions and two linear layers, 93,482 parameters; features are the 64 inputs of the last layer.
 
     Images are 28 x 28, averaged over channels. Raises UserError for another size.
@@ -164,7 +166,7 @@ class MnistClassifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> Features:
         if images.shape[2:] != (28, 28):
-            raise UserError(f"images of {images.shape[3]}x{images.shape[2]} pixels; the mnist extractor reads 28x28")
+            raise UserError(f"images of {images.shape[3]}x{images.shape[2]} pixels; this classifier reads 28x28")
         pixels = images.float().mean(1, keepdim=True) / 127.5 - 1  # (B, 1, 28, 28)
         pool = self.trunk(pixels)  # (B, 64)
         return Features(pool, self.head(pool))
@@ -174,12 +176,13 @@ def _conv(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()
 
 
-def digits(split: str, path: str | Path = "datasets/mnist") -> tuple[torch.Tensor, torch.Tensor]:
-    """The embedded digits, written to the folder `path` on first use: uint8 (n, 3, 28, 28), labels (n,) int64.
+def real_images(name: str, split: str, path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a shipped classifier is for, in the folder `path`, written on first use: uint8 (n, 3, 28, 28), labels (n,).
 
-    split: "train" (4,500) or "val" (500, unseen by the shipped classifier).
+    mnist: train (4,500) or val (500). fashion: train (60,000) or val (10,000). The classifiers have not seen val.
     """
-    prepare_mnist(path)
+    prepare(name, path)
     latents = open_latents(path, split=split)
     raw, labels = latents.read(range(len(latents)))
-    return PixelCodec().decode(latents.to_model_input(raw, None)), labels
+    images = [PixelCodec().decode(latents.to_model_input(part, None))[:, :1] for part in raw.split(1000)]
+    return torch.cat(images).expand(-1, 3, -1, -1), labels

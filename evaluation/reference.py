@@ -8,16 +8,19 @@
 A file of OpenAI's ADM evaluation (VIRTUAL_*.npz) has the first four, and 10,000 images instead of features.
 """
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data import open_latents, prepare
 from data.images import read_arrays
 from evaluation import inception
-from evaluation.features import Extractor, digits
+from evaluation.features import Extractor, real_images
 from evaluation.metrics import FeatureStats
+from randomness import seeded_generator
 from system import UserError
 from system.files import atomic_file, sha256_of
 
@@ -56,13 +59,25 @@ def reference_from(
     )
 
 
-def digits_reference(extractor: Extractor, path: str | Path = "datasets/mnist") -> Reference:
-    """Of the 4,500 embedded training digits. path: their folder, written on first use."""
-    images, _ = digits("train", path)
-    features = torch.cat([extractor(batch).pool for batch in images.split(500)])  # (4500, D)
+def shipped_reference(extractor: Extractor, path: str | Path) -> Reference:
+    """Of the training images that extractor=mnist or fashion is for, in the folder `path`, written on first use.
+
+    It has the features of at most MAX_FEATURES images, drawn uniformly, and is kept in the folder.
+    """
+    prepare(extractor.name, path)
+    made = Path(path) / f".reference-{extractor.sha256[:8]}-{open_latents(path).fingerprint}.npz"
+    source = {"mnist": "the embedded digits, train split", "fashion": "Fashion-MNIST, train split"}[extractor.name]
+    if made.exists():
+        with contextlib.suppress(UserError):  # damaged: made again
+            return replace(read_reference(made), source=source, sha256=None)
+    images, _ = real_images(extractor.name, "train", path)
+    features = torch.cat([extractor(batch).pool for batch in images.split(500)])  # (N, D)
     stats = FeatureStats(extractor.num_features)
     stats.update(features)
-    return reference_from(stats, None, features, extractor, "the embedded digits, train split")
+    drawn = torch.randperm(len(features), generator=seeded_generator("reference"))[:MAX_FEATURES].sort().values
+    reference = reference_from(stats, None, features[drawn], extractor, source)
+    write_reference(made, reference)
+    return reference
 
 
 def write_reference(path: Path, reference: Reference) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from evaluation import inception
-from evaluation.features import Extractor, Features
+from evaluation.features import CLASSIFIERS, Extractor, Features
 from evaluation.metrics import (
     FeatureStats,
     all_reduce,
@@ -102,7 +102,7 @@ def score(
     """
     check_extractor(reference, extractor)
     metrics = choose_metrics(metrics, extractor, reference)
-    with_classes = labels is not None and extractor.name == "mnist"
+    with_classes = labels is not None and extractor.name in CLASSIFIERS
     keep = torch.ones(len(shard_range(n)), dtype=torch.bool) if {"pr", "kid"} & set(metrics) else None
     measured = measure(batches, extractor, spatial="sfid" in metrics, logits="is" in metrics or with_classes, keep=keep)
     if not start_processes().is_main_process:

@@ -1,6 +1,7 @@
 """Encodes pictures into latents, ready to train on, with any diffusers AutoencoderKL.
 
     python scripts/encode_latents.py images=photos/ out=datasets/photos vae=stabilityai/sd-vae-ft-ema
+    python scripts/encode_latents.py images=hf:ILSVRC/imagenet-1k split=train out=... vae=... shard_size=32768
     accelerate launch --num_processes 8 scripts/encode_latents.py images=imagenet/train.zip out=... vae=... flip=both
 
 The keys: configs/encode.yaml. Each process takes every n-th shard. A shard that exists in `out` is complete: after an
@@ -33,7 +34,7 @@ from data.index import DTYPES
 from data.latents import warn
 from data.shards import FLIPS, finalize, reserve, write_shard
 from randomness import seeded_generator
-from system import UserError, cli
+from system import UserError, cli, hub
 from system.launchers import own_process
 
 CHOICES = {"kind": ("sample", "moments"), "flip": FLIPS, "dtype": DTYPES}
@@ -50,7 +51,8 @@ def main(arguments: list[str]) -> None:
     check_counts({key: cfg[key] for key in ("size", "shard_size", "batch_size", "num_threads", "timeout_s")})
     # No process group: the work is split by rank, and its results meet as files.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    images = open_images(cfg.images)
+    path = hub.local(cfg.images, "dataset")
+    images = open_images(path, cfg.split)
     if rank == 0 and images.others:
         counts = Counter(Path(name).suffix for name in images.others)
         what = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in counts.most_common())
@@ -60,7 +62,8 @@ def main(arguments: list[str]) -> None:
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
     recipe = {key: cfg[key] for key in ("scale", "size", "kind", "flip", "dtype", "val", "shard_size", "batch_size")}
-    reserve(folder, {**recipe, "images": os.path.realpath(cfg.images), "count": len(images), "vae": vae_sha256})
+    recipe |= {"images": os.path.realpath(path), "split": cfg.split, "count": len(images), "vae": vae_sha256}
+    reserve(folder, recipe)
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
     with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
         for name, chosen in mine.items():
@@ -75,6 +78,7 @@ def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: DictConfig,
 
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     """
+    images.fetch(chosen)
     batches = np.split(chosen, range(cfg.batch_size, len(chosen), cfg.batch_size))
     for batch, pixels in zip(batches, crops(images, batches, cfg.size, cfg.num_threads)):
         arrays: dict[str, np.ndarray] = {}

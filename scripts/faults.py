@@ -519,7 +519,7 @@ def main() -> None:
     count, steps = (10, 150) if arguments.quick else (200, 2000)
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
-        data.prepare_mnist(results / "mnist")
+        data.prepare("mnist", results / "mnist")
         rows = kills(results, count, rng)
         rows += signals(results, 6 if arguments.quick else 20, rng)
         rows += [] if arguments.quick else [*processes(results), *one_of_two(results), *lost_node(results)]  # tests too

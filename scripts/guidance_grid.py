@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
 from evaluation.features import load_extractor
-from evaluation.reference import digits_reference
+from evaluation.reference import shipped_reference
 from fid import evaluate
 from guidance import Guidance
 from system import cli
@@ -121,7 +121,7 @@ def heat_map(run: sample.Run, config: DictConfig, out: Path) -> None:
 def scorer(run: sample.Run, config: DictConfig, out: Path):
     """score(guidance, repeat) -> fd_mnist and class_accuracy of config.n images, each repeat of other seeds."""
     extractor = load_extractor("mnist", device=run.device)
-    reference = digits_reference(extractor, config.digits)
+    reference = shipped_reference(extractor, config.digits)
 
     def score(guidance: Guidance, repeat: int) -> dict:
         seeds = f"{repeat * config.n}-{(repeat + 1) * config.n - 1}"

@@ -1,9 +1,10 @@
 """Scores with known answers, as a Markdown table.
 
     python scripts/sanity_scores.py
+    python scripts/sanity_scores.py extractor=fashion
     python scripts/sanity_scores.py ckpt=runs/mnist-tread-XS4-edm guidance=cfg scale=2.0
 
-Real digits against other real digits, noise and, given keys of `fid.py calc`, the samples of a run.
+Real images against other real images, noise and, given keys of `fid.py calc`, the samples of a run.
 """
 
 import sys
@@ -16,24 +17,27 @@ sys.path.insert(0, str(ROOT))
 
 import fid  # noqa: E402
 import sample  # noqa: E402
-from evaluation.features import digits, load_extractor  # noqa: E402
+from evaluation.features import CLASSIFIERS, real_images  # noqa: E402
 from evaluation.metrics import FeatureStats  # noqa: E402
-from evaluation.reference import Reference, digits_reference, reference_from  # noqa: E402
+from evaluation.reference import MAX_FEATURES, Reference, reference_from  # noqa: E402
 from randomness import seeded_generator  # noqa: E402
-from system import cli  # noqa: E402
-from system.launchers import own_process
-
-COLUMNS = ("n", "fd_mnist", "precision", "recall", "class_accuracy")
+from system import UserError, cli  # noqa: E402
+from system.launchers import own_process  # noqa: E402
 
 
 def main(overrides: list[str]) -> None:
-    extractor = load_extractor("mnist")
-    train, train_labels = digits("train")
-    unseen, unseen_labels = digits("val")
-    reference = digits_reference(extractor)
+    config = cli.load_config("fid", ["metrics=[fd,pr]", *overrides])
+    if config.extractor not in CLASSIFIERS:
+        raise UserError(f"extractor={config.extractor}; needed: {' or '.join(CLASSIFIERS)}")
+    extractor, reference = fid.extractor_and_reference(config)
+    path = config.digits if config.extractor == "mnist" else config.fashion
+    train, train_labels = real_images(config.extractor, "train", path)
+    unseen, unseen_labels = real_images(config.extractor, "val", path)
+    train, train_labels = train[: 2 * MAX_FEATURES], train_labels[: 2 * MAX_FEATURES]
+    columns = ("n", f"fd_{config.extractor}", "precision", "recall", "class_accuracy")
 
     def show(name: str, scores: dict) -> None:
-        cells = [scores.get(column, "") for column in COLUMNS]
+        cells = [scores.get(column, "") for column in columns]
         cells = [f"{cell:.3f}" if isinstance(cell, float) else f"{cell}" for cell in cells]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
@@ -42,15 +46,14 @@ def main(overrides: list[str]) -> None:
         scores = fid.score(batches, len(images), extractor, against, labels=labels, metrics=["fd", "pr"])
         show(name, {"n": len(images), **scores})
 
-    print(f"| images | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
-    half = extractor(train[0::2]).pool
+    print(f"| images | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    half = torch.cat([extractor(part).pool for part in train[0::2].split(250)])
     stats = FeatureStats(extractor.num_features)
     stats.update(half)
     half_reference = reference_from(stats, None, half, extractor, "half")
-    score("one half of the digits, against the other", train[1::2], train_labels[1::2], half_reference)
-    score("500 digits unseen by the classifier", unseen, unseen_labels, reference)
-    if overrides:
-        config = cli.load_config("fid", ["metrics=[fd,pr]", *overrides])
+    score(f"one half of {len(train)} images, against the other", train[1::2], train_labels[1::2], half_reference)
+    score(f"{len(unseen)} images unseen by the classifier", unseen, unseen_labels, reference)
+    if config.ckpt is not None:
         run = sample.load_run(config.ckpt, config.weights, ema_width=config.ema_width, precision=config.precision)
         show(f"samples of {run.folder.name}", fid.evaluate(run, config, extractor, reference))
     noise = torch.randint(0, 256, (1000, 3, 28, 28), generator=seeded_generator("sanity noise"), dtype=torch.uint8)

@@ -31,7 +31,7 @@ USER_ERRORS = (UserError, OSError, HydraException, OmegaConfBaseException)
 # Keys, by their last part, whose values are paths or names: taken as they are, whatever characters they hold.
 LITERAL = {
     "ckpt", "weak_ckpt", "init_from", "resume", "images", "from", "ref", "out", "path", "results_dir", "run_name",
-    "digits", "vae", "extractor_weights",
+    "digits", "fashion", "source", "vae", "extractor_weights",
 }  # fmt: skip
 # Whole numbers whose default is null.
 WHOLE_OR_NULL = {

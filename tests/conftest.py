@@ -23,7 +23,7 @@ def digits(tmp_path_factory):
     import data
 
     path = tmp_path_factory.mktemp("datasets") / "mnist"
-    data.prepare_mnist(path)
+    data.prepare("mnist", path)
     return path
 
 

@@ -1,5 +1,6 @@
 """Small data sets for tests: every array's first number says which sample it is."""
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -60,3 +61,21 @@ def write_members(path: Path, members: list[tuple]) -> None:
 
 def good(i: int) -> list[tuple]:
     return [(f"{i:04d}.latent.npy", npy(array_of(i))), (f"{i:04d}.cls", b"%d" % (i % NUM_CLASSES))]
+
+
+def write_idx(folder: Path, sizes=(30, 20), name: str = "", compress: bool = True, test: str = "t10k") -> tuple:
+    """Four IDX files of noise with 10 classes -> ((images, labels) of train, of the test split)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sets, rng = [], np.random.default_rng(len(name))
+    for split, n in zip(("train", test), sizes):
+        images, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), (np.arange(n) % 10).astype(np.uint8)
+        for what, array in (("images-idx3", images), ("labels-idx1", labels)):
+            contents = idx(array)
+            path = folder / f"{name}{split}-{what}-ubyte{'.gz' if compress else ''}"
+            path.write_bytes(gzip.compress(contents, 1) if compress else contents)
+        sets.append((images, labels))
+    return tuple(sets)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.tobytes()

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_ROOT_FILES, MAX_FLOORS, MAX_DOORS, MAX_DATA_MODULES, MAX_ARGUMENTS = 18, 9, 95, 12, 7
+MAX_ROOT_FILES, MAX_FLOORS, MAX_DOORS, MAX_DATA_MODULES, MAX_ARGUMENTS = 18, 9, 95, 13, 7
 # A room is a file at the root or a package. It may import rooms of lower floors only.
 FLOORS = [
     {"system"},

@@ -18,7 +18,7 @@ import data.__main__
 import data.index
 import data.latents
 import data.loader
-from data import BatchPlan, channel_stats, has_split, make_loader, open_latents, prepare_mnist, scale_warning
+from data import BatchPlan, channel_stats, has_split, make_loader, open_latents, prepare, scale_warning
 from data.encoding import LatentEncoding
 from data.index import Entries, Index, save_index
 from data.loader import RUN, WINDOW, Order
@@ -426,24 +426,24 @@ def test_digits_are_mlxtends(digits):
 
 
 def test_two_processes_prepare_the_same_bytes(digits, tmp_path):
-    code = f"import data; data.prepare_mnist({str(tmp_path / 'mnist')!r})"
+    code = f"import data; data.prepare('mnist', {str(tmp_path / 'mnist')!r})"
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     for path in [*digits.glob("*.tar"), digits / "meta.json"]:
         assert path.read_bytes() == (tmp_path / "mnist" / path.name).read_bytes()
     shard = tmp_path / "mnist/train-000001.tar"
     times = {path.name: path.stat().st_mtime_ns for path in shard.parent.glob("*.tar")}
-    prepare_mnist(shard.parent)  # intact: nothing is written
+    prepare("mnist", shard.parent)  # intact: nothing is written
     assert times == {path.name: path.stat().st_mtime_ns for path in shard.parent.glob("*.tar")}
     shard.write_bytes(shard.read_bytes()[:5000])
-    prepare_mnist(shard.parent)
+    prepare("mnist", shard.parent)
     assert shard.read_bytes() == (digits / shard.name).read_bytes()
 
 
 def test_digits_do_not_overwrite_other_data(tmp_path):
     write_set(tmp_path / "mine", sizes=[3])
     with pytest.raises(UserError, match="holds other shards"):
-        prepare_mnist(tmp_path / "mine")
+        prepare("mnist", tmp_path / "mine")
 
 
 # --- command line ---------------------------------------------------------------------------------

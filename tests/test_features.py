@@ -13,7 +13,7 @@ from evaluation import features, inception
 from system.files import sha256_of
 from tests.made_inception import made_state, noise, write_made_weights
 
-ROOT = features.MNIST_WEIGHTS.parent.parent
+ROOT = features.ASSETS.parent
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def inception_file(tmp_path_factory):
 
 
 def test_classifier_reads_digits_it_has_not_seen(classifier, digits):
-    images, labels = features.digits("val", digits)
+    images, labels = features.real_images("mnist", "val", digits)
     assert len(images) == 500 and (labels.bincount() == 50).all()
     out = classifier(images)
     assert (out.logits.argmax(1) == labels).float().mean() >= 0.97
@@ -36,8 +36,8 @@ def test_classifier_reads_digits_it_has_not_seen(classifier, digits):
 
 def test_classifier_is_small_and_reads_the_mean_over_channels(classifier, digits):
     assert sum(p.numel() for p in classifier.net.parameters()) <= 150_000
-    assert features.MNIST_WEIGHTS.stat().st_size < 700_000
-    images = features.digits("val", digits)[0][:8]
+    assert features.CLASSIFIERS["mnist"].stat().st_size < 700_000
+    images = features.real_images("mnist", "val", digits)[0][:8]
     swapped = images.clone()
     swapped[:, 0], swapped[:, 2] = images[:, 0] // 2, images[:, 2] // 2
     grey = images[:, 1].float() / 3 + 2 * (images[:, 1] // 2).float() / 3
@@ -51,13 +51,13 @@ def test_classifier_refuses_other_sizes(classifier):
 
 
 def test_training_script_learns_in_two_epochs(digits, monkeypatch):
-    path = ROOT / "scripts" / "train_mnist_classifier.py"
-    spec = importlib.util.spec_from_file_location("train_mnist_classifier", path)
+    path = ROOT / "scripts" / "train_classifier.py"
+    spec = importlib.util.spec_from_file_location("train_classifier", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "EPOCHS", 2)
-    net = script.train(*(tensor[::2] for tensor in features.digits("train", digits)))
-    images, labels = features.digits("val", digits)
+    monkeypatch.setitem(script.EPOCHS, "mnist", 2)
+    net = script.train("mnist", *(tensor[::2] for tensor in features.real_images("mnist", "train", digits)))
+    images, labels = features.real_images("mnist", "val", digits)
     with torch.no_grad():
         assert (net(images).logits.argmax(1) == labels).float().mean() > 0.8
 

@@ -124,11 +124,12 @@ def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
 
 def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.Latents]:
     """(train, validation) latents. Raises UserError where their shape or classes are not the model's."""
-    if cfg.data.prepare == "mnist":
-        if dist.is_main_process and not Path(cfg.data.path).exists():  # it may be a mistyped one
-            print(f"data       {cfg.data.path} does not exist: the digits are made there; data=folder reads your own")
+    made = {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"}
+    if name := cfg.data.prepare:
+        if dist.is_main_process and name in made and not Path(cfg.data.path).exists():  # a mistyped one?
+            print(f"data       {cfg.data.path} does not exist: {made[name]} made there; data=folder reads your own")
         with dist.local_main_process_first():
-            data.prepare_mnist(cfg.data.path)
+            data.prepare(name, cfg.data.path, cfg.data.get("source"), cfg.data.input_size, cfg.data.num_classes)
     with dist.local_main_process_first():
         folder = hub.local(cfg.data.path, "dataset")
     train = data.open_latents(folder, kind=cfg.data.kind, on_error=cfg.data.on_error)

@@ -78,7 +78,7 @@ def go_back(cfg: DictConfig, run_folder: Path, start_step: int) -> None:
 # Keys that may differ between a run and its continuation: none of them changes a number.
 HARMLESS = (
     "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "wandb", "hardware", "sampler", "data.path",
-    "data.prepare", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
+    "data.prepare", "data.source", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
     "train.val_every", "train.val_samples", "train.save_every", "train.save", "train.keep_last", "train.keep_every",
     "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
     "train.gradient_checkpointing", "train.deterministic",
