@@ -20,7 +20,6 @@ from data.images import read_arrays
 from evaluation import inception
 from evaluation.features import Extractor, real_images
 from evaluation.metrics import FeatureStats
-from randomness import seeded_generator
 from system import UserError
 from system.files import atomic_file, sha256_of
 
@@ -62,10 +61,10 @@ def reference_from(
 def shipped_reference(extractor: Extractor, path: str | Path) -> Reference:
     """Of the training images that extractor=mnist or fashion is for, in the folder `path`, written on first use.
 
-    It has the features of at most MAX_FEATURES images, drawn uniformly, and is kept in the folder.
+    It has the features of at most MAX_FEATURES images and is kept in the folder.
     """
     prepare(extractor.name, path)
-    made = Path(path) / f".reference-{extractor.sha256[:8]}-{open_latents(path).fingerprint}.npz"
+    made = Path(path) / f".training-{extractor.sha256[:8]}-{open_latents(path).fingerprint}.npz"
     source = {"mnist": "the embedded digits, train split", "fashion": "Fashion-MNIST, train split"}[extractor.name]
     if made.exists():
         with contextlib.suppress(UserError):  # damaged: made again
@@ -74,8 +73,7 @@ def shipped_reference(extractor: Extractor, path: str | Path) -> Reference:
     features = torch.cat([extractor(batch).pool for batch in images.split(500)])  # (N, D)
     stats = FeatureStats(extractor.num_features)
     stats.update(features)
-    drawn = torch.randperm(len(features), generator=seeded_generator("reference"))[:MAX_FEATURES].sort().values
-    reference = reference_from(stats, None, features[drawn], extractor, source)
+    reference = reference_from(stats, None, features[:MAX_FEATURES], extractor, source)  # the shards are shuffled
     write_reference(made, reference)
     return reference
 

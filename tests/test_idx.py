@@ -163,7 +163,7 @@ def test_the_reference_is_kept_and_made_again_when_damaged(tmp_path, monkeypatch
     extractor, found = features.load_extractor("fashion"), []
     for _ in range(3):
         found.append(shipped_reference(extractor, tmp_path / "made"))
-        (kept,) = (tmp_path / "made").glob(".reference-*.npz")
+        (kept,) = (tmp_path / "made").glob(".training-*.npz")
         if len(found) == 2:
             kept.write_bytes(kept.read_bytes()[:100])
     assert found[0].n == len(found[0].features) == 300 <= MAX_FEATURES
