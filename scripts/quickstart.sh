@@ -4,7 +4,13 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 run=runs/quickstart
-accelerate launch train.py model=tread run_name=quickstart "$@"
-python sample.py ckpt=$run guidance=cfg scale=2.0 steps=18 seeds=0-99
-python fid.py calc ckpt=$run guidance=cfg scale=2.0 steps=18 seeds=0-999 labels=balanced
+guidance="guidance=cfg scale=2.0 steps=10"
+installed=$SECONDS
+accelerate launch train.py model=tread optimizer=muon train.max_steps=750 train.decay_steps=375 run_name=quickstart "$@"
+trained=$SECONDS
+python sample.py ckpt=$run $guidance seeds=0-99
+sampled=$SECONDS
+python fid.py calc ckpt=$run $guidance seeds=0-999 labels=balanced
 python scripts/summary.py $run
+echo "  seconds: $installed installing, $((trained - installed)) training, $((sampled - trained)) sampling," \
+    "$((SECONDS - sampled)) scoring; $SECONDS in all"
