@@ -26,6 +26,7 @@ from checkpoints.run_folder import (
 from system import UserError, cli
 from system.files import reserve, write_text_atomic
 from system.processes import is_main
+from training.curves import log_lines
 from training.prepare import TrainState
 from training.stopping import START_AGAIN
 
@@ -143,14 +144,11 @@ def log_until(metrics: Path, step: int) -> str:
     Lines that a full disk or a power cut has broken are left out, with a warning.
     """
     kept, broken = [], []
-    lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line's end, a killed job was writing
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line.decode())
-            if values["step"] < step or (values["step"] == step and "train/loss" in values):
-                kept.append(line.decode() + "\n")
-        except (ValueError, KeyError, TypeError):
+    for number, line, values in log_lines(metrics):
+        if values is None:
             broken.append(number)
+        elif values["step"] < step or (values["step"] == step and "train/loss" in values):
+            kept.append(line + "\n")
     if broken:
         numbers = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
         print(f"warning: {metrics}: left out what is no log line: {numbers}", file=sys.stderr)
