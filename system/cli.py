@@ -45,6 +45,9 @@ ALSO_ALLOWED = {
     "data.codec.bias": "a list with one number per channel",
 }  # fmt: skip
 
+# Keys of earlier versions, and what does the same today.
+GONE = {"wandb.mode": "log=[jsonl,wandb], with WANDB_MODE=offline in the environment to stay offline"}
+
 
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """configs/<name>.yaml with the command line's overrides; an unknown key or group is an error."""
@@ -211,6 +214,8 @@ def _config_files() -> Iterator[tuple[Path, dict]]:
 
 def _did_you_mean(key: str) -> str:
     """Where a refused key does belong (model.routes, given to model=maskdit), or the keys nearest to a mistyped one."""
+    if key in GONE:
+        return f"; needed: {GONE[key]}"
     files = list(_config_files())
     groups = [(f"{path.parent.name}={path.stem}", values) for path, values in files if path.parent != CONFIG_DIR]
     owners = sorted(group for group, values in groups if key in values and not group.startswith("experiment="))

@@ -113,7 +113,10 @@ TRAIN = {
     "model=dit guidance@preview=sparse preview.every=1": "needs a model trained with routes",
     "guidance@preview=auto preview.weak_ckpt=nowhere preview.every=1": "nowhere",
     "eval.every=1 eval.seeds=abc": "seeds=abc; needed: numbers and ranges",
-    "wandb.mode=maybe": "needed: disabled, offline or online",
+    "wandb.mode=online": "unknown key 'wandb.mode'; needed: log=[jsonl,wandb], with WANDB_MODE=offline",
+    "log=wandb": "log=wandb; needed: a list of jsonl, tensorboard, wandb, trackio",
+    "log=[jsonl,aim,1]": "log=1, aim; needed: a list of jsonl",
+    "log=[wandb,tensorboard]": "needed: log=[jsonl,wandb,tensorboard]",
     "results_dir=/proc/nowhere": "/proc/nowhere",
 }
 

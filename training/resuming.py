@@ -29,6 +29,7 @@ from system.processes import is_main
 from training.curves import log_lines
 from training.prepare import TrainState
 from training.stopping import START_AGAIN
+from training.trackers import start_new_curve
 
 WENT_BACK = "went_back.json"  # in checkpoints/: the last explicit resume=, and the step it started from
 
@@ -72,17 +73,19 @@ def go_back(cfg: DictConfig, run_folder: Path, start_step: int) -> None:
         again = f"to go back once more, remove {note}"
         print(f"resume     the run went back to {cfg.resume} before, and goes on at step {start_step}; {again}")
     else:
+        if abandoned:
+            start_new_curve(run_folder)
         note.parent.mkdir(exist_ok=True)
         write_text_atomic(note, json.dumps({"resume": str(Path(cfg.resume).absolute()), "step": start_step}) + "\n")
 
 
 # Keys that may differ between a run and its continuation: none of them changes a number.
 HARMLESS = (
-    "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "wandb", "hardware", "sampler", "data.path",
-    "data.prepare", "data.source", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
-    "train.val_every", "train.val_samples", "train.save_every", "train.save", "train.keep_last", "train.keep_every",
-    "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
-    "train.gradient_checkpointing", "train.deterministic",
+    "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "log", "wandb", "hardware", "sampler",
+    "data.path", "data.prepare", "data.source", "data.num_workers", "train.dry_run", "train.micro_batch_size",
+    "train.log_every", "train.val_every", "train.val_samples", "train.save_every", "train.save", "train.keep_last",
+    "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite",
+    "train.max_skipped", "train.gradient_checkpointing", "train.deterministic",
 )  # fmt: skip
 
 
