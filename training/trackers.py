@@ -72,7 +72,7 @@ def check_log(log) -> None:
     for name in TRACKERS:
         # A folder of that name, as wandb makes one, is found too, but has no file to import.
         if name in log and getattr(importlib.util.find_spec(name), "origin", None) is None:
-            raise UserError(f"log={','.join(log)}: {name} is not installed; needed: pip install {name}")
+            raise UserError(f"log=[{','.join(log)}]: {name} is not installed; needed: pip install {name}")
 
 
 def tracker_id(run_folder: Path) -> str:
