@@ -32,10 +32,10 @@ PANELS = {
     "train/loss": "training loss", "val/loss_dense": "validation loss (EMA, dense)", "train/grad_norm": "gradient norm",
     "train/lr": "learning rate", "perf/img_per_s": "images/s",
 }  # fmt: skip
-LOGARITHMIC = ("train/loss", "val/loss_dense", "train/grad_norm")
+LOGARITHMIC = ("train/loss", "val/loss_dense", "train/grad_norm", "fid", "fd_", "sfid", "sfd_")  # starts of names
 # Apart in grey, too, together with the shades.
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-MOST_GRIDS = 8
+MOST_GRIDS = 6
 
 Curves = dict[str, tuple[list[float], list[float]]]  # {panel: (x, y)}
 
@@ -77,7 +77,7 @@ def read_curves(run: Path, x: str) -> Curves:
     for path in sorted(run.glob("eval/*/metrics.json")):  # <step>-<settings>
         result, (_, _, settings) = json.loads(path.read_text()), path.parent.name.partition("-")
         for name in result:
-            if name.startswith(SCORES):
+            if name.startswith(SCORES) and not name.endswith("_std"):
                 scores.setdefault(f"{name}\n{settings}", []).append((result["step"], result[name]))
     at = [values["step"] for values in log], [values[x] for values in log]
     for name, points in scores.items():
@@ -89,7 +89,7 @@ def read_curves(run: Path, x: str) -> Curves:
 
 def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
     panels = [name for name in PANELS if any(name in curves for curves in runs.values())]
-    panels += sorted({name for curves in runs.values() for name in curves} - set(PANELS))
+    panels += dict.fromkeys(name for curves in runs.values() for name in curves if name not in PANELS)
     rows = -(-len(panels) // 3)
     figure = Figure(figsize=(13, 0.5 + 3.1 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -101,11 +101,11 @@ def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
                 marker = "o" if len(curves[panel][0]) <= 20 else None
                 axis.plot(*curves[panel], linestyle=LINES[i % len(LINES)], color=shades[i], marker=marker,
                           markersize=3, linewidth=1.3, label=name)  # fmt: skip
-        axis.set_title(PANELS.get(panel, panel), fontsize=10)
+        axis.set_title(PANELS.get(panel, panel), fontsize=10 if panel in PANELS else 8)
         axis.set_xlabel("seconds of training" if x == "seconds" else x)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250, 1.5k, 20M
         axis.set_xlim(left=0)
-        if panel in LOGARITHMIC:
+        if panel.startswith(LOGARITHMIC):
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
             axis.yaxis.set_major_formatter("{x:g}")
@@ -133,9 +133,10 @@ def draw_previews(runs: dict[str, Path], path: Path) -> None:
     chosen = np.linspace(len(steps) - 1, 0, min(MOST_GRIDS, len(steps))).round().astype(int)
     steps = [steps[i] for i in sorted(chosen)]
     first = Image.open(next(iter(next(iter(found.values())).values())))
-    width = min(6.0, 12.0 / len(found))  # inches of a grid
+    width, label, title = min(5.0, 12.0 / len(found)), 0.9, 0.3  # inches: of a grid, beside and above the grids
     height = width * first.height / first.width
-    figure = Figure(figsize=(width * len(found) + 0.8, (height + 0.08) * len(steps) + 0.4), layout="constrained")
+    total = label + width * len(found), title + (height + 0.08) * len(steps)
+    figure = Figure(figsize=total)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(steps), len(found), squeeze=False)
     for column, (name, grids) in zip(axes.T, found.items()):
@@ -147,6 +148,7 @@ def draw_previews(runs: dict[str, Path], path: Path) -> None:
                 axis.imshow(Image.open(grids[step]).convert("RGB"), interpolation="antialiased")
     for axis, step in zip(axes[:, 0], steps):
         axis.set_ylabel(f"step {step:,}", fontsize=9, rotation=0, ha="right", va="center")
+    figure.subplots_adjust(label / total[0], 0.005, 0.995, 1 - title / total[1], wspace=0.02, hspace=0.08 / height)
     figure.savefig(path, dpi=150)
 
 
