@@ -5,6 +5,7 @@ HYDRA_FULL_ERROR=1 shows the traceback of such a line.
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -66,6 +68,17 @@ def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]
     A value that is quoted already stays. sweep: commas separate several paths, unless the whole is one that exists.
     """
     return [_literal_path(override, sweep) for override in overrides]
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """`a=1,2 b=3` -> [[a=1, b=3], [a=2, b=3]], in Hydra's grammar, as in `train.py -m`."""
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in OverridesParser.create().parse_overrides(literal_paths(overrides, sweep=True))
+    ]
+    return [list(row) for row in itertools.product(*choices)]
 
 
 def _literal_path(override: str, sweep: bool) -> str:
@@ -201,9 +214,11 @@ def defaults_of(key: str) -> list:
 
 
 def _config_files() -> Iterator[tuple[Path, dict]]:
-    """Every file of configs/ with its {dotted key: value}."""
+    """Every file of configs/ with its {dotted key: value}; races are no configs, and their names may have dots."""
     for path in CONFIG_DIR.rglob("*.yaml"):
         group = path.parent.relative_to(CONFIG_DIR).as_posix()
+        if group == "race":
+            continue
         at_root = group == "." or "# @package _global_" in path.read_text()
         prefix = "" if at_root else f"{group.replace('/', '.')}."
         loaded = OmegaConf.load(path)
