@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import fid
 import train as training
 from checkpoints.run_folder import latest_checkpoint
 from dit import DiT
@@ -207,9 +206,9 @@ def test_paths_are_taken_as_they_are(name, tmp_path):
     assert cli.load_config("config", [f"data.path={folder}/new"]).data.path == f"{folder}/new"
     if "'" not in name:  # as before, in Hydra's quotes
         assert cli.load_config("sample", [f"ckpt='{folder}'"]).ckpt == str(folder)
-    swept = fid.combinations([f"ckpt={folder}", "scale=1,2"])
+    swept = cli.combinations([f"ckpt={folder}", "scale=1,2"])
     assert [cli.load_config("fid", row).ckpt for row in swept] == [str(folder)] * 2
-    swept = fid.combinations([f"ckpt=first,{folder}"]) if "," not in name else []
+    swept = cli.combinations([f"ckpt=first,{folder}"]) if "," not in name else []
     assert [cli.load_config("fid", row).ckpt for row in swept] == ["first", str(folder)][: len(swept)]
 
 
