@@ -41,26 +41,26 @@ Curves = dict[str, tuple[list[float], list[float]]]  # {panel: (x, y)}
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = {"x": "steps", "out": None}
-    given = dict(a.split("=", 1) for a in arguments if a.startswith(("x=", "out=")))
-    runs = [Path(a) for a in arguments if not a.startswith(("x=", "out="))]
-    options |= given
+    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("x=", "out=")))
+    options = {"x": "steps", "out": None} | given
+    runs = [Path(argument) for argument in arguments if not argument.startswith(("x=", "out="))]
     if not runs:
         raise UserError("needed: python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER]")
     if options["x"] not in X:
         raise UserError(f"x={options['x']}; needed: one of {', '.join(X)}")
-    curves = {name: read_curves(run, X[options["x"]]) for name, run in names(runs).items()}
+    curves = {name: read_curves(run, X[options["x"]]) for name, run in named(runs).items()}
+    grids = {name: found for name, run in named(runs).items() if (found := previews(run))}
     common = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.absolute().parent for run in runs]))
     out = Path(options["out"] or common)
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(curves, options["x"], out / "curves.png")
     print(out / "curves.png")
-    if any(previews(run) for run in runs):
-        draw_previews(names(runs), out / "previews.png")
+    if grids:
+        draw_previews(grids, out / "previews.png")
         print(out / "previews.png")
 
 
-def names(runs: Sequence[Path]) -> dict[str, Path]:
+def named(runs: Sequence[Path]) -> dict[str, Path]:
     """Runs by name, or by path where two have the same name."""
     found = {run.resolve().name: run for run in runs}
     return found if len(found) == len(runs) else {str(run): run for run in runs}
@@ -107,7 +107,8 @@ def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
         axis.set_xlim(left=0)
         if panel.startswith(LOGARITHMIC):
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
         if panel in ("train/lr", "perf/img_per_s"):
@@ -126,9 +127,8 @@ def previews(run: Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step_")): path for path in sorted(run.glob("samples/step_*.png"))}
 
 
-def draw_previews(runs: dict[str, Path], path: Path) -> None:
+def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
     """A contact sheet: columns are runs, rows are at most MOST_GRIDS steps, evenly chosen, the last one among them."""
-    found = {name: previews(run) for name, run in runs.items() if previews(run)}
     steps = sorted({step for grids in found.values() for step in grids})
     chosen = np.linspace(len(steps) - 1, 0, min(MOST_GRIDS, len(steps))).round().astype(int)
     steps = [steps[i] for i in sorted(chosen)]
