@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import shutil
 import sys
@@ -24,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import sample
@@ -84,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 
 def calc(overrides: Sequence[str]) -> None:
     """One row per combination of comma-separated values, then a table of all rows."""
-    configs = [cli.load_config("fid", row) for row in combinations(overrides)]
+    configs = [cli.load_config("fid", row) for row in cli.combinations(overrides)]
     configs = [row for config in configs for row in checkpoints_of(config)]
     for config in configs:
         check(config, {override.partition("=")[0] for override in overrides})
@@ -92,17 +90,6 @@ def calc(overrides: Sequence[str]) -> None:
     if start_processes().is_main_process:
         out = Path(configs[0].out) if configs[0].out else Path(results[0]["folder"]).parent
         table.show(results, out)
-
-
-def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """`a=1,2 b=3` -> [[a=1, b=3], [a=2, b=3]], in Hydra's grammar, as in `train.py -m`."""
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [override.input_line]
-        for override in OverridesParser.create().parse_overrides(cli.literal_paths(overrides, sweep=True))
-    ]
-    return [list(row) for row in itertools.product(*choices)]
 
 
 def checkpoints_of(config: DictConfig) -> list[DictConfig]:

@@ -4,18 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from system import cli
+from training.curves import read_log
+
 
 def main(run_folder: Path) -> None:
-    log = run_folder / "metrics.jsonl"
-    if not log.is_file():
-        print(f"error: {log} does not exist; needed: the folder of a run", file=sys.stderr)
-        sys.exit(2)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    trained = [line for line in lines if "perf/step_s" in line]
-    steps = trained[-1]["step"]
-    before = [0] + [line["step"] for line in trained[:-1]]
-    seconds = sum(line["perf/step_s"] * (line["step"] - start) for line, start in zip(trained, before))
-    rows = {"steps": f"{steps:,}", "seconds of training": f"{seconds:,.0f}"}
+    trained = [values for values in read_log(run_folder) if "perf/step_s" in values]
+    rows = {"steps": f"{trained[-1]['step']:,}", "seconds of training": f"{trained[-1]['seconds']:,.0f}"}
     rows["images/s (median)"] = f"{sorted(line['perf/img_per_s'] for line in trained)[len(trained) // 2]:,.0f}"
     for path in sorted((run_folder / "eval").glob("*/metrics.json"), key=lambda p: p.stat().st_mtime)[-1:]:
         score = json.loads(path.read_text())
@@ -28,4 +25,5 @@ def main(run_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))
+    with cli.user_errors():
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))

@@ -5,6 +5,7 @@ HYDRA_FULL_ERROR=1 shows the traceback of such a line.
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,6 +47,9 @@ ALSO_ALLOWED = {
     "data.codec.bias": "a list with one number per channel",
 }  # fmt: skip
 
+# Keys of earlier versions, and what does the same today.
+GONE = {"wandb.mode": "log=[jsonl,wandb], with WANDB_MODE=offline in the environment to stay offline"}
+
 
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """configs/<name>.yaml with the command line's overrides; an unknown key or group is an error."""
@@ -63,6 +68,17 @@ def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]
     A value that is quoted already stays. sweep: commas separate several paths, unless the whole is one that exists.
     """
     return [_literal_path(override, sweep) for override in overrides]
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """`a=1,2 b=3` -> [[a=1, b=3], [a=2, b=3]], in Hydra's grammar, as in `train.py -m`."""
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in OverridesParser.create().parse_overrides(literal_paths(overrides, sweep=True))
+    ]
+    return [list(row) for row in itertools.product(*choices)]
 
 
 def _literal_path(override: str, sweep: bool) -> str:
@@ -198,9 +214,11 @@ def defaults_of(key: str) -> list:
 
 
 def _config_files() -> Iterator[tuple[Path, dict]]:
-    """Every file of configs/ with its {dotted key: value}."""
+    """Every file of configs/ with its {dotted key: value}; races are no configs, and their names may have dots."""
     for path in CONFIG_DIR.rglob("*.yaml"):
         group = path.parent.relative_to(CONFIG_DIR).as_posix()
+        if group == "race":
+            continue
         at_root = group == "." or "# @package _global_" in path.read_text()
         prefix = "" if at_root else f"{group.replace('/', '.')}."
         loaded = OmegaConf.load(path)
@@ -211,6 +229,8 @@ def _config_files() -> Iterator[tuple[Path, dict]]:
 
 def _did_you_mean(key: str) -> str:
     """Where a refused key does belong (model.routes, given to model=maskdit), or the keys nearest to a mistyped one."""
+    if key in GONE:
+        return f"; needed: {GONE[key]}"
     files = list(_config_files())
     groups = [(f"{path.parent.name}={path.stem}", values) for path, values in files if path.parent != CONFIG_DIR]
     owners = sorted(group for group, values in groups if key in values and not group.startswith("experiment="))

@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import fid
 import train as training
 from checkpoints.run_folder import latest_checkpoint
 from dit import DiT
@@ -113,7 +112,10 @@ TRAIN = {
     "model=dit guidance@preview=sparse preview.every=1": "needs a model trained with routes",
     "guidance@preview=auto preview.weak_ckpt=nowhere preview.every=1": "nowhere",
     "eval.every=1 eval.seeds=abc": "seeds=abc; needed: numbers and ranges",
-    "wandb.mode=maybe": "needed: disabled, offline or online",
+    "wandb.mode=online": "unknown key 'wandb.mode'; needed: log=[jsonl,wandb], with WANDB_MODE=offline",
+    "log=wandb": "log=wandb; needed: a list of jsonl, tensorboard, wandb, trackio",
+    "log=[jsonl,aim,1]": "log=1, aim; needed: a list of jsonl",
+    "log=[wandb,tensorboard]": "needed: log=[jsonl,wandb,tensorboard]",
     "results_dir=/proc/nowhere": "/proc/nowhere",
 }
 
@@ -204,9 +206,9 @@ def test_paths_are_taken_as_they_are(name, tmp_path):
     assert cli.load_config("config", [f"data.path={folder}/new"]).data.path == f"{folder}/new"
     if "'" not in name:  # as before, in Hydra's quotes
         assert cli.load_config("sample", [f"ckpt='{folder}'"]).ckpt == str(folder)
-    swept = fid.combinations([f"ckpt={folder}", "scale=1,2"])
+    swept = cli.combinations([f"ckpt={folder}", "scale=1,2"])
     assert [cli.load_config("fid", row).ckpt for row in swept] == [str(folder)] * 2
-    swept = fid.combinations([f"ckpt=first,{folder}"]) if "," not in name else []
+    swept = cli.combinations([f"ckpt=first,{folder}"]) if "," not in name else []
     assert [cli.load_config("fid", row).ckpt for row in swept] == ["first", str(folder)][: len(swept)]
 
 

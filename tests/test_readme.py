@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SHORT = {
+    "sweep.py": "train.max_steps=2 train.compile=off model.depth=6 model.hidden_size=32 preview.every=0",
     "train.py": "train.max_steps=2 train.compile=off model.depth=6 model.hidden_size=32 sampler.num_steps=2 "
     "preview.num_images=10 train.val_samples=50",
     "sample.py": "steps=2",

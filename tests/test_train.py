@@ -465,45 +465,6 @@ def test_what_fails_in_the_background_is_raised_at_a_next_step(run, monkeypatch)
         run("full_later", "train.save=async", "train.save_every=2", "train.max_steps=100000")
 
 
-class AbsentWandb:
-    """A wandb whose server is away: from the start, or from the first log line on."""
-
-    Settings = staticmethod(dict)
-
-    def __init__(self, at_start):
-        self.at_start, self.logged = at_start, 0
-
-    def init(self, **settings):
-        if self.at_start:
-            raise ConnectionError("no route to host")
-        return self
-
-    def define_metric(self, *args, **settings):
-        pass
-
-    def log(self, values):
-        self.logged += 1
-        raise ConnectionError("no route to host")
-
-    def finish(self):
-        raise ConnectionError("no route to host")
-
-
-@pytest.mark.parametrize("at_start, warnings", [(True, 1), (False, 2)])
-def test_without_its_server_wandb_costs_a_warning(run, monkeypatch, capsys, at_start, warnings):
-    monkeypatch.setitem(sys.modules, "wandb", AbsentWandb(at_start))
-    code, folder = run("away", "wandb.mode=online")
-    assert code == 0 and len(numbers(folder)) == 7
-    assert capsys.readouterr().err.count("no route to host") == warnings
-
-
-def test_wandb_offline_needs_no_account(run, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    code, folder = run("offline", "wandb.mode=offline", "train.max_steps=2")
-    assert code == 0 and list(folder.glob("wandb/offline-run-*/*.wandb"))
-
-
 CHANGES = {
     "model.depth": "7", "model.hidden_size": "64", "model.routes": "[]", "data.num_classes": "4", "objective": "rf",
     "objective.P_mean": "-1.0", "optimizer.weight_decay": "0.1", "optimizer.betas": "[0.9,0.95]", "seed": "1",

@@ -1,4 +1,4 @@
-"""The numbers of training: metrics.jsonl always, wandb when asked for, and the terminal."""
+"""The numbers of training: metrics.jsonl, the trackers that are asked for, and the terminal."""
 
 import json
 import math
@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from system import UserError, cli
 from system.processes import Elsewhere, Preempted
 from training.guard import FiniteGuard
+from training.trackers import TRACKERS
 
 
 class TimedBatches:
@@ -45,10 +46,11 @@ class Log:
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
         self.started, self.paused, self.waited = clocks(), 0.0, 0.0
         self.skipped, self.unwritten, self.warned = 0.0, "", set()
-        self.wandb = None
-        if dist.is_main_process and cfg.wandb.mode != "disabled":
-            with self.survive("wandb"):
-                self.wandb = start_wandb(cfg, run_folder)
+        self.trackers = []
+        for name in cfg.log if dist.is_main_process else ():
+            with self.survive(name):
+                if name != "jsonl":
+                    self.trackers.append(TRACKERS[name](cfg, run_folder, start_step))
         self.bar = tqdm(
             total=cfg.train.max_steps, initial=start_step, unit="step", dynamic_ncols=True,
             disable=not (dist.is_main_process and sys.stderr.isatty()),
@@ -131,10 +133,11 @@ class Log:
             with suppress(OSError):
                 os.truncate(self.path, size)
             self.warn(f"{self.path}: {error.strerror}; training goes on")
-        if self.wandb is not None:
-            with self.survive("wandb", once=True):
-                self.wandb.log({"train/step": step, **values})
-        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in values.items() if value is not None]
+        known = {name: value for name, value in values.items() if value is not None}
+        for tracker in self.trackers:
+            with self.survive(tracker.name, once=True):
+                tracker.log(step, known)
+        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items()]
         self.say(f"step {step}  " + "  ".join(shown))
 
     @contextmanager
@@ -147,24 +150,11 @@ class Log:
     def close(self, text: str) -> None:
         self.bar.close()
         self.say(text)
-        if self.wandb is not None:
-            with self.survive("wandb"):
-                self.wandb.finish()
+        for tracker in self.trackers:
+            with self.survive(tracker.name):
+                tracker.finish()
 
 
 def clocks() -> np.ndarray:
     """Seconds that have passed, and seconds that this process has computed: less where it shares its cores."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def start_wandb(cfg: DictConfig, run_folder: Path):
-    """A wandb run whose id is the run's name, so that a resumed run continues its curves."""
-    import wandb
-
-    name = cfg.run_name.replace("/", "-")
-    run = wandb.init(
-        mode=cfg.wandb.mode, project=cfg.wandb.project, name=name, id=name, resume="allow", dir=run_folder,
-        config=OmegaConf.to_container(cfg), settings=wandb.Settings(init_timeout=60),
-    )  # fmt: skip
-    run.define_metric("*", step_metric="train/step")
-    return run

@@ -72,7 +72,8 @@ def is_this_run(folder: Path, cfg: DictConfig) -> bool:
         return False
     saved = in_todays_names(OmegaConf.load(folder / "config.yaml"))
     keys = set(cli.flat_keys(saved)) & set(cli.flat_keys(cfg))
-    left_out = (*HARMLESS, "train.precision", "train.compile", *([] if cfg.train.decay_steps else ["train.max_steps"]))
+    left_out = (*HARMLESS, *cfg.resume_allow, "train.precision", "train.compile")
+    left_out += () if cfg.train.decay_steps else ("train.max_steps",)
     kept = [key for key in keys if not any(key == k or key.startswith(f"{k}.") for k in left_out)]
     return all(OmegaConf.select(saved, key) == OmegaConf.select(cfg, key) for key in kept)
 

@@ -21,6 +21,7 @@ from system import UserError, hub
 from system.instantiate import instantiate
 from training.guard import FiniteGuard
 from training.optimizer import check_optimizer, make_optimizer
+from training.trackers import check_log
 
 AT_LEAST = {
     "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,
@@ -56,8 +57,7 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
         value = OmegaConf.select(cfg, key)
         if value is not None and not (isinstance(value, (int, float)) and value >= least):
             raise UserError(f"{key}={value}; needed: at least {least}")
-    if cfg.wandb.mode not in ("disabled", "offline", "online"):
-        raise UserError(f"wandb.mode={cfg.wandb.mode}; needed: disabled, offline or online")
+    check_log(cfg.log)
     clips = train.grad_clip is None or train.grad_clip > 0
     if not 0 <= train.label_dropout < 1 or not 0 <= train.ema_decay < 1 or not clips:
         raise UserError("needed: train.label_dropout and train.ema_decay in [0, 1), train.grad_clip > 0 or null")

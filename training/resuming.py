@@ -26,8 +26,10 @@ from checkpoints.run_folder import (
 from system import UserError, cli
 from system.files import reserve, write_text_atomic
 from system.processes import is_main
+from training.curves import log_lines
 from training.prepare import TrainState
 from training.stopping import START_AGAIN
+from training.trackers import start_new_curve
 
 WENT_BACK = "went_back.json"  # in checkpoints/: the last explicit resume=, and the step it started from
 
@@ -71,17 +73,19 @@ def go_back(cfg: DictConfig, run_folder: Path, start_step: int) -> None:
         again = f"to go back once more, remove {note}"
         print(f"resume     the run went back to {cfg.resume} before, and goes on at step {start_step}; {again}")
     else:
+        if abandoned:
+            start_new_curve(run_folder)
         note.parent.mkdir(exist_ok=True)
         write_text_atomic(note, json.dumps({"resume": str(Path(cfg.resume).absolute()), "step": start_step}) + "\n")
 
 
 # Keys that may differ between a run and its continuation: none of them changes a number.
 HARMLESS = (
-    "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "wandb", "hardware", "sampler", "data.path",
-    "data.prepare", "data.source", "data.num_workers", "train.dry_run", "train.micro_batch_size", "train.log_every",
-    "train.val_every", "train.val_samples", "train.save_every", "train.save", "train.keep_last", "train.keep_every",
-    "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite", "train.max_skipped",
-    "train.gradient_checkpointing", "train.deterministic",
+    "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "log", "wandb", "hardware", "sampler",
+    "data.path", "data.prepare", "data.source", "data.num_workers", "train.dry_run", "train.micro_batch_size",
+    "train.log_every", "train.val_every", "train.val_samples", "train.save_every", "train.save", "train.keep_last",
+    "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite",
+    "train.max_skipped", "train.gradient_checkpointing", "train.deterministic",
 )  # fmt: skip
 
 
@@ -143,14 +147,11 @@ def log_until(metrics: Path, step: int) -> str:
     Lines that a full disk or a power cut has broken are left out, with a warning.
     """
     kept, broken = [], []
-    lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line's end, a killed job was writing
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line.decode())
-            if values["step"] < step or (values["step"] == step and "train/loss" in values):
-                kept.append(line.decode() + "\n")
-        except (ValueError, KeyError, TypeError):
+    for number, line, values in log_lines(metrics):
+        if values is None:
             broken.append(number)
+        elif values["step"] < step or (values["step"] == step and "train/loss" in values):
+            kept.append(line + "\n")
     if broken:
         numbers = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
         print(f"warning: {metrics}: left out what is no log line: {numbers}", file=sys.stderr)

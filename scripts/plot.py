@@ -1,0 +1,157 @@
+"""Runs side by side: curves.png and previews.png.
+
+python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER]
+
+curves.png: loss, validation (EMA, dense), learning rate, gradient norm, images/s, and the scores in RUN/eval that were
+computed at two steps or more, one panel for each score and setting. Seconds are those of training: without saves,
+validation, scores and previews. previews.png: the grids in RUN/samples, a column for each run, from early to late.
+out: where the pictures go, by default the run's folder, or the one that several have in common.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from PIL import Image
+
+from evaluation.table import SCORES
+from system import UserError, cli
+from training.curves import read_log
+
+X = {"steps": "step", "seconds": "seconds", "images": "images"}  # names in the log
+PANELS = {
+    "train/loss": "training loss", "val/loss_dense": "validation loss (EMA, dense)", "train/grad_norm": "gradient norm",
+    "train/lr": "learning rate", "perf/img_per_s": "images/s",
+}  # fmt: skip
+LOGARITHMIC = ("train/loss", "val/loss_dense", "train/grad_norm", "fid", "fd_", "sfid", "sfd_")  # starts of names
+# Apart in grey, too, together with the shades.
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+MOST_GRIDS = 6
+
+Curves = dict[str, tuple[list[float], list[float]]]  # {panel: (x, y)}
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("x=", "out=")))
+    options = {"x": "steps", "out": None} | given
+    runs = [Path(argument) for argument in arguments if not argument.startswith(("x=", "out="))]
+    if not runs:
+        raise UserError("needed: python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER]")
+    if options["x"] not in X:
+        raise UserError(f"x={options['x']}; needed: one of {', '.join(X)}")
+    curves = {name: read_curves(run, X[options["x"]]) for name, run in named(runs).items()}
+    grids = {name: found for name, run in named(runs).items() if (found := previews(run))}
+    common = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.absolute().parent for run in runs]))
+    out = Path(options["out"] or common)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_curves(curves, options["x"], out / "curves.png")
+    print(out / "curves.png")
+    if grids:
+        draw_previews(grids, out / "previews.png")
+        print(out / "previews.png")
+
+
+def named(runs: Sequence[Path]) -> dict[str, Path]:
+    """Runs by name, or by path where two have the same name."""
+    found = {run.resolve().name: run for run in runs}
+    return found if len(found) == len(runs) else {str(run): run for run in runs}
+
+
+def read_curves(run: Path, x: str) -> Curves:
+    """Raises UserError for what is no run."""
+    log, curves = read_log(run), {}
+    for name in PANELS:
+        points = [(values[x], values[name]) for values in log if values.get(name) is not None]
+        if points:
+            curves[name] = tuple(zip(*points))
+    scores: dict[str, list[tuple]] = {}
+    for path in sorted(run.glob("eval/*/metrics.json")):  # <step>-<settings>
+        result, (_, _, settings) = json.loads(path.read_text()), path.parent.name.partition("-")
+        for name in result:
+            if name.startswith(SCORES) and not name.endswith("_std"):
+                scores.setdefault(f"{name}\n{settings}", []).append((result["step"], result[name]))
+    at = [values["step"] for values in log], [values[x] for values in log]
+    for name, points in scores.items():
+        if len(points) > 1:
+            steps, values = zip(*sorted(points))
+            curves[name] = np.interp(steps, *at).tolist(), values
+    return curves
+
+
+def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
+    panels = [name for name in PANELS if any(name in curves for curves in runs.values())]
+    panels += dict.fromkeys(name for curves in runs.values() for name in curves if name not in PANELS)
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(13, 0.5 + 3.1 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))
+    for axis, panel in zip(axes, panels):
+        for i, (name, curves) in enumerate(runs.items()):
+            if panel in curves:
+                marker = "o" if len(curves[panel][0]) <= 20 else None
+                axis.plot(*curves[panel], linestyle=LINES[i % len(LINES)], color=shades[i], marker=marker,
+                          markersize=3, linewidth=1.3, label=name)  # fmt: skip
+        axis.set_title(PANELS.get(panel, panel), fontsize=10 if panel in PANELS else 8)
+        axis.set_xlabel("seconds of training" if x == "seconds" else x)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250, 1.5k, 20M
+        axis.set_xlim(left=0)
+        if panel.startswith(LOGARITHMIC):
+            axis.set_yscale("log")
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        if panel in ("train/lr", "perf/img_per_s"):
+            axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, handlelength=4
+    )
+    figure.savefig(path, dpi=120)
+
+
+def previews(run: Path) -> dict[int, Path]:
+    """{step: grid} of a run."""
+    return {int(path.stem.removeprefix("step_")): path for path in sorted(run.glob("samples/step_*.png"))}
+
+
+def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
+    """A contact sheet: columns are runs, rows are at most MOST_GRIDS steps, evenly chosen, the last one among them."""
+    steps = sorted({step for grids in found.values() for step in grids})
+    chosen = np.linspace(len(steps) - 1, 0, min(MOST_GRIDS, len(steps))).round().astype(int)
+    steps = [steps[i] for i in sorted(chosen)]
+    first = Image.open(next(iter(next(iter(found.values())).values())))
+    width, label, title = min(5.0, 12.0 / len(found)), 0.9, 0.3  # inches: of a grid, beside and above the grids
+    height = width * first.height / first.width
+    total = label + width * len(found), title + (height + 0.08) * len(steps)
+    figure = Figure(figsize=total)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(steps), len(found), squeeze=False)
+    for column, (name, grids) in zip(axes.T, found.items()):
+        column[0].set_title(name, fontsize=10)
+        for axis, step in zip(column, steps):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if step in grids:
+                axis.imshow(Image.open(grids[step]).convert("RGB"), interpolation="antialiased")
+    for axis, step in zip(axes[:, 0], steps):
+        axis.set_ylabel(f"step {step:,}", fontsize=9, rotation=0, ha="right", va="center")
+    figure.subplots_adjust(label / total[0], 0.005, 0.995, 1 - title / total[1], wspace=0.02, hspace=0.08 / height)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""scripts/plot.py: what it reads of a run, and the two pictures."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import plot
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs: the second one trains twice as fast, and has no previews."""
+    for name, step_s in (("a", 0.5), ("b", 0.25)):
+        run, lines = tmp_path / "runs" / name, []
+        for step in range(10, 101, 10):
+            values = {"train/loss": 10 / step, "train/grad_norm": None if step == 20 else 1.0, "train/lr": 1e-3}
+            lines.append({"step": step, **values, "perf/step_s": step_s, "perf/img_per_s": 16 / step_s})
+        lines.insert(5, {"step": 50, "val/loss_dense": 0.5, "val/loss_routed": 0.6})
+        for step in (50, 100):
+            result = {"step": step, "fd_mnist": 1000 / step, "kid": -0.1, "kid_std": 0.1, "n": 100}
+            (run / "eval" / f"{step:07d}-fd_mnist-cfg2").mkdir(parents=True)
+            (run / "eval" / f"{step:07d}-fd_mnist-cfg2" / "metrics.json").write_text(json.dumps(result))
+        (run / "eval" / "0000100-fd_mnist-once").mkdir()
+        (run / "eval" / "0000100-fd_mnist-once" / "metrics.json").write_text('{"step": 100, "fd_mnist": 1.0}')
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run.parent / "a" / "samples" / "step_0000100-cfg2").mkdir(parents=True)  # by sample.py
+    for step in range(10, 101, 10):
+        Image.new("RGB", (302, 122)).save(run.parent / "a" / "samples" / f"step_{step:07d}.png")
+    return run.parent
+
+
+@pytest.mark.parametrize("x, unit", [("step", 1), ("seconds", 0.25), ("images", 16)])
+def test_curves_are_those_of_the_log_and_the_scores(runs, x, unit):
+    curves = plot.read_curves(runs / "b", x)
+    scores = ["fd_mnist\nfd_mnist-cfg2", "kid\nfd_mnist-cfg2"]  # at two steps; kid_std is no score
+    assert list(curves) == [*plot.PANELS, *scores]
+    steps = np.arange(10, 101, 10)
+    np.testing.assert_allclose(curves["train/loss"], (steps * unit, 10 / steps))
+    assert len(curves["train/grad_norm"][0]) == 9
+    np.testing.assert_allclose(curves["val/loss_dense"], ([50 * unit], [0.5]))
+    np.testing.assert_allclose(curves[scores[0]], ([50 * unit, 100 * unit], [20, 10]))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "scripts/plot.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_pictures_of_two_runs(runs):
+    done = command(runs / "a", runs / "b", "x=seconds")
+    assert done.stdout.split() == [str(runs / "curves.png"), str(runs / "previews.png")], done.stderr
+    assert Image.open(runs / "curves.png").width == 13 * 120
+    assert plot.previews(runs / "b") == {} and len(plot.previews(runs / "a")) == 10
+    done = command(runs / "b", f"out={runs / 'new'}")
+    assert done.stdout.split() == [str(runs / "new" / "curves.png")], done.stderr
+
+
+def test_lines_are_apart_in_grey_and_the_sheet_ends_with_the_last_step(runs, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure))
+    plot.main([str(runs / "a"), str(runs / "b")])
+    curves, sheet = drawn
+    for axis in curves.axes[: len(plot.PANELS)]:
+        assert len({line.get_linestyle() for line in axis.lines}) == len({line.get_label() for line in axis.lines}) == 2
+    assert [axis.get_ylabel() for axis in sheet.axes] == [f"step {step}" for step in (10, 30, 50, 60, 80, 100)]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    assert list(plot.named([tmp_path / "x" / "a", tmp_path / "y" / "b"])) == ["a", "b"]
+    assert len(plot.named([tmp_path / "x" / "a", tmp_path / "y" / "a"])) == 2
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["nowhere"], "nowhere/metrics.jsonl does not exist"), (["x=steps"], "needed: python scripts/plot.py RUN"),
+    (["nowhere", "x=hours"], "x=hours; needed: one of steps, seconds, images"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(arguments, said):
+    done = command(*arguments)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,50 @@
+"""The log of a run, metrics.jsonl, as curves. Imports no torch."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from system import UserError
+
+
+def read_log(run_folder: Path) -> list[dict]:
+    """One dict for each logged step, in order: the log's values, "step", "seconds" and "images" trained so far.
+
+    Seconds of training: without saves, validation, scores and previews. Where a job was killed and its steps were
+    trained again, the later lines count. Raises UserError where there is no log, or nothing in it yet.
+    """
+    log = run_folder / "metrics.jsonl"
+    if not log.is_file():
+        raise UserError(f"{log} does not exist; needed: the folder of a run")
+    steps: list[dict] = []
+    for _, _, values in log_lines(log):
+        if values is None:
+            continue
+        while steps and steps[-1]["step"] > values["step"]:
+            steps.pop()
+        if steps and steps[-1]["step"] == values["step"]:
+            steps[-1] |= values
+        else:
+            steps.append(values)
+    if not any("perf/step_s" in values for values in steps):
+        raise UserError(f"{log} has no step of training yet")
+    trained, seconds, images = 0, 0.0, 0.0
+    for values in steps:
+        if "perf/step_s" in values:
+            passed, trained = values["step"] - trained, values["step"]
+            seconds += passed * values["perf/step_s"]
+            images += passed * values["perf/step_s"] * values["perf/img_per_s"]
+        values |= {"seconds": seconds, "images": round(images)}
+    return steps
+
+
+def log_lines(log: Path) -> Iterator[tuple[int, str, dict | None]]:
+    """(number from 1, text, values; None where a full disk or a power cut has broken the line) of each whole line."""
+    lines = log.read_bytes().split(b"\n")[:-1]  # what follows the last line's end, a job is or was writing
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line.decode())
+            values["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            values = None
+        yield number, line.decode(errors="replace"), values
