@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 from system import UserError, cli  # noqa: E402
 from system.files import write_text_atomic  # noqa: E402
 from system.launchers import end_with_parent, usable_cpus  # noqa: E402
+from training.curves import read_log  # noqa: E402
 
 SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
 LOG_EVERY = 10
@@ -211,8 +212,9 @@ def start(command: list[str], cores: int, run_folder: Path) -> subprocess.Popen:
 
 
 def ended(race: Race, run_folder: Path) -> bool:
-    steps = read_steps(run_folder / "metrics.jsonl") if (run_folder / "metrics.jsonl").is_file() else {}
-    if not steps:
+    try:
+        steps = read_steps(run_folder)
+    except UserError:  # not begun
         return False
     return max(steps) >= race.steps if race.seconds is None else max(steps) * step_seconds(race, steps) >= race.seconds
 
@@ -275,12 +277,13 @@ class Scored:
 
     step_seconds: float
     steps: list[int]  # of its scores
-    metric: list[float]
-    accuracy: list[float]
+    columns: tuple[
+        list[float], ...
+    ]  # at those: the metric, class accuracy and, without the last step's, validation loss
 
-    def at_step(self, step: float) -> tuple[float, float]:
-        """(metric, class accuracy), between two scores on the straight line through them."""
-        return float(np.interp(step, self.steps, self.metric)), float(np.interp(step, self.steps, self.accuracy))
+    def at_step(self, step: float) -> list[float]:
+        """Each column after a step, between two scores on the straight line through them."""
+        return [float(np.interp(step, self.steps[: len(values)], values)) for values in self.columns]
 
 
 def show(race: Race, folder: Path) -> None:
@@ -304,25 +307,23 @@ def read_run(race: Race, folder: Path) -> Scored:
     for name in ("config.yaml", "metrics.jsonl", "scores.jsonl", "machine.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} does not exist; needed: a finished run, by `race.py run`")
-    steps = read_steps(folder / "metrics.jsonl")
-    wanted = sorted(
-        {*range(LOG_EVERY, max(steps) + 1, LOG_EVERY), *range(race.keep_every, max(steps) + 1, race.keep_every)}
-    )
-    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
-    scored = sorted({*range(race.keep_every, max(steps) + 1, race.keep_every), max(steps)})
-    if lost := set(wanted) - set(steps):
+    steps = read_steps(folder)
+    kept = [*range(race.keep_every, max(steps) + 1, race.keep_every)]
+    if lost := {*range(LOG_EVERY, max(steps) + 1, LOG_EVERY), *kept} - set(steps):
         raise UserError(f"{folder / 'metrics.jsonl'} has no line of step {min(lost)}")
+    if lost := [step for step in kept if "val/loss_dense" not in steps[step]]:
+        raise UserError(f"{folder / 'metrics.jsonl'} has no validation of step {lost[0]}")
+    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    scored = sorted({*kept, max(steps)})
     if [score["step"] for score in scores] != scored:
         raise UserError(f"{folder / 'scores.jsonl'} has steps {[s['step'] for s in scores]}; needed: {scored}")
-    return Scored(
-        step_seconds(race, steps), scored, [s[race.metric] for s in scores], [s["class_accuracy"] for s in scores]
-    )
+    columns = ([s[race.metric] for s in scores], [s["class_accuracy"] for s in scores])
+    return Scored(step_seconds(race, steps), scored, (*columns, [steps[step]["val/loss_dense"] for step in kept]))
 
 
-def read_steps(log: Path) -> dict[int, dict]:
-    """{step: a log's line on training}; of a step that was logged again after a restart, the later line."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return {line["step"]: line for line in lines if "train/loss" in line}
+def read_steps(run_folder: Path) -> dict[int, dict]:
+    """{step: what the log says of it}, of the steps with a line on training. Raises UserError where there are none."""
+    return {values["step"]: values for values in read_log(run_folder) if "train/loss" in values}
 
 
 def step_seconds(race: Race, steps: dict[int, dict]) -> float:
@@ -331,7 +332,7 @@ def step_seconds(race: Race, steps: dict[int, dict]) -> float:
 
 
 def values_at(race: Race, runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
-    """(metric, class accuracy) of each run after a step or a time: (runs, 2)."""
+    """(metric, class accuracy, validation loss) of each run after a step or a time: (runs, 3)."""
     return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
 
 
@@ -339,8 +340,14 @@ def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: fl
     """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test."""
     lines = [f"# {race.question}", ""]
     baseline = next(iter(runs))
-    for column, name, alternative in ((0, race.metric, "less"), (1, "class accuracy", "greater")):
-        for title, at in ((f"after {step:,} steps", {"step": step}), (f"after {seconds:,.0f} s", {"seconds": seconds})):
+    after_steps = (f"after {step:,} steps", {"step": step})
+    after_time = (f"after {seconds:,.0f} s", {"seconds": seconds})
+    for column, name, alternative, moments in (
+        (0, race.metric, "less", (after_steps, after_time)),
+        (1, "class accuracy", "greater", (after_steps, after_time)),
+        (2, "validation loss (EMA, without routing)", "less", (after_steps,)),
+    ):
+        for title, at in moments:
             lines += [
                 f"## {name} {title}", "",
                 f"| | n | mean | standard deviation | difference to {baseline} | p ({alternative} than {baseline}) |",

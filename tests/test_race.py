@@ -73,13 +73,15 @@ def test_a_finished_race_is_not_run_again(smoke):
     assert before == {path: path.stat().st_mtime_ns for path in smoke[1].glob("*-?/*")}
 
 
-@pytest.mark.parametrize("lost", ["log line", "score", "run", "file"])
+@pytest.mark.parametrize("lost", ["log line", "validation", "score", "run", "file"])
 def test_what_is_missing_is_named(smoke, tmp_path, lost):
     shutil.copytree(smoke[1], tmp_path / smoke[1].name)
     run = tmp_path / smoke[1].name / "dit-1"
-    if lost in ("log line", "score"):
-        path = run / ("metrics.jsonl" if lost == "log line" else "scores.jsonl")
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    if lost in ("log line", "validation", "score"):
+        path = run / ("scores.jsonl" if lost == "score" else "metrics.jsonl")
+        lines = path.read_text().splitlines(keepends=True)
+        lines.pop(1 if lost == "validation" else 0)
+        path.write_text("".join(lines))
     elif lost == "run":
         shutil.rmtree(run)
     else:
