@@ -219,7 +219,7 @@ def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
     """<run folder>/samples/<step>-<settings>; gallery.reserve refuses what the name does not distinguish."""
     parts = [f"step_{run.step:07d}", settings_name(guidance, config.steps)]
     parts += [config.weights] if config.weights != "ema" else []
-    parts += [config.precision] if config.precision != "fp32" else []
+    parts += [run.precision] if run.precision != "fp32" else []
     parts += ["compiled"] if run.compile != "off" else []
     parts += [config.labels] if config.class_idx is None and config.labels != "balanced" else []
     parts += [f"class{config.class_idx}"] if config.class_idx is not None else []

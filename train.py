@@ -47,7 +47,7 @@ from system.launchers import own_process, set_determinism
 from system.processes import Preempted, agree, start_processes, together
 from training.log import Log, TimedBatches
 from training.naming import name_run
-from training.prepare import TrainState, batch_plan, build, describe, open_data, resolve_config
+from training.prepare import TrainState, batch_plan, build, describe, open_data, resolve_config, settle_precision
 from training.resuming import find_resume, reserve_run_folder, resume
 from training.saving import Saver
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, START_AGAIN, PreemptionHandler
@@ -100,11 +100,13 @@ def train(cfg: DictConfig) -> int:
     cfg = resolve_config(cfg, dist)
     plan = batch_plan(cfg.train, dist)
     if cfg.train.dry_run:
+        settle_precision(cfg, dist, plan.micro_batch_size)
         return dry_run(cfg, dist, plan)
     run_folder = Path(cfg.results_dir) / cfg.run_name
     if cfg.eval.every:
         parse_seeds(cfg.eval.seeds)
     resumed = find_resume(cfg, run_folder)
+    settle_precision(cfg, dist, plan.micro_batch_size, resumed)
     latents, val_latents = open_data(cfg, dist)
     scoring = fid.extractor_and_reference(cfg.eval) if cfg.eval.every else None
     agree({

@@ -1,7 +1,7 @@
 """Everything before the first training step. What cannot run is refused here, before anything slow or written."""
 
 import copy
-import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from torch import nn
 import data
 from checkpoints import power_ema
 from checkpoints.load import load_run
-from checkpoints.run_folder import average_name, find_checkpoint, load_strictly
+from checkpoints.run_folder import average_name, find_checkpoint, load_strictly, read_config
 from cost import cost_table
 from data import BatchPlan
 from guidance import check_networks, guidance_from
+from routing_module import Routing
 from system import UserError, hub
 from system.instantiate import instantiate
+from system.precision import decide_precision, launched_precision
 from training.guard import FiniteGuard
 from training.optimizer import check_optimizer, make_optimizer
 
@@ -74,7 +76,6 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
     if cfg.objective.get("contrastive") and micro % 2:
         raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
     train.compile = "blocks" if train.compile == "blocks" else "off"
-    train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
     check_optimizer(cfg.optimizer)
     if not isinstance(cfg.ema.widths, ListConfig | None):
         raise UserError(f"ema.widths={cfg.ema.widths}; needed: a list, as in ema=power")
@@ -89,25 +90,21 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def decide_precision(wanted: str, device: torch.device) -> str:
-    """bf16 or fp32. "auto" follows accelerate's launch flag, else it is bf16 on hardware with bf16 matrix units."""
-    if wanted == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched == "no":
-            return "bf16" if has_fast_bf16(device) else "fp32"
-        wanted = launched
-    if wanted not in ("bf16", "fp32"):
-        raise UserError(
-            f"precision {wanted!r}; needed: auto, bf16 or fp32 (fp16 overflows in long runs and is not offered)"
-        )
-    return wanted
+def settle_precision(cfg: DictConfig, dist: PartialState, micro_batch: int, resumed: Path | None = None) -> None:
+    """Puts bf16 or fp32 in the place of auto; all processes must call this. Raises UserError.
 
+    A resumed run keeps its own, whatever this machine would choose; only the launcher's word comes before that.
+    """
+    wanted = cfg.train.precision
+    if wanted == "auto" and resumed is not None and launched_precision() is None:
+        wanted = read_config(resumed).train.precision
 
-def has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cpu" and cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
+    def products() -> Counter:
+        with torch.device("meta"):
+            model = instantiate(cfg.model)
+        return model.products(micro_batch) + model.products(micro_batch, Routing())
+
+    cfg.train.precision = cfg.eval.precision = decide_precision(wanted, dist.device, products, backward=True)
 
 
 def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
