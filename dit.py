@@ -240,7 +240,12 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens given. Routed sequences are gathered, so there is never a mask."""
+    """Self-attention over the tokens given. Routed sequences are gathered, so there is never a mask.
+
+    plain_on: the types of device where it takes its plain form; cost.py counts a GPU's on a CPU.
+    """
+
+    plain_on = ("cpu",)
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -255,7 +260,7 @@ class Attention(nn.Module):
         return linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, K, D/H) -> (B, K, D)
-        if q.device.type == "cpu":
+        if q.device.type in self.plain_on:
             # On CPUs, flash attention's backward pass is slow at DiT's lengths; the plain form is faster, and compiles.
             out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:

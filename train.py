@@ -30,7 +30,7 @@ import fid
 from checkpoints import power_ema
 from checkpoints.gallery import save_grid
 from checkpoints.load import Run
-from cost import cost_table
+from cost import cost_table, memory_table, out_of_memory
 from data import BatchPlan
 from evaluation.features import Extractor
 from evaluation.reference import Reference
@@ -145,8 +145,12 @@ def train(cfg: DictConfig) -> int:
             return run_steps(context)
         except Exception as error:
             saver.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                limit = torch.cuda.get_device_properties(dist.device).total_memory
+                rows = plan.micro_batch_size * plan.accumulation
+                error = UserError(out_of_memory(cfg, plan.micro_batch_size, rows, limit, plan.world_size))
             if dist.num_processes == 1:
-                raise
+                raise error
             if preemption.alone:  # the launcher is gone, and process 0 has saved
                 os._exit(EXIT_START_AGAIN)
             cli.leave(error)
@@ -402,6 +406,7 @@ def dry_run(cfg: DictConfig, dist: PartialState, plan: BatchPlan) -> int:
     loss, grad_norm = train_step(state, objective, no_data, batches, 1, plan, cfg)
     if dist.is_main_process:
         print(f"model      {cfg.model.size}\n{cost_table(state.model, cfg)}")
+        print(memory_table(cfg, plan.micro_batch_size, device=dist.device.type, processes=plan.world_size))
         print(
             f"dry run    one step on noise: loss {loss:.4g}, gradient norm {grad_norm:.4g}; nothing was read or written"
         )

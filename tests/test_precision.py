@@ -114,12 +114,7 @@ def test_cuda_decides_by_capability(monkeypatch, capability, expected):
 
 @pytest.mark.parametrize(
     "handed_on, flags, expected",
-    [
-        ("bf16", {}, "bf16"),
-        ("no", {"--mixed_precision": "no"}, "fp32"),
-        ("no", {}, "measured"),
-        (None, {}, "measured"),
-    ],
+    [("bf16", {}, "bf16"), ("no", {"--mixed_precision": "no"}, "fp32"), ("no", {}, "measured"), (None, {}, "measured")],
 )
 def test_the_launchers_word_comes_first(cache, monkeypatch, handed_on, flags, expected):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)

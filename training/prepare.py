@@ -14,7 +14,7 @@ import data
 from checkpoints import power_ema
 from checkpoints.load import load_run
 from checkpoints.run_folder import average_name, find_checkpoint, load_strictly, read_config
-from cost import cost_table
+from cost import cost_table, memory_table
 from data import BatchPlan
 from guidance import check_networks, guidance_from
 from routing_module import Routing
@@ -179,7 +179,9 @@ def describe(
     cfg: DictConfig, model: nn.Module, latents: data.Latents, plan: BatchPlan, resumed: Path | None,
     compiled: str, why_not: str,
 ) -> str:  # fmt: skip
-    """The first lines of a run's output."""
+    """The first lines of a run's output. Memory is told where it is a device's own, or was asked for."""
+    on = model.pos_embed.device.type
+    told = on == "cuda" or cfg.hardware.memory_gb is not None
     lines = [
         f"run        {Path(cfg.results_dir) / cfg.run_name}" + (f", from {resumed}" if resumed else ""),
         f"model      {cfg.model.size}",
@@ -187,6 +189,7 @@ def describe(
         f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated",
+        *([memory_table(cfg, plan.micro_batch_size, device=on, processes=plan.world_size)] if told else []),
         f"precision  {cfg.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
     ]
     return "\n".join(lines)
