@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -229,16 +228,16 @@ def out_of_memory(cfg: DictConfig, micro_batch: int, rows: int, limit: int, proc
 
     rows: images of a process in a step, which the micro-batch has to divide.
     """
-    predicted = step_memory(cfg, device="cuda", processes=processes).peak(micro_batch)
-    found = f"out of memory at micro-batch {micro_batch}: {predicted / 1e9:.2f} of {limit / 1e9:.2f} GB were predicted"
-    for checkpointed in sorted({cfg.train.gradient_checkpointing, True}):
-        peak = step_memory(with_checkpointing(cfg, checkpointed), device="cuda", processes=processes).peak
-        most = micro_batch - (checkpointed == cfg.train.gradient_checkpointing)
-        fitting = [n for n in range(1, most + 1) if rows % n == 0 and peak(n) <= limit]
-        if fitting:
-            also = " train.gradient_checkpointing=true" if most == micro_batch else ""
-            return f"{found}; needed: train.micro_batch_size={fitting[-1]}{also}"
-    return f"{found}; no micro-batch fits, checkpointed or not; needed: a smaller model"
+    ways = {
+        on: step_memory(with_checkpointing(cfg, on), device="cuda", processes=processes).peak for on in (False, True)
+    }
+    present = cfg.train.gradient_checkpointing
+    found = f"{ways[present](micro_batch) / 1e9:.2f} GB were predicted, the device has {limit / 1e9:.2f}"
+    fitting = [n for n in range(1, micro_batch) if rows % n == 0 and ways[present](n) <= limit]
+    needed = [f"train.micro_batch_size={n}" for n in fitting[-1:]]
+    if not present and ways[True](micro_batch) <= limit:
+        needed.append("train.gradient_checkpointing=true")
+    return f"out of memory at micro-batch {micro_batch}: {found}; needed: {' or '.join(needed) or 'a smaller model'}"
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:

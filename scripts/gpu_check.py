@@ -132,7 +132,14 @@ def main(arguments: list[str]) -> None:
     out = Path(next((a.removeprefix("out=") for a in arguments if a.startswith("out=")), "runs/gpu_check.json"))
     started, device = time.monotonic(), start_processes().device
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    found = {"device": name, "torch": torch.__version__, "goals": GOALS, "tests": run_tests(), "rows": [], "left_out": []}
+    found = {
+        "device": name,
+        "torch": torch.__version__,
+        "goals": GOALS,
+        "tests": run_tests(),
+        "rows": [],
+        "left_out": [],
+    }
     print(f"tests      {found['tests']}", flush=True)
     if small:
         bench.ROUNDS, bench.STEPS = 1, 1

@@ -163,7 +163,9 @@ def test_the_small_check_runs_anywhere_and_ends_with_a_table(tmp_path):
     found = json.loads(out.read_text())
     assert [row["model"] for row in found["rows"]] == ["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2"]
     assert all(row["waits"] == 0 and row["routed GB"] > 0 < row["predicted GB"] for row in found["rows"])
-    assert min(found["loader_samples_per_s"], found["scoring_images_per_s"], *found["sampling_images_per_s"].values()) > 0
+    assert (
+        min(found["loader_samples_per_s"], found["scoring_images_per_s"], *found["sampling_images_per_s"].values()) > 0
+    )
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 6 and len({line.count("|") for line in table}) == 1
 
