@@ -96,11 +96,12 @@ def step_memory(cfg: DictConfig, *, device: str, processes: int = 1, dense: bool
     if device == "cuda":  # counted on the CPU: without a driver there is no backward pass on CUDA tensors without data
         for block in model.all_blocks:
             block.attn.plain_on = ()
+    model.gradient_checkpointing = cfg.train.gradient_checkpointing
     parts = parts_of(model, None if dense else Routing(), precision == "bf16")
     buckets = 4 * parameters if processes > 1 else 0
 
     def peak(micro_batch: int) -> int:
-        backward = buckets + backward_peak(parts, micro_batch, cfg.train.gradient_checkpointing, processes)
+        backward = buckets + backward_peak(parts, micro_batch, processes)
         return state + max(backward, 4 * parameters + update)
 
     return StepMemory(state, 4 * parameters, peak)
@@ -123,22 +124,31 @@ def parts_of(model: nn.Module, routing: Routing | None, bf16: bool) -> list[Part
     for i, (block, tokens) in enumerate(zip(model.all_blocks, model.block_tokens(routing))):
         exact = routing is not None and i in model.fp32_blocks
         positions = tuple((*p.shape[:2], tokens, p.shape[-1]) for p in model.positions(None))
-        calls.append((block, (tokens, block.attn.proj.in_features), positions, bf16 and not exact))
+        calls.append((block, model.run, (tokens, block.attn.proj.in_features), positions, bf16 and not exact))
     head = model.final_layer
-    calls.append((head, (model.num_tokens, head.linear.in_features), (), False))
+    calls.append((head, run_as_it_is, (model.num_tokens, head.linear.in_features), (), False))
     parts, counts, before = [], {}, None
-    for module, entry, positions, in_bf16 in calls:
+    for module, run, entry, positions, in_bf16 in calls:
         key = (str(module), entry, in_bf16)
         if key not in counts:
-            few, many = (count(module, (n * COUNTED, *entry), positions, in_bf16) for n in (1, 2))
+            few, many = (count(module, run, (n * COUNTED, *entry), positions, in_bf16) for n in (1, 2))
             counts[key] = [(2 * a - b, (b - a) / COUNTED) for a, b in zip(few, many)]
         parts.append(Part(*counts[key], 4 * math.prod(entry), entry != before, 4 * size_of(module)))
         before = entry
     return parts
 
 
-def count(module: nn.Module, entry: tuple, positions: tuple, bf16: bool) -> tuple[int, int]:
-    """Bytes (kept, peak) of a Part with an input of shape `entry` (B, N, D)."""
+def run_as_it_is(part: Callable, tokens: torch.Tensor, c: torch.Tensor, positions: tuple) -> torch.Tensor:
+    """The final layer, which is never checkpointed, as `DiT.run` runs a block."""
+    return part(tokens, c, *positions)
+
+
+def count(module: nn.Module, run: Callable, entry: tuple, positions: tuple, bf16: bool) -> tuple[int, int]:
+    """Bytes (kept, peak) of a Part with an input of shape `entry` (B, N, D), called by `run`."""
+
+    def part(*inputs: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, weights, inputs)
+
     with FakeTensorMode():
         weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in module.named_parameters()}
         x = torch.empty(entry, requires_grad=True)
@@ -146,7 +156,7 @@ def count(module: nn.Module, entry: tuple, positions: tuple, bf16: bool) -> tupl
         angles = [torch.empty(shape) for shape in positions]
         with LiveBytes() as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                out = torch.func.functional_call(module, weights, (x, c, *angles))
+                out = run(part, x, c, tuple(angles))
             kept = live.most = live.now
             out.backward(torch.empty_like(out))
     return kept, live.most
@@ -179,15 +189,13 @@ def size_of(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def backward_peak(parts: list[Part], batch: int, checkpointed: bool, processes: int) -> int:
+def backward_peak(parts: list[Part], batch: int, processes: int) -> int:
     """Bytes beside the state at the fullest moment of a backward pass, from the last part to the first."""
 
     def at(pair: tuple[float, float]) -> float:
         return pair[0] + pair[1] * batch
 
-    stored = [batch * part.entry * part.new_entry for part in parts]
-    for i, part in enumerate(parts[:-1]):  # the final layer is not checkpointed
-        stored[i] += batch * part.entry if checkpointed else at(part.kept)
+    stored = [batch * part.entry * part.new_entry + at(part.kept) for part in parts]
     most = gradients = 0
     for i, part in reversed(list(enumerate(parts))):
         most = max(most, sum(stored[:i]) + batch * part.entry * part.new_entry + at(part.peak) + gradients)
