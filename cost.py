@@ -10,6 +10,7 @@ backward passes, counted on tensors without data. Compiled blocks keep less.
 import math
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +71,13 @@ def gpu_hours(macs: int, cfg: DictConfig) -> float:
         raise UserError(f"needed: hardware.peak_tflops > 0 and hardware.mfu in (0, 1]; got {found}")
     flops = 2 * 3 * macs * cfg.train.global_batch_size * cfg.train.max_steps
     return flops / (cfg.hardware.peak_tflops * 1e12 * cfg.hardware.mfu) / 3600
+
+
+def step_products(cfg: DictConfig, micro_batch: int) -> Counter[tuple[int, int, int, int]]:
+    """The blocks' matrix products of a dense and a routed forward pass, by shape (`DiT.products`)."""
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    return model.products(micro_batch) + model.products(micro_batch, Routing())
 
 
 @dataclass(frozen=True)

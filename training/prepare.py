@@ -1,8 +1,8 @@
 """Everything before the first training step. What cannot run is refused here, before anything slow or written."""
 
 import copy
-from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +14,9 @@ import data
 from checkpoints import power_ema
 from checkpoints.load import load_run
 from checkpoints.run_folder import average_name, find_checkpoint, load_strictly, read_config
-from cost import cost_table, memory_table
+from cost import cost_table, memory_table, step_products
 from data import BatchPlan
 from guidance import check_networks, guidance_from
-from routing_module import Routing
 from system import UserError, hub
 from system.instantiate import instantiate
 from system.precision import decide_precision, launched_precision
@@ -99,11 +98,7 @@ def settle_precision(cfg: DictConfig, dist: PartialState, micro_batch: int, resu
     if wanted == "auto" and resumed is not None and launched_precision() is None:
         wanted = read_config(resumed).train.precision
 
-    def products() -> Counter:
-        with torch.device("meta"):
-            model = instantiate(cfg.model)
-        return model.products(micro_batch) + model.products(micro_batch, Routing())
-
+    products = partial(step_products, cfg, micro_batch)
     cfg.train.precision = cfg.eval.precision = decide_precision(wanted, dist.device, products, backward=True)
 
 
