@@ -109,7 +109,7 @@ def step_memory(cfg: DictConfig, *, device: str, processes: int = 1, dense: bool
     buckets = 4 * parameters if processes > 1 else 0
 
     def peak(micro_batch: int) -> int:
-        backward = buckets + backward_peak(parts, micro_batch, processes)
+        backward = buckets + backward_peak(parts, micro_batch, cfg.train.gradient_checkpointing, processes)
         return state + max(backward, 4 * parameters + update)
 
     return StepMemory(state, 4 * parameters, peak)
@@ -197,17 +197,21 @@ def size_of(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def backward_peak(parts: list[Part], batch: int, processes: int) -> int:
-    """Bytes beside the state at the fullest moment of a backward pass, from the last part to the first."""
+def backward_peak(parts: list[Part], batch: int, checkpointed: bool, processes: int) -> int:
+    """Bytes beside the state at the fullest moment of a backward pass, from the last part to the first.
+
+    checkpointed: the blocks' inputs were counted to stay until the end of the pass.
+    """
 
     def at(pair: tuple[float, float]) -> float:
         return pair[0] + pair[1] * batch
 
     stored = [batch * part.entry * part.new_entry + at(part.kept) for part in parts]
-    most = gradients = 0
+    most = after = 0
     for i, part in reversed(list(enumerate(parts))):
-        most = max(most, sum(stored[:i]) + batch * part.entry * part.new_entry + at(part.peak) + gradients)
-        gradients += part.gradients if processes == 1 else 0  # they go to the buckets
+        most = max(most, sum(stored[:i]) + batch * part.entry * part.new_entry + at(part.peak) + after)
+        after += part.gradients if processes == 1 else 0  # else they go to the buckets
+        after += batch * part.entry if checkpointed and i < len(parts) - 1 else 0
     return int(most)
 
 
