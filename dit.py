@@ -5,6 +5,7 @@ kept inside a route, D width, H heads.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -181,6 +182,11 @@ class DiT(nn.Module):
         output = self.num_tokens * head.linear.weight.numel() + weights_of(head.adaLN_modulation)
         return embed + sum(self.block_macs(routing)) + output
 
+    def products(self, batch: int, routing: Routing | None = None) -> Counter[tuple[int, int, int, int]]:
+        """How often each matrix product of the blocks occurs in a forward pass, by its shape (`Block.products`)."""
+        tokens = zip(self.all_blocks, self.block_tokens(routing))
+        return Counter(product for block, n in tokens for product in block.products(batch, n))
+
     def block_macs(self, routing: Routing | None = None) -> list[int]:
         """Multiply-adds of each block."""
         return [block.macs(n) for block, n in zip(self.all_blocks, self.block_tokens(routing))]
@@ -219,14 +225,27 @@ class Block(nn.Module):
 
     def macs(self, num_tokens: int) -> int:
         """Multiply-adds at batch 1; the projections and the MLP cost (4 + 2 * mlp_ratio) D^2 per token, in DiT."""
-        attention = 2 * num_tokens**2 * self.attn.proj.in_features
-        return (
-            num_tokens * (weights_of(self.attn) + weights_of(self.mlp)) + attention + weights_of(self.adaLN_modulation)
-        )
+        return sum(map(math.prod, self.products(1, num_tokens)))
+
+    def products(self, batch: int, num_tokens: int) -> list[tuple[int, int, int, int]]:
+        """The matrix products as (pairs, rows, inner, columns): (rows, inner) @ (inner, columns) of that many pairs."""
+        layers = [layer for part in (self.attn, self.mlp) for layer in part.modules() if isinstance(layer, nn.Linear)]
+        pairs, head = batch * self.attn.num_heads, self.attn.proj.in_features // self.attn.num_heads
+        return [
+            *((1, batch * num_tokens, layer.in_features, layer.out_features) for layer in layers),
+            (pairs, num_tokens, head, num_tokens),
+            (pairs, num_tokens, num_tokens, head),
+            (1, batch, *reversed(self.adaLN_modulation[1].weight.shape)),
+        ]
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens given. Routed sequences are gathered, so there is never a mask."""
+    """Self-attention over the tokens given. Routed sequences are gathered, so there is never a mask.
+
+    plain_on: the types of device where it takes its plain form; cost.py counts a GPU's on a CPU.
+    """
+
+    plain_on = ("cpu",)
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -241,7 +260,7 @@ class Attention(nn.Module):
         return linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, K, D/H) -> (B, K, D)
-        if q.device.type == "cpu":
+        if q.device.type in self.plain_on:
             # On CPUs, flash attention's backward pass is slow at DiT's lengths; the plain form is faster, and compiles.
             out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:

@@ -264,7 +264,7 @@ def row_name(run: sample.Run, config: DictConfig, extractor: Extractor) -> str:
     scoring = scoring_name(config, extractor, len(sample.parse_seeds(config.seeds)))
     weights = run.weights if run.ema_width is None else f"ema{run.ema_width:g}"
     parts = [f"{run.step:07d}", scoring, guidance, weights, config.labels, config.seeds]
-    parts += [config.precision] if config.precision != "fp32" else []
+    parts += [run.precision] if run.precision != "fp32" else []
     parts += ["compiled"] if run.compile != "off" else []
     parts += [sample.sampler_name(config.sampler)] if config.get("sampler") is not None else []
     codec = sample.given_codec(config.codec) if "codec" in config else {}  # training has its own

@@ -1,4 +1,4 @@
-"""Images from a trained run: a grid, one PNG per seed, and samples.npz (`arr_0`, uint8, NHWC).
+"""Images from a trained run: a grid, one PNG per seed and, with npz=true, samples.npz (`arr_0`, uint8, NHWC).
 
     python sample.py ckpt=runs/mnist-tread-XS4-edm
     python sample.py ckpt=runs/mnist-tread-XS4-edm guidance=cfg scale=2.0 seeds=0-9 class_idx=7
@@ -219,7 +219,7 @@ def default_folder(run: Run, guidance: Guidance, config: DictConfig) -> Path:
     """<run folder>/samples/<step>-<settings>; gallery.reserve refuses what the name does not distinguish."""
     parts = [f"step_{run.step:07d}", settings_name(guidance, config.steps)]
     parts += [config.weights] if config.weights != "ema" else []
-    parts += [config.precision] if config.precision != "fp32" else []
+    parts += [run.precision] if run.precision != "fp32" else []
     parts += ["compiled"] if run.compile != "off" else []
     parts += [config.labels] if config.class_idx is None and config.labels != "balanced" else []
     parts += [f"class{config.class_idx}"] if config.class_idx is not None else []
@@ -286,6 +286,8 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
             "network_calls": run.calls, "gmacs_per_image": run.macs / 1e9, "processes": dist.num_processes,
             "seconds": round(seconds, 3), "images_per_s": round(len(missing) / seconds, 3),
         }  # fmt: skip
+    if config.npz:
+        gallery.write_npz(out, seeds)
     gallery.finish(out, seeds, manifest | {"n": len(seeds), "seeds": str(config.seeds)})
     cost = f"{manifest['network_calls']} network calls and {manifest['gmacs_per_image']:.1f} GMACs each"
     print(f"{len(seeds)} images, {cost}, {manifest['images_per_s']:.1f} images/s: {out / 'grid.png'}")

@@ -30,7 +30,7 @@ import fid
 from checkpoints import power_ema
 from checkpoints.gallery import save_grid
 from checkpoints.load import Run
-from cost import cost_table
+from cost import cost_table, memory_table, out_of_memory
 from data import BatchPlan
 from evaluation.features import Extractor
 from evaluation.reference import Reference
@@ -47,7 +47,7 @@ from system.launchers import own_process, set_determinism
 from system.processes import Preempted, agree, start_processes, together
 from training.log import Log, TimedBatches
 from training.naming import name_run
-from training.prepare import TrainState, batch_plan, build, describe, open_data, resolve_config
+from training.prepare import TrainState, batch_plan, build, describe, open_data, resolve_config, settle_precision
 from training.resuming import find_resume, reserve_run_folder, resume
 from training.saving import Saver
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, START_AGAIN, PreemptionHandler
@@ -100,11 +100,13 @@ def train(cfg: DictConfig) -> int:
     cfg = resolve_config(cfg, dist)
     plan = batch_plan(cfg.train, dist)
     if cfg.train.dry_run:
+        settle_precision(cfg, dist, plan.micro_batch_size)
         return dry_run(cfg, dist, plan)
     run_folder = Path(cfg.results_dir) / cfg.run_name
     if cfg.eval.every:
         parse_seeds(cfg.eval.seeds)
     resumed = find_resume(cfg, run_folder)
+    settle_precision(cfg, dist, plan.micro_batch_size, resumed)
     latents, val_latents = open_data(cfg, dist)
     scoring = fid.extractor_and_reference(cfg.eval) if cfg.eval.every else None
     agree({
@@ -143,8 +145,12 @@ def train(cfg: DictConfig) -> int:
             return run_steps(context)
         except Exception as error:
             saver.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                limit = torch.cuda.get_device_properties(dist.device).total_memory
+                rows = plan.micro_batch_size * plan.accumulation
+                error = UserError(out_of_memory(cfg, plan.micro_batch_size, rows, limit, plan.world_size))
             if dist.num_processes == 1:
-                raise
+                raise error
             if preemption.alone:  # the launcher is gone, and process 0 has saved
                 os._exit(EXIT_START_AGAIN)
             cli.leave(error)
@@ -400,6 +406,7 @@ def dry_run(cfg: DictConfig, dist: PartialState, plan: BatchPlan) -> int:
     loss, grad_norm = train_step(state, objective, no_data, batches, 1, plan, cfg)
     if dist.is_main_process:
         print(f"model      {cfg.model.size}\n{cost_table(state.model, cfg)}")
+        print(memory_table(cfg, plan.micro_batch_size, device=dist.device.type, processes=plan.world_size))
         print(
             f"dry run    one step on noise: loss {loss:.4g}, gradient norm {grad_norm:.4g}; nothing was read or written"
         )

@@ -1,4 +1,4 @@
-"""Samples on disk: one PNG per seed, `samples.npz` (`arr_0`, uint8, NHWC), a grid, and samples.json.
+"""Samples on disk: one PNG per seed, a grid, samples.json and, if asked for, `samples.npz` (`arr_0`, uint8, NHWC).
 
     <folder>/images/000000/000042.png    in subfolders of a thousand
 
@@ -94,8 +94,7 @@ def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *
 
 
 def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
-    """After all images of `seeds`: samples.npz, a grid of the first 400, samples.json."""
-    write_npz(folder, seeds)
+    """After all images of `seeds`: a grid of the first 400, samples.json."""
     images = torch.from_numpy(np.stack(list(read_images(folder, seeds[:400])))).permute(0, 3, 1, 2)  # (n, 3, H, W)
     save_grid(images, folder / "grid.png", columns=10 if len(images) <= 100 else 20)
     write_manifest(folder, manifest)

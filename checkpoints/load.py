@@ -26,7 +26,10 @@ from system import UserError
 from system.compiling import compile_blocks, decide_compile
 from system.files import sha256_of
 from system.instantiate import check_targets, instantiate
+from system.precision import decide_precision, tf32
 from system.processes import start_processes
+
+PRECISION_BATCH = 64  # auto is decided for this many images, so that it does not depend on the batch size
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Run:
     codec: object
     config: DictConfig  # resolved
     device: torch.device
-    precision: str = "fp32"  # fp32 or bf16 (autocast); the sampler's own state is float64
+    precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
     step: int = 0
     weights: str = "ema"
@@ -63,7 +66,8 @@ class Run:
         """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
         self.calls += len(x)
         self.macs += len(x) * self.model.macs(routing)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with tf32(self.device.type == "cuda" and self.precision == "fp32"), autocast:
             return self.objective.predict(partial(self.model, routing=routing), x, t, y)
 
 
@@ -74,11 +78,9 @@ def load_run(
     """The network of a run folder, checkpoint folder or file (foreign.py), with its objective, codec and config.
 
     weights: "ema" or "raw". ema_width: the power average of this relative width (power_ema.py), of a run trained with
-    ema=power; None = its EMA. device: None = this process's own. Raises UserError where there is no checkpoint or it is
-    damaged.
+    ema=power; None = its EMA. device: None = this process's own. precision: fp32, bf16 or, where all processes call
+    this, auto. Raises UserError where there is no checkpoint or it is damaged.
     """
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"precision={precision}; needed: fp32 or bf16")
     path = find_checkpoint(ckpt)
     if ema_width is not None:
         power_ema.check_reconstruction(path, weights, ema_width)
@@ -97,6 +99,7 @@ def load_run(
         print(f"warning: compile off: {reason}", file=sys.stderr)
     model = instantiate(config.model)
     load_strictly(model, tensors, source=str(path))
+    precision = decide_precision(precision, device, partial(model.products, PRECISION_BATCH), backward=False)
     if precision == "bf16":
         round_linears(model)
     model.to(device).eval().requires_grad_(False)

@@ -48,7 +48,7 @@ from system.launchers import own_process
 from system.processes import start_processes
 from train import set_learning_rate, train_step, update_ema
 from training.log import TimedBatches
-from training.prepare import TrainState, batch_plan, build, resolve_config
+from training.prepare import TrainState, batch_plan, build, resolve_config, settle_precision
 
 ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -247,6 +247,7 @@ def bench(cfg: DictConfig, compare: bool) -> dict:
         raise UserError(f"bench.py measures one process; started with {dist.num_processes}")
     cfg, device = resolve_config(cfg, dist), dist.device
     plan = batch_plan(cfg.train, dist)
+    settle_precision(cfg, dist, plan.micro_batch_size)
     state, objective = build(cfg, dist, new=False)
     model = state.model
     if not model.routes:

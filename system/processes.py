@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -97,6 +97,17 @@ def outcome_of(error: Exception | None) -> tuple[type, str] | None:
 def failed_elsewhere() -> bool:
     """Whether another process has failed in the present `together`, so that the rest of the work is in vain."""
     return several() and store().check([f"tread_failed_{agreements}"])
+
+
+def from_first(work: Callable[[], str]) -> str:
+    """What the first process finds, on all of them."""
+    if not several():
+        return work()
+    found = [None]
+    with together():
+        found[0] = work() if torch.distributed.get_rank() == 0 else None
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def agree(facts: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
+cache = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = cache.name  # what precision=auto has measured
 
 
 @pytest.fixture(scope="session")

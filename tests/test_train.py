@@ -197,7 +197,7 @@ def test_scores_while_training_are_those_of_the_command_line(run, digits, capsys
     code, folder = run("scored", "eval.every=2", *settings)
     assert code == 0
     in_training = next(line for line in numbers(folder) if "eval/fd_mnist" in line)
-    same = [f"digits={digits}", "seeds=0-29", "steps=2", "guidance=cfg", "scale=2.0"]
+    same = [f"digits={digits}", "seeds=0-29", "steps=2", "guidance=cfg", "scale=2.0", "precision=fp32"]
     fid.main(["calc", f"ckpt={folder}", *same, f"out={folder}/out"])
     offline = json.loads((folder / "out" / "metrics.json").read_text())
     for name in ("fd_mnist", "class_accuracy"):

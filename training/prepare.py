@@ -1,8 +1,8 @@
 """Everything before the first training step. What cannot run is refused here, before anything slow or written."""
 
 import copy
-import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +13,13 @@ from torch import nn
 import data
 from checkpoints import power_ema
 from checkpoints.load import load_run
-from checkpoints.run_folder import average_name, find_checkpoint, load_strictly
-from cost import cost_table
+from checkpoints.run_folder import average_name, find_checkpoint, load_strictly, read_config
+from cost import cost_table, memory_table, step_products
 from data import BatchPlan
 from guidance import check_networks, guidance_from
 from system import UserError, hub
 from system.instantiate import instantiate
+from system.precision import decide_precision, launched_precision
 from training.guard import FiniteGuard
 from training.optimizer import check_optimizer, make_optimizer
 from training.trackers import check_log
@@ -74,7 +75,6 @@ def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
     if cfg.objective.get("contrastive") and micro % 2:
         raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
     train.compile = "blocks" if train.compile == "blocks" else "off"
-    train.precision = cfg.eval.precision = decide_precision(train.precision, dist.device)
     check_optimizer(cfg.optimizer)
     if not isinstance(cfg.ema.widths, ListConfig | None):
         raise UserError(f"ema.widths={cfg.ema.widths}; needed: a list, as in ema=power")
@@ -89,25 +89,17 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def decide_precision(wanted: str, device: torch.device) -> str:
-    """bf16 or fp32. "auto" follows accelerate's launch flag, else it is bf16 on hardware with bf16 matrix units."""
-    if wanted == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched == "no":
-            return "bf16" if has_fast_bf16(device) else "fp32"
-        wanted = launched
-    if wanted not in ("bf16", "fp32"):
-        raise UserError(
-            f"precision {wanted!r}; needed: auto, bf16 or fp32 (fp16 overflows in long runs and is not offered)"
-        )
-    return wanted
+def settle_precision(cfg: DictConfig, dist: PartialState, micro_batch: int, resumed: Path | None = None) -> None:
+    """Puts bf16 or fp32 in the place of auto; all processes must call this. Raises UserError.
 
+    A resumed run keeps its own, whatever this machine would choose; only the launcher's word comes before that.
+    """
+    wanted = cfg.train.precision
+    if wanted == "auto" and resumed is not None and launched_precision() is None:
+        wanted = read_config(resumed).train.precision
 
-def has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cpu" and cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
+    products = partial(step_products, cfg, micro_batch)
+    cfg.train.precision = cfg.eval.precision = decide_precision(wanted, dist.device, products, backward=True)
 
 
 def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
@@ -182,7 +174,9 @@ def describe(
     cfg: DictConfig, model: nn.Module, latents: data.Latents, plan: BatchPlan, resumed: Path | None,
     compiled: str, why_not: str,
 ) -> str:  # fmt: skip
-    """The first lines of a run's output."""
+    """The first lines of a run's output. Memory is told where it is a device's own, or was asked for."""
+    on = model.pos_embed.device.type
+    told = on == "cuda" or cfg.hardware.memory_gb is not None
     lines = [
         f"run        {Path(cfg.results_dir) / cfg.run_name}" + (f", from {resumed}" if resumed else ""),
         f"model      {cfg.model.size}",
@@ -190,6 +184,7 @@ def describe(
         f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated",
+        *([memory_table(cfg, plan.micro_batch_size, device=on, processes=plan.world_size)] if told else []),
         f"precision  {cfg.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
     ]
     return "\n".join(lines)
