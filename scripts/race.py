@@ -366,6 +366,14 @@ def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: fl
                 lines.append(f"| {' | '.join(row)} |")
             lines.append("")
     lines += [
+        f"## {race.metric}, class accuracy by steps", "",
+        f"| steps | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|",
+    ]  # fmt: skip
+    for at in range(race.keep_every, step + 1, race.keep_every):
+        means = [values_at(race, those, step=at).mean(0) for those in runs.values()]
+        lines.append(f"| {at:,} | {' | '.join(f'{mean[0]:.4g}, {mean[1]:.3f}' for mean in means)} |")
+    lines.append("")
+    lines += [
         "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on the "
         "straight line through them.", "",
     ]  # fmt: skip
@@ -400,6 +408,7 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     styles = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (8, 2)), "P")]
@@ -422,7 +431,10 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
         ax.grid(alpha=0.3)
         ax.set_xlim(left=0)
     axes[0].set_ylabel(race.metric)
-    axes[0].set_yscale("log")
+    axes[0].set_yscale("log")  # of both, which share it
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[1].legend(frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
