@@ -28,6 +28,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from scipy.stats import ttest_ind
@@ -35,6 +39,7 @@ from scipy.stats import ttest_ind
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.plot import LINES  # noqa: E402
 from system import UserError, cli  # noqa: E402
 from system.files import write_text_atomic  # noqa: E402
 from system.launchers import end_with_parent, usable_cpus  # noqa: E402
@@ -404,16 +409,12 @@ def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) 
 
 def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) -> None:
     """The metric against seconds and against steps: a line through the means, a band of one standard deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    styles = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (8, 2)), "P")]
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(runs)))  # still apart in grey
-    for (contestant, those), (line, marker), shade in zip(runs.items(), styles * len(runs), shades):
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    markers = ("o", "s", "^", "D", "v", "P", "X")
+    shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))  # still apart in grey
+    for i, (contestant, those) in enumerate(runs.items()):
         last = min(run.steps[-1] for run in those)
         steps = np.array([*range(race.keep_every, last + 1, race.keep_every)])
         pace = np.mean([run.step_seconds for run in those])
@@ -422,10 +423,11 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
             0: (times, [values_at(race, those, seconds=t)[:, 0] for t in times]),
             1: (steps, [values_at(race, those, step=step)[:, 0] for step in steps]),
         }
-        for i, (x, values) in columns.items():
+        for panel, (x, values) in columns.items():
             mean, deviation = np.mean(values, 1), np.nan_to_num([spread(v) for v in values])
-            axes[i].plot(x, mean, linestyle=line, marker=marker, color=shade, label=contestant, markersize=5)
-            axes[i].fill_between(x, mean - deviation, mean + deviation, color=shade, alpha=0.2, linewidth=0)
+            line, marker = LINES[i % len(LINES)], markers[i % len(markers)]
+            axes[panel].plot(x, mean, color=shades[i], linestyle=line, marker=marker, markersize=5, label=contestant)
+            axes[panel].fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
     for ax, label in zip(axes, ("seconds of training", "steps")):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
@@ -437,7 +439,6 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
     axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[1].legend(frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":
