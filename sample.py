@@ -254,7 +254,10 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     """The command line. shipped: the run in assets/ that is sampled where no ckpt is given."""
     config, dist = cli.load_config("sample", overrides), start_processes()
     seeds, guidance = parse_seeds(config.seeds), guidance_from(config)
-    run = load_given(config.ckpt, shipped, config.weights, precision=config.precision, compile=config.compile)
+    precision = config.precision
+    if precision == "auto":  # an interrupted call may go on where it would be chosen otherwise
+        precision = gallery.begun_precision(config.out) or "auto"
+    run = load_given(config.ckpt, shipped, config.weights, precision=precision, compile=config.compile)
     run.config.sampler = config.get("sampler") or run.config.sampler
     set_codec(run, config.codec)
     if config.steps is not None:

@@ -33,6 +33,12 @@ def missing(folder: Path, seeds: Sequence[int]) -> list[int]:
     return sorted(i for seed, i in first.items() if not image_path(folder, seed).exists())
 
 
+def begun_precision(folder: str | Path | None) -> str | None:
+    """Of the images that an interrupted call has left in the folder; None where there are none."""
+    path = Path(folder or "") / MANIFEST
+    return json.loads(path.read_text())["settings"]["precision"] if folder and path.is_file() else None
+
+
 def reserve(folder: Path, settings: dict) -> dict:
     """The contents of samples.json so far. Raises UserError where the folder's images have other settings."""
     path = folder / MANIFEST
