@@ -4,7 +4,7 @@ In a tree, picture <i> of a file is `<file>/<i>.jpg` or the like, with its label
 reads folders of pictures reads these. Nothing is unpacked.
 
 An IDX file, the format of MNIST, Fashion-MNIST, KMNIST and EMNIST, is two zero bytes, 8 for uint8, the number of
-dimensions, each dimension as a big-endian uint32, then the numbers; with `.gz` behind its name, compressed by gzip.
+dimensions, each dimension as a big-endian uint32, then the numbers; compressed by gzip where the name ends in `.gz`.
 """
 
 import gzip

@@ -241,8 +241,9 @@ def keep(run_folder: Path, scores: Path, record: Path) -> None:
     part = record.with_name(f".{record.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for name in ("config.yaml", "metrics.jsonl"):
-        shutil.copyfile(run_folder / name, part / name)
+    config = (run_folder / "config.yaml").read_text()
+    (part / "config.yaml").write_text(config.replace(str(run_folder.parent.parent), "runs/race"))  # no machine's paths
+    shutil.copyfile(run_folder / "metrics.jsonl", part / "metrics.jsonl")
     lines = []
     for found in sorted(read_scores(scores), key=lambda found: found["step"]):
         left_out = ("config", "checkpoint", "seconds", "images_per_s", "machine")

@@ -64,6 +64,7 @@ def test_a_killed_race_goes_on_to_the_same_scores(smoke):
     for run in ("tread-0", "tread-1"):
         assert scores(whole / run) == scores(killed / run)
     assert scores(whole / "tread-0") != scores(whole / "tread-1")
+    assert str(whole.parent.parent) not in "".join(path.read_text() for path in whole.glob("*/*"))  # no machine's paths
 
 
 def test_a_finished_race_is_not_run_again(smoke):
