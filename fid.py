@@ -71,13 +71,11 @@ SCORING_KEYS = {  # all others are about generating
 
 def main(argv: Sequence[str]) -> None:
     verb, overrides = cli.verb(argv, USAGE, ("calc", "ref"))
-    processes = start_processes(timeout_s=4 * 3600)  # precision and recall may keep the first one busy for long
+    start_processes(timeout_s=4 * 3600)  # precision and recall may keep the first one busy for long
     if verb == "ref":
         ref(cli.load_config("fid_ref", overrides))
     else:
         calc(overrides)
-    processes.wait_for_everyone()  # none leaves while another still talks to it
-    processes.destroy_process_group()
 
 
 def calc(overrides: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from system import UserError
-from system.processes import first_to_tell, lost_others, roll_call
+from system.processes import end_processes, first_to_tell, lost_others, roll_call
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -153,6 +153,7 @@ def user_errors() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises its errors, instead of printing them and exiting 1
     try:
         yield
+        end_processes()
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             leave(error)

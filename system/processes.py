@@ -35,6 +35,13 @@ def start_processes(timeout_s: float = 600) -> PartialState:
     return PartialState(timeout=timedelta(seconds=timeout_s))
 
 
+def end_processes() -> None:
+    """Leaves the process group once all have come here: none ends while another still talks to it."""
+    if several():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def is_main() -> bool:
     """Whether this is the first process of the launch, also before the processes have met."""
     return int(os.environ.get("RANK", 0)) == 0

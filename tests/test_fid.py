@@ -534,8 +534,9 @@ def test_two_processes_score_as_one(trained, digits, tmp_path):
     """Given features, and a run whose images the two share; each settings' numbers are those of one process."""
     settings = ["calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-30", "batch_size=4"]
     (tmp_path / "two.py").write_text(
-        "from pathlib import Path\nimport fid\nfrom tests.test_fid import score_made\n"
-        f"score_made(Path({str(tmp_path / 'made2.json')!r}))\nfid.main({[*settings, f'out={tmp_path}/2']!r})\n"
+        "from pathlib import Path\nimport fid\nfrom system import cli\nfrom tests.test_fid import score_made\n"
+        f"with cli.user_errors():\n    score_made(Path({str(tmp_path / 'made2.json')!r}))\n"
+        f"    fid.main({[*settings, f'out={tmp_path}/2']!r})\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
     done = subprocess.run(

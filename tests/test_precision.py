@@ -159,11 +159,12 @@ def test_a_resumed_run_keeps_its_precision(cache, run, monkeypatch):
 def test_all_processes_take_the_firsts_answer(tmp_path):
     (tmp_path / "ask.py").write_text(
         "import os, torch\nfrom collections import Counter\nfrom system import precision\n"
-        "from system.processes import start_processes\nstart_processes()\n"
+        "from system.processes import end_processes, start_processes\nstart_processes()\n"
         "rank = int(os.environ['RANK'])\n"
         "precision.measure = lambda *given: {'fp32': 2.0, 'bf16': 1.0 + 2 * rank}\n"
         "found = precision.decide_precision('auto', torch.device('cpu'), Counter, backward=True)\n"
         "open(f'{os.path.dirname(__file__)}/said{rank}', 'w').write(found)\n"
+        "end_processes()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29657"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}

@@ -76,7 +76,7 @@ def test_two_processes_make_what_one_makes(runs, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29653]
     done = command(*torchrun, *call, f"out={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
-    sample.main([*call[1:-1], f"out={tmp_path / 'one'}"])
+    sample.main([*call[1:], f"out={tmp_path / 'one'}"])
     assert_same_images(images(tmp_path / "two", range(10)), images(tmp_path / "one", range(10)))
     one, two = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2) and one["settings"] == two["settings"]
