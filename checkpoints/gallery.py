@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.utils import make_grid
+from torch import nn
 from tqdm import tqdm
 
 from system import UserError
@@ -107,7 +107,10 @@ def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """uint8 (n, 3, H, W) => one PNG, `columns` images wide."""
+    """uint8 (n, 3, H, W) => one PNG, `columns` images wide, with two black pixels around each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(images.cpu(), nrow=columns, padding=2)  # (3, H', W')
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    cells = nn.functional.pad(images.cpu(), (2, 0, 2, 0)).permute(0, 2, 3, 1)  # (n, H + 2, W + 2, 3)
+    columns = min(columns, len(cells))
+    cells = nn.functional.pad(cells, (0, 0) * 3 + (0, -len(cells) % columns))
+    rows = cells.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (H', W', 3)
+    Image.fromarray(nn.functional.pad(rows, (0, 0, 0, 2, 0, 2)).numpy()).save(path)
