@@ -10,13 +10,12 @@ Seconds are those that a run computed for: its number of steps times the median 
 compiling, saving, validation and scoring, and hardly depend on what else the machine does.
 """
 
-import dataclasses
 import datetime
 import json
-import math
 import os
 import platform
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -27,43 +26,19 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.plot import LINES  # noqa: E402
+from scripts.records import LOG_EVERY, Race, as_yaml, read_steps, run_names, show, step_seconds  # noqa: E402
 from system import UserError, cli  # noqa: E402
 from system.files import write_text_atomic  # noqa: E402
 from system.launchers import end_with_parent, usable_cpus  # noqa: E402
-from training.curves import read_log  # noqa: E402
 
 SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
-LOG_EVERY = 10
 POLL_S = 0.5
-
-
-@dataclasses.dataclass
-class Race:
-    """A file of configs/race/: the rule of a race."""
-
-    question: str
-    contestants: dict[str, list[str]]  # overrides of train.py and, after "score.", of fid.py; the first is the baseline
-    common: list[str]  # of all contestants
-    seeds: list[int]
-    score: list[str]  # overrides of `fid.py calc`
-    keep_every: int  # steps from one score to the next
-    steps: int | None = None  # a run ends after so many,
-    seconds: float | None = None  # or with the first log line at which it has computed for so long
-    metric: str = "fd_mnist"  # of metrics.json; lower is better
-    cores: int = 1  # of each run
 
 
 def main(argv: list[str]) -> None:
@@ -94,6 +69,8 @@ def load_race(name: str) -> Race:
         raise UserError(f"{path}: {cli.one_line(error)}") from error
     if (race.steps is None) == (race.seconds is None):
         raise UserError(f"{path}: needed: steps or seconds, one of the two")
+    if odd := [contestant for contestant in race.contestants if not re.fullmatch(r"[\w.+-]*\w", contestant)]:
+        raise UserError(f"{path}: the contestant {odd[0]!r}; needed: a name of letters, digits and _ . + -")
     return race
 
 
@@ -103,15 +80,6 @@ def record_folder(records: Path, name: str, race: Race) -> Path:
     if found and (found[-1] / "race.yaml").read_text() != as_yaml(race):
         raise UserError(f"{found[-1]} was made by another config than configs/race/{name}.yaml; needed: another name")
     return found[-1] if found else records / f"{datetime.date.today()}_{name}"
-
-
-def as_yaml(race: Race) -> str:
-    return OmegaConf.to_yaml(dataclasses.asdict(race))
-
-
-def run_names(race: Race) -> dict[str, tuple[str, int]]:
-    """{folder of a run: (contestant, seed)}, in the order of running: the contestants of a seed side by side."""
-    return {f"{contestant}-{seed}": (contestant, seed) for seed in race.seeds for contestant in race.contestants}
 
 
 def missing_runs(race: Race, folder: Path) -> list[str]:
@@ -272,174 +240,6 @@ def machine() -> dict:
         "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions,
         "commit": commit or None, "uncommitted_changes": bool(changed.stdout.strip()),
     }  # fmt: skip
-
-
-# Showing
-
-
-@dataclasses.dataclass
-class Scored:
-    """A finished run, from its record."""
-
-    step_seconds: float
-    steps: list[int]  # of its scores
-    columns: tuple[
-        list[float], ...
-    ]  # at those: the metric, class accuracy and, without the last step's, validation loss
-
-    def at_step(self, step: float) -> list[float]:
-        """Each column after a step, between two scores on the straight line through them."""
-        return [float(np.interp(step, self.steps[: len(values)], values)) for values in self.columns]
-
-
-def show(race: Race, folder: Path) -> None:
-    """Writes statistics.md, table.md, figure.png. Raises UserError where a run, a log line or a score is missing."""
-    runs = {contestant: [] for contestant in race.contestants}
-    for name, (contestant, _) in run_names(race).items():
-        runs[contestant].append(read_run(race, folder / name))
-    every = [run for those in runs.values() for run in those]
-    step = min(run.steps[-1] // race.keep_every * race.keep_every for run in every)
-    seconds = min(run.steps[-1] * run.step_seconds for run in every)
-    first = max(run.steps[0] * run.step_seconds for run in every)
-    if seconds < first:
-        raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
-    write_text_atomic(folder / "statistics.md", statistics(race, runs, step, seconds))
-    write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
-    draw(race, runs, seconds, folder / "figure.png")
-
-
-def read_run(race: Race, folder: Path) -> Scored:
-    """Raises UserError where a file, a line of the log or a score is missing."""
-    for name in ("config.yaml", "metrics.jsonl", "scores.jsonl", "machine.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} does not exist; needed: a finished run, by `race.py run`")
-    steps = read_steps(folder)
-    kept = [*range(race.keep_every, max(steps) + 1, race.keep_every)]
-    if lost := {*range(LOG_EVERY, max(steps) + 1, LOG_EVERY), *kept} - set(steps):
-        raise UserError(f"{folder / 'metrics.jsonl'} has no line of step {min(lost)}")
-    if lost := [step for step in kept if "val/loss_dense" not in steps[step]]:
-        raise UserError(f"{folder / 'metrics.jsonl'} has no validation of step {lost[0]}")
-    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
-    scored = sorted({*kept, max(steps)})
-    if [score["step"] for score in scores] != scored:
-        raise UserError(f"{folder / 'scores.jsonl'} has steps {[s['step'] for s in scores]}; needed: {scored}")
-    columns = ([s[race.metric] for s in scores], [s["class_accuracy"] for s in scores])
-    return Scored(step_seconds(race, steps), scored, (*columns, [steps[step]["val/loss_dense"] for step in kept]))
-
-
-def read_steps(run_folder: Path) -> dict[int, dict]:
-    """{step: what the log says of it}, of the steps with a line on training. Raises UserError where there are none."""
-    return {values["step"]: values for values in read_log(run_folder) if "train/loss" in values}
-
-
-def step_seconds(race: Race, steps: dict[int, dict]) -> float:
-    """The median time of a step: CPU time, shared by the run's cores."""
-    return float(np.median([line["perf/cpu_s"] for line in steps.values()])) / race.cores
-
-
-def values_at(race: Race, runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
-    """(metric, class accuracy, validation loss) of each run after a step or a time: (runs, 3)."""
-    return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
-
-
-def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) -> str:
-    """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test."""
-    lines = [f"# {race.question}", ""]
-    baseline = next(iter(runs))
-    after_steps = (f"after {step:,} steps", {"step": step})
-    after_time = (f"after {seconds:,.0f} s", {"seconds": seconds})
-    for column, name, alternative, moments in (
-        (0, race.metric, "less", (after_steps, after_time)),
-        (1, "class accuracy", "greater", (after_steps, after_time)),
-        (2, "validation loss (EMA, without routing)", "less", (after_steps,)),
-    ):
-        for title, at in moments:
-            lines += [
-                f"## {name} {title}", "",
-                f"| | n | mean | standard deviation | difference to {baseline} | p ({alternative} than {baseline}) |",
-                "|---|---|---|---|---|---|",
-            ]  # fmt: skip
-            base = values_at(race, runs[baseline], **at)[:, column]
-            for contestant, those in runs.items():
-                mine = values_at(race, those, **at)[:, column]
-                row = [contestant, str(len(mine)), f"{mine.mean():.4g}", f"{spread(mine):.2g}"]
-                if contestant != baseline:
-                    differ = spread(mine) or spread(base)  # there is no test of values that are all equal
-                    p = ttest_ind(mine, base, equal_var=False, alternative=alternative).pvalue if differ else math.nan
-                    row += [f"{mine.mean() - base.mean():+.4g}", f"{p:.2g}"]
-                else:
-                    row += ["", ""]
-                lines.append(f"| {' | '.join(row)} |")
-            lines.append("")
-    lines += [
-        f"## {race.metric}, class accuracy by steps", "",
-        f"| steps | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|",
-    ]  # fmt: skip
-    for at in range(race.keep_every, step + 1, race.keep_every):
-        means = [values_at(race, those, step=at).mean(0) for those in runs.values()]
-        lines.append(f"| {at:,} | {' | '.join(f'{mean[0]:.4g}, {mean[1]:.3f}' for mean in means)} |")
-    lines.append("")
-    lines += [
-        "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on the "
-        "straight line through them.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def spread(values: np.ndarray) -> float:
-    """The sample standard deviation; nan of a single value."""
-    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
-
-
-def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) -> str:
-    """One row a contestant: mean over seeds, plus or minus the sample standard deviation."""
-    lines = [
-        f"| | s a step | steps in {seconds:,.0f} s | {race.metric} then | class accuracy then "
-        f"| {race.metric} after {step:,} steps | class accuracy then |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for contestant, those in runs.items():
-        pace = np.mean([run.step_seconds for run in those])
-        cells = [contestant, f"{pace:.3f}", f"{seconds / pace:,.0f}"]
-        for values in (values_at(race, those, seconds=seconds), values_at(race, those, step=step)):
-            cells += [f"{values[:, 0].mean():.1f} ± {spread(values[:, 0]):.1f}"]
-            cells += [f"{values[:, 1].mean():.3f} ± {spread(values[:, 1]):.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) -> None:
-    """The metric against seconds and against steps: a line through the means, a band of one standard deviation."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
-    markers = ("o", "s", "^", "D", "v", "P", "X")
-    shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))  # still apart in grey
-    for i, (contestant, those) in enumerate(runs.items()):
-        last = min(run.steps[-1] for run in those)
-        steps = np.array([*range(race.keep_every, last + 1, race.keep_every)])
-        pace = np.mean([run.step_seconds for run in those])
-        times = np.array([*(steps * pace)[steps * pace < seconds], seconds])
-        columns = {
-            0: (times, [values_at(race, those, seconds=t)[:, 0] for t in times]),
-            1: (steps, [values_at(race, those, step=step)[:, 0] for step in steps]),
-        }
-        for panel, (x, values) in columns.items():
-            mean, deviation = np.mean(values, 1), np.nan_to_num([spread(v) for v in values])
-            line, marker = LINES[i % len(LINES)], markers[i % len(markers)]
-            axes[panel].plot(x, mean, color=shades[i], linestyle=line, marker=marker, markersize=5, label=contestant)
-            axes[panel].fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
-    for ax, label in zip(axes, ("seconds of training", "steps")):
-        ax.set_xlabel(label)
-        ax.grid(alpha=0.3)
-        ax.set_xlim(left=0)
-    axes[0].set_ylabel(race.metric)
-    axes[0].set_yscale("log")  # of both, which share it
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter(NullFormatter())
-    axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":

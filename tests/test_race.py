@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.race import load_race
+from system import UserError, cli
 from tests.conftest import ROOT
 
 RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/race.yaml"))
@@ -100,6 +102,16 @@ def test_bad_input_is_one_line(smoke, tmp_path):
     shutil.copytree(smoke[1], other)
     (other / "race.yaml").write_text((other / "race.yaml").read_text().replace("steps: 20", "steps: 30"))
     assert "another config" in one_line(race("run", "smoke", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["up/there", "..", "", "a b"])
+def test_a_contestants_name_is_that_of_a_folder(name, tmp_path, monkeypatch):
+    text = (ROOT / "configs/race/smoke.yaml").read_text()
+    (tmp_path / "race").mkdir()
+    (tmp_path / "race" / "odd.yaml").write_text(text.replace("  tread:", f"  {json.dumps(name)}:"))
+    monkeypatch.setattr(cli, "CONFIG_DIR", tmp_path)
+    with pytest.raises(UserError, match=re.escape(repr(name))):
+        load_race("odd")
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
