@@ -262,10 +262,29 @@ class Attention(nn.Module):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, K, D/H) -> (B, K, D)
         if q.device.type in self.plain_on:
             # On CPUs, flash attention's backward pass is slow at DiT's lengths; the plain form is faster, and compiles.
-            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+            scores = Scores.apply((q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1))  # (B H, K, K)
+            out = scores.unflatten(0, q.shape[:2]).softmax(dim=-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return linear(out.transpose(1, 2).flatten(2), self.proj)
+
+
+class Scores(torch.autograd.Function):
+    """q @ k^T: (P, K, d), (P, K, d) -> (P, K, K) for P pairs of a sample and a head.
+
+    Autograd would make the gradient of k^T and transpose it. What torch.compile makes of that is wrong in bf16 where K
+    is no multiple of 32 (seen with torch 2.14 and GCC 12 on a Xeon with AMX).
+    """
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(q, k)
+        return q @ k.mT
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = ctx.saved_tensors
+        return grad @ k, grad.mT @ q
 
 
 class Mlp(nn.Module):

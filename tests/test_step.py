@@ -229,15 +229,20 @@ def test_training_evaluation_and_guidance_share_at_most_four_graphs(network, of_
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("block", [Block(64, 4, 4.0), lightningdit.LightningBlock(64, 4, 4.0, qk_norm=True)])
-def test_what_blocks_do_apart_where_cpus_compile_them_is_as_exact(block, precision):
-    """Bias and GELU: outputs and gradients are as far from float64's as those of the eager block."""
+@pytest.mark.parametrize(
+    "precision, backend, K", [("fp32", "aot_eager", 32), ("bf16", "aot_eager", 32), ("bf16", "inductor", 98)]
+)
+@pytest.mark.parametrize("block", [Block(128, 4, 4.0), lightningdit.LightningBlock(128, 4, 4.0, qk_norm=True)])
+def test_what_blocks_do_apart_where_cpus_compile_them_is_as_exact(block, precision, backend, K):
+    """Bias, GELU and scores: outputs and gradients are as far from float64's as those of the eager block.
+
+    98 tokens are no multiple of a vector: compiled scores had gradients of NaN there, on a Xeon with AMX.
+    """
     seeded = torch.Generator().manual_seed(0)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.1, generator=seeded)
-    x, c = torch.randn(8, 32, 64, generator=seeded), torch.randn(8, 64, generator=seeded)
-    where = () if type(block) is Block else tuple(torch.randn(2, 8, 1, 32, 16, generator=seeded))
+    x, c = torch.randn(8, K, 128, generator=seeded), torch.randn(8, 128, generator=seeded)
+    where = () if type(block) is Block else tuple(torch.randn(2, 8, 1, K, 32, generator=seeded))
 
     def run(block, x, c, *where):
         for p in block.parameters():
@@ -252,7 +257,7 @@ def test_what_blocks_do_apart_where_cpus_compile_them_is_as_exact(block, precisi
     far = lambda got: [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact)]
     eager = far(run(block, x, c, *where))
     torch.compiler.reset()
-    compiled = far(run(torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True), x, c, *where))
+    compiled = far(run(torch.compile(copy.deepcopy(block), backend=backend, fullgraph=True), x, c, *where))
     torch.compiler.reset()
     assert max(compiled) < (3e-6 if precision == "fp32" else 3e-2)
     assert sum(compiled) <= 1.1 * sum(eager) + 1e-6
