@@ -186,6 +186,21 @@ def test_kernel_distance_is_the_unbiased_mmd():
     assert mean == pytest.approx(expected, rel=1e-6) and std < 1e-9  # each subset is all of them
 
 
+def test_precision_recall_and_kernel_distance_are_torch_fidelitys(rows=64):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    generated, real = (torch.from_numpy(gaussian(n, 48, seed)).float() for n, seed in ((1100, 1), (1300, 0)))
+    centred = [features - real.mean(0) for features in (generated, real)]
+    theirs = calculate_precision_recall_part(*centred, neighborhood=3, batch_size=rows)
+    assert metrics.precision_recall(generated, real, rows=rows) == theirs and 0.1 < min(theirs) < max(theirs) < 1
+    theirs = kid_features_to_metric(
+        generated.double(), real.double(), kid_subsets=3, kid_subset_size=1000, rng_seed=0, verbose=False
+    )
+    expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    assert metrics.kernel_distance(generated, real, subsets=3) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 def test_kernel_distance_asks_apples_gpus_for_no_float64():
     class OnApplesGpu(torch.Tensor):
         def double(self):
