@@ -24,7 +24,7 @@ from checkpoints.run_folder import (
 from routing_module import Routing
 from system import UserError
 from system.compiling import compile_blocks, decide_compile
-from system.files import sha256_of
+from system.files import sha256_once
 from system.instantiate import check_targets, instantiate
 from system.precision import decide_precision, tf32
 from system.processes import start_processes
@@ -59,7 +59,7 @@ class Run:
     def sha256(self) -> str:
         """Of the weights file that was loaded, by the manifest that it was verified by; with ema_width, the EMA's."""
         if self.checkpoint.is_file():
-            return sha256_of(self.checkpoint)
+            return sha256_once(self.checkpoint)
         return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
@@ -89,7 +89,8 @@ def load_run(
     else:
         if weights not in WEIGHTS_FILES:
             raise UserError(f"weights={weights!r}; needed: ema or raw")
-        verify_checkpoint(path, only=("config.yaml", WEIGHTS_FILES[weights]))  # the rest is several times as much
+        read = ["config.yaml"] + [WEIGHTS_FILES[weights]] * (ema_width is None)  # the rest is several times as much
+        verify_checkpoint(path, only=read)
         config, step = read_config(path), step_of(path)
         tensors = read_weights(path, weights) if ema_width is None else power_ema.reconstruct(path, ema_width)
     check_targets(config)

@@ -21,7 +21,7 @@ from evaluation import inception
 from evaluation.features import Extractor, real_images
 from evaluation.metrics import FeatureStats
 from system import UserError
-from system.files import atomic_file, sha256_of
+from system.files import atomic_file, sha256_once
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256")
 MAX_FEATURES = 10_000  # images whose features are kept, as many as ADM's files have
@@ -100,7 +100,7 @@ def read_reference(path: str | Path) -> Reference:
         if not (np.isfinite(arrays[mu]).all() and np.isfinite(arrays[sigma]).all()):
             raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
     plain = {key: array.item() if array.ndim == 0 else array for key, array in arrays.items()}
-    return Reference(**plain, source=str(path), sha256=sha256_of(path))
+    return Reference(**plain, source=str(path), sha256=sha256_once(path))
 
 
 def check_extractor(reference: Reference, extractor: Extractor) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import fid
 import sample
+from data.images import open_images
 from evaluation import features, metrics, score
 from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
@@ -277,6 +279,18 @@ def test_folder_zip_and_npz_score_alike(pictures, digits, tmp_path, capsys):
     assert results[0]["n"] == 40 and results[0]["reference_n"] == 4500
     assert len(results[0]["extractor_sha256"]) == 64
     assert bool(results[0]["commit"]) == (ROOT / ".git").exists()
+
+
+def test_the_next_batch_is_read_while_this_one_is_scored(pictures):
+    images, reads = open_images(pictures / "folder"), threading.Semaphore(0)
+    decode, everything = images._decode, np.load(pictures / "images.npz")["arr_0"].transpose(0, 3, 1, 2)
+    images._decode = lambda i: reads.release() or decode(i)
+    batches = images.batches(8, range(3, 40))
+    made = [next(batches)]
+    assert all(reads.acquire(timeout=30) for _ in range(1 + 8 + 8))  # the size of the first, this batch and the next
+    assert not reads.acquire(timeout=0.1)  # and no more: two batches are in memory
+    made += batches
+    assert [len(batch) for batch in made] == [8, 8, 8, 8, 5] and np.array_equal(torch.cat(made), everything[3:])
 
 
 def test_real_digits_score_well_and_noise_badly(digits, tmp_path, monkeypatch, capsys):
@@ -549,7 +563,10 @@ def test_two_processes_score_as_one(trained, digits, tmp_path):
     """Given features, and a run whose images the two share; each settings' numbers are those of one process."""
     settings = ["calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-30", "batch_size=4"]
     (tmp_path / "two.py").write_text(
-        "from pathlib import Path\nimport fid\nfrom system import cli\nfrom tests.test_fid import score_made\n"
+        "import os\nfrom pathlib import Path\nimport fid\nfrom system import cli, files\n"
+        "from tests.test_fid import score_made\n"
+        f"log, sha256_of = open({str(tmp_path / 'hashed')!r} + os.environ['RANK'], 'w'), files.sha256_of\n"
+        "files.sha256_of = lambda path: print(path.name, file=log, flush=True) or sha256_of(path)\n"
         f"with cli.user_errors():\n    score_made(Path({str(tmp_path / 'made2.json')!r}))\n"
         f"    fid.main({[*settings, f'out={tmp_path}/2']!r})\n"
     )
@@ -559,6 +576,8 @@ def test_two_processes_score_as_one(trained, digits, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    first, second = ((tmp_path / f"hashed{rank}").read_text().split() for rank in "01")
+    assert not second and len(first) == len(set(first)) and {"config.yaml", "ema.safetensors"} <= set(first)
     one, two = score_made(tmp_path / "made1.json"), json.loads((tmp_path / "made2.json").read_text())
     assert two.keys() == one.keys() and two == pytest.approx(one, rel=1e-9, abs=1e-9)
 
