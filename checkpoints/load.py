@@ -62,6 +62,13 @@ class Run:
             return sha256_once(self.checkpoint)
         return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
 
+    def compile_as(self, wanted: str) -> None:
+        """blocks, where this machine can, or off. Raises UserError for anything else."""
+        self.compile, reason = decide_compile(wanted, self.device)
+        if reason:
+            print(f"warning: compile off: {reason}", file=sys.stderr)
+        compile_blocks(self.model, self.compile, dynamic=True)
+
     def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
         self.calls += len(x)
@@ -95,30 +102,27 @@ def load_run(
         tensors = read_weights(path, weights) if ema_width is None else power_ema.reconstruct(path, ema_width)
     check_targets(config)
     device = torch.device(device) if device is not None else start_processes().device
-    compiled, reason = decide_compile(compile, device)
-    if reason:
-        print(f"warning: compile off: {reason}", file=sys.stderr)
     model = instantiate(config.model)
     load_strictly(model, tensors, source=str(path))
     precision = decide_precision(precision, device, partial(model.products, PRECISION_BATCH), backward=False)
     if precision == "bf16":
         round_linears(model)
     model.to(device).eval().requires_grad_(False)
-    compile_blocks(model, compiled, dynamic=True)
-    return Run(
+    run = Run(
         model=model,
         objective=instantiate(config.objective),
         codec=instantiate(config.data.codec).to(device),
         config=config,
         device=device,
         precision=precision,
-        compile=compiled,
         step=step,
         weights=weights,
         ema_width=ema_width,
         folder=folder_of(ckpt, path),
         checkpoint=path,
     )
+    run.compile_as(compile)
+    return run
 
 
 def folder_of(ckpt: str | Path, path: Path) -> Path:

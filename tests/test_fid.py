@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import fid
 import sample
+from checkpoints import load
 from data.images import open_images
 from evaluation import features, metrics, score
 from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
-from system import cli
+from system import cli, compiling
 from system.files import sha256_of
 from tests.made_inception import noise, write_made_weights
 
@@ -402,6 +403,7 @@ BAD_CALLS = {
     "impossible metric": (["images=a", "metrics=[sfid]"], "sfid needs a reference with mu_s"),
     "no checkpoint": (["ckpt=nowhere"], "nowhere"),
     "no pattern": (["ckpt=nowhere/step_*"], "matches nothing"),
+    "unknown compile": (["ckpt=assets/mnist-tread-edm", "compile=yes"], "auto, blocks or off"),
 }
 
 
@@ -522,6 +524,28 @@ def test_metrics_json_says_what_the_number_depends_on(trained, digits):
     assert result["gmacs_per_image"] > 0 and result["seconds"] > 0 and 0 <= result["class_accuracy"] <= 1
     assert len(result["checkpoint_sha256"]) == len(result["extractor_sha256"]) == 64
     assert result["config"]["model"]["depth"] == 6
+
+
+def test_auto_compiles_in_calls_that_are_long_enough_and_says_so(trained, digits, tmp_path, monkeypatch):
+    run, long = sample.load_run(trained), ["steps=3", "guidance=cfg"]
+
+    def chosen(*overrides: str) -> str:
+        return fid.compile_for(run, cli.load_config("fid", [f"ckpt={trained}", *overrides]))
+
+    assert chosen() == chosen("compile=off", "seeds=0-9999999") == "off" and chosen("compile=blocks") == "blocks"
+    calls = 3 * 2 * 2  # Heun's two a step, each with a weak branch
+    monkeypatch.setattr(compiling, "WORTH_COMPILING", 50 * calls * run.model.macs() / 32)
+    assert [chosen(*long, f"seeds=0-{n - 1}") for n in (49, 50)] == ["off", "blocks"]
+    assert chosen("steps=3", "seeds=0-49") == "off"
+    run.device = torch.device("cuda")
+    assert chosen(*long, "seeds=0-49") == "off"
+
+    monkeypatch.setattr(load, "decide_compile", lambda wanted, device: (wanted, ""))
+    monkeypatch.setattr(load, "compile_blocks", lambda *model, dynamic: None)
+    before = set(trained.glob("eval/*"))
+    fid.main(["calc", f"ckpt={trained}", f"digits={digits}", *long, "seeds=0-49", "metrics=[fd]"])
+    (made,) = set(trained.glob("eval/*")) - before
+    assert made.name.endswith("-compiled") and json.loads((made / "metrics.json").read_text())["compile"] == "blocks"
 
 
 def test_rows_of_one_call_never_share_a_folder(trained, pictures, digits, tmp_path):
