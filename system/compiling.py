@@ -6,7 +6,6 @@ from torch import nn
 
 from system import UserError
 
-
 # Images x network calls x multiply-adds / width, from which on compiling pays for itself: the numbers that the blocks'
 # matrix products make, for what it saves is passes over these. DiT-XS/4, 800 digits by 10 guided Heun steps.
 WORTH_COMPILING = 3e10
