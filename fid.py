@@ -178,9 +178,8 @@ def compile_for(run: sample.Run, config: DictConfig) -> str:
     if config.compile != "auto":
         return config.compile
     sampler, processes = run.config.sampler, start_processes().num_processes
-    calls = (
-        (config.steps or sampler.num_steps) * (1 + (sampler.get("solver") == "heun")) * (1 + guidance_from(config).on)
-    )
+    calls = (config.steps or sampler.num_steps) * (2 if sampler.get("solver") == "heun" else 1)
+    calls *= 2 if guidance_from(config).on else 1
     images = math.ceil(len(sample.parse_seeds(config.seeds)) / processes)
     width = run.model.pos_embed.shape[-1]
     return "blocks" if pays_to_compile(run.device, images * calls * run.model.macs(), width) else "off"
