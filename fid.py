@@ -16,6 +16,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -56,6 +57,7 @@ from evaluation.score import (
 from guidance import guidance_from
 from randomness import seeded_generator
 from system import UserError, cli
+from system.compiling import pays_to_compile
 from system.launchers import own_process
 from system.processes import start_processes
 
@@ -115,6 +117,8 @@ def check(config: DictConfig, given: set[str]) -> None:
         if config.ema_width is not None:
             check_reconstruction(checkpoint, config.weights, config.ema_width)
         guidance_from(config)
+        if config.compile not in ("auto", "blocks", "off"):
+            raise UserError(f"compile={config.compile}; needed: auto, blocks or off")
         shard_range(len(sample.parse_seeds(config.seeds)))
 
 
@@ -149,11 +153,10 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
     """Scores a run or images and writes metrics.json -> its contents, with "folder", "run" and "guidance"."""
     extractor, reference = extractor_and_reference(config)
     if config.ckpt is not None:
-        run = sample.load_run(
-            config.ckpt, config.weights, ema_width=config.ema_width, precision=config.precision, compile=config.compile
-        )
+        run = sample.load_run(config.ckpt, config.weights, ema_width=config.ema_width, precision=config.precision)
         run.config.sampler = config.get("sampler") or run.config.sampler
         sample.set_codec(run, config.codec)
+        run.compile_as(compile_for(run, config))
         source = f"{run.folder.name}-{run.sha256[:6]}"
         folder = row_folder(config, run.folder / "eval", source, row_name(run, config, extractor), alone)
         result = evaluate(run, config, extractor, reference, folder / "parts")
@@ -168,6 +171,18 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
         write_metrics(result, folder)
         shutil.rmtree(folder / "parts", ignore_errors=True)
     return result | names | {"folder": str(folder)}
+
+
+def compile_for(run: sample.Run, config: DictConfig) -> str:
+    """compile=, or in the place of auto what a call for all of its images ends sooner with, on whichever it goes on."""
+    if config.compile != "auto":
+        return config.compile
+    sampler, processes = run.config.sampler, start_processes().num_processes
+    calls = (config.steps or sampler.num_steps) * (2 if sampler.get("solver") == "heun" else 1)
+    calls *= 2 if guidance_from(config).on else 1
+    images = math.ceil(len(sample.parse_seeds(config.seeds)) / processes)
+    width = run.model.pos_embed.shape[-1]
+    return "blocks" if pays_to_compile(run.device, images * calls * run.model.macs(), width) else "off"
 
 
 def evaluate(

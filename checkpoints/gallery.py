@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from system import UserError
 from system.files import write_text_atomic
 
 MANIFEST = "samples.json"
+WRITERS = 4  # threads; Pillow encodes without the interpreter's lock
 
 
 def image_path(folder: Path, seed: int) -> Path:
@@ -90,13 +92,22 @@ def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
 
 
 def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *, show: bool) -> None:
-    """Writes the images of `seeds` as their batches, uint8 (B, 3, H, W), arrive. show: a progress bar."""
-    rest = iter(seeds)
-    with tqdm(total=len(seeds), unit="img", desc="sampling", disable=not show) as bar:
+    """Writes the images of `seeds`, uint8 (B, 3, H, W), a batch while the next one is made. show: a progress bar.
+
+    After an error, be it of a writer or of `batches`, all images that there are have been written where that is
+    possible.
+    """
+    rest, writing = iter(seeds), []
+    bar = tqdm(total=len(seeds), unit="img", desc="sampling", disable=not show)
+    with bar, ThreadPoolExecutor(WRITERS) as writers:
         for batch in batches:
-            for image in batch.permute(0, 2, 3, 1).cpu().numpy():
-                save_image(image, image_path(folder, next(rest)))
+            before, images = writing, batch.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+            writing = [writers.submit(save_image, image, image_path(folder, next(rest))) for image in images]
+            for written in before:
+                written.result()
             bar.update(len(batch))
+        for written in writing:
+            written.result()
 
 
 def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:

@@ -24,7 +24,7 @@ from checkpoints.run_folder import (
 from routing_module import Routing
 from system import UserError
 from system.compiling import compile_blocks, decide_compile
-from system.files import sha256_of
+from system.files import sha256_once
 from system.instantiate import check_targets, instantiate
 from system.precision import decide_precision, tf32
 from system.processes import start_processes
@@ -59,8 +59,15 @@ class Run:
     def sha256(self) -> str:
         """Of the weights file that was loaded, by the manifest that it was verified by; with ema_width, the EMA's."""
         if self.checkpoint.is_file():
-            return sha256_of(self.checkpoint)
+            return sha256_once(self.checkpoint)
         return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
+
+    def compile_as(self, wanted: str) -> None:
+        """blocks, where this machine can, or off. Raises UserError for anything else."""
+        self.compile, reason = decide_compile(wanted, self.device)
+        if reason:
+            print(f"warning: compile off: {reason}", file=sys.stderr)
+        compile_blocks(self.model, self.compile, dynamic=True)
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
@@ -89,35 +96,33 @@ def load_run(
     else:
         if weights not in WEIGHTS_FILES:
             raise UserError(f"weights={weights!r}; needed: ema or raw")
-        verify_checkpoint(path, only=("config.yaml", WEIGHTS_FILES[weights]))  # the rest is several times as much
+        read = ["config.yaml"] + [WEIGHTS_FILES[weights]] * (ema_width is None)  # the rest is several times as much
+        verify_checkpoint(path, only=read)
         config, step = read_config(path), step_of(path)
         tensors = read_weights(path, weights) if ema_width is None else power_ema.reconstruct(path, ema_width)
     check_targets(config)
     device = torch.device(device) if device is not None else start_processes().device
-    compiled, reason = decide_compile(compile, device)
-    if reason:
-        print(f"warning: compile off: {reason}", file=sys.stderr)
     model = instantiate(config.model)
     load_strictly(model, tensors, source=str(path))
     precision = decide_precision(precision, device, partial(model.products, PRECISION_BATCH), backward=False)
     if precision == "bf16":
         round_linears(model)
     model.to(device).eval().requires_grad_(False)
-    compile_blocks(model, compiled, dynamic=True)
-    return Run(
+    run = Run(
         model=model,
         objective=instantiate(config.objective),
         codec=instantiate(config.data.codec).to(device),
         config=config,
         device=device,
         precision=precision,
-        compile=compiled,
         step=step,
         weights=weights,
         ema_width=ema_width,
         folder=folder_of(ckpt, path),
         checkpoint=path,
     )
+    run.compile_as(compile)
+    return run
 
 
 def folder_of(ckpt: str | Path, path: Path) -> Path:

@@ -76,10 +76,11 @@ def check_reconstruction(checkpoint: Path, weights: str, width: float) -> None:
 def reconstruct(checkpoint: Path, width: float) -> dict[str, torch.Tensor]:
     """The average of this width at a checkpoint's step, by name. At a stored width it is the stored average itself.
 
-    Raises UserError where a snapshot is damaged.
+    Raises UserError where a file that it reads is damaged.
     """
     stored = average_files(checkpoint)
     if width in stored:
+        verify_checkpoint(checkpoint, only=[stored[width].name])
         return read_tensors(stored[width])
     folders = snapshots_until(checkpoint)
     files = [(step_of(folder), s, path) for folder in folders for s, path in average_files(folder).items()]
@@ -92,7 +93,7 @@ def reconstruct(checkpoint: Path, width: float) -> dict[str, torch.Tensor]:
             file=sys.stderr,
         )
     for folder in folders:
-        verify_checkpoint(folder)
+        verify_checkpoint(folder, only=[path.name for path in average_files(folder).values()])
     average: dict[str, torch.Tensor] = {}
     for part, path in zip(mix, paths):
         for name, tensor in read_tensors(path).items():

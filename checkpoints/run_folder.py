@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from system import UserError, hub
-from system.files import sha256_of, sync, usual_mode, write_text_atomic
+from system.files import sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
 
 MANIFEST = "manifest.json"
@@ -291,7 +291,7 @@ def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> No
         if name not in files or not path.is_file():
             by = "not named by the manifest" if path.is_file() else "missing, but the manifest names it"
             raise UserError(f"{path} is {by}: the checkpoint is damaged")
-        if path.stat().st_size != files[name]["bytes"] or sha256_of(path) != files[name]["sha256"]:
+        if path.stat().st_size != files[name]["bytes"] or sha256_once(path) != files[name]["sha256"]:
             raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
 
 

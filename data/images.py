@@ -88,17 +88,22 @@ class Images:
         Grey pictures become three equal channels, with a warning. Raises UserError for anything but 8-bit grey or RGB,
         and for mixed sizes.
         """
-        for start in range(rows.start, rows.stop, batch_size):
-            pixels = self._stack(range(start, min(start + batch_size, rows.stop)))
-            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        with ThreadPoolExecutor(1) as reader:  # the next batch is decoded while the caller works on this one
+            coming = [reader.submit(self._batch, part) for part in parts[:1]]
+            for i in range(len(parts)):
+                coming += [reader.submit(self._batch, part) for part in parts[i + 1 : i + 2]]
+                yield coming.pop(0).result()
 
-    def _stack(self, rows: range) -> np.ndarray:
-        """(n, H, W, 3) uint8."""
+    def _batch(self, rows: range) -> torch.Tensor:
+        """uint8 (B, 3, H, W)."""
         if self.tree is None:
-            return self.array[rows.start : rows.stop]
-        size = self._first_size
-        with ThreadPoolExecutor(DECODERS) as pool:
-            return np.stack(list(pool.map(lambda i: self._pixels(i, size), rows)))
+            pixels = self.array[rows.start : rows.stop]  # (B, H, W, 3)
+        else:
+            size = self._first_size
+            with ThreadPoolExecutor(DECODERS) as pool:
+                pixels = np.stack(list(pool.map(lambda i: self._pixels(i, size), rows)))
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
     def _pixels(self, i: int, size: tuple[int, int]) -> np.ndarray:
         image = self._decode_strictly(i)

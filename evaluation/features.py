@@ -21,7 +21,7 @@ from checkpoints.run_folder import load_strictly, read_tensors
 from data import open_latents, prepare
 from evaluation import inception
 from system import UserError
-from system.files import sha256_of
+from system.files import sha256_once
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 CLASSIFIERS = {name: ASSETS / f"{name}_classifier.safetensors" for name in ("mnist", "fashion")}
@@ -70,14 +70,14 @@ def load_extractor(
     """
     if name in CLASSIFIERS:
         path = Path(weights or CLASSIFIERS[name])
-        net, found = Classifier(), sha256_of(path)
+        net, found = Classifier(), sha256_once(path)
         load_strictly(net, read_tensors(path), str(path))
     elif name == "inception":
         state, found = inception.read_weights(inception.find_weights(weights), sha256)
         net = Inception(state)
     elif name == "dinov2":
         path = dinov2_weights(weights)
-        net, found = DinoV2(path), sha256_of(path)
+        net, found = DinoV2(path), sha256_once(path)
     else:
         raise UserError(f"extractor={name}; needed: mnist, fashion, inception or dinov2")
     if found != (sha256 or found):

@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 import torch
 
 from system import UserError
-from system.files import sha256_of
+from system.files import sha256_once
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 STATE_DICT = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -81,7 +81,7 @@ def read_weights(path: Path, sha256: str | None = None) -> tuple[dict[str, torch
 
     sha256: required of the file; None = that of either published file. Raises UserError for any other file.
     """
-    found = sha256_of(path)
+    found = sha256_once(path)
     if found not in ({sha256} if sha256 else TRUE_WEIGHTS):
         needed = sha256 or f"{STATE_DICT} (torch-fidelity) or {TORCHSCRIPT} (NVIDIA)"
         raise UserError(f"{path} has sha256 {found}; needed: {needed}")

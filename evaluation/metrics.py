@@ -5,7 +5,7 @@
     precision_recall                  Kynkaanniemi et al. (arXiv 1904.06991), k = 3
     kernel_distance                   KID of Binkowski et al. (arXiv 1801.01401)
 
-The last two call torch-fidelity with the ADM protocol's settings.
+The last two are torch-fidelity's, number for number, on the features' own device.
 """
 
 import sys
@@ -128,23 +128,46 @@ def inception_score(logits: torch.Tensor, part_size: int = 5000) -> tuple[float,
 def precision_recall(generated: torch.Tensor, real: torch.Tensor, k: int = 3, rows: int = 500) -> tuple[float, float]:
     """The fraction of generated (N, D) within the k-neighbourhoods of real (M, D), and vice versa.
 
-    Distances are computed in blocks of rows * N numbers. Raises UserError for k images or fewer.
+    Distances are computed in blocks of rows * rows, and rows * N of them kept. Raises UserError for k images or fewer.
     """
-    from torch_fidelity.metric_prc import calculate_precision_recall_part
-
     if min(len(generated), len(real)) <= k:
         raise UserError(f"{len(generated)} against {len(real)} images; precision and recall need more than {k}")
     centre = real.mean(0)  # keeps the distances, and shrinks the rounding error of |a|^2 + |b|^2 - 2ab
-    return calculate_precision_recall_part(generated - centre, real - centre, neighborhood=k, batch_size=rows)
+    generated, real = generated - centre, real - centre
+    return _share_within(generated, real, k, rows), _share_within(real, generated, k, rows)
+
+
+def _share_within(points: torch.Tensor, centres: torch.Tensor, k: int, rows: int) -> float:
+    """The fraction of points (N, D) in the ball around any of centres (M, D) that reaches its k-th neighbour."""
+    nearest = [_distances(part, centres, rows).topk(k + 1, largest=False) for part in centres.split(rows)]
+    radii = torch.cat([found.values[:, k] for found in nearest])  # (M,); the nearest is the centre itself
+    within = [(_distances(part, centres, rows) <= radii).any(dim=1) for part in points.split(rows)]
+    return torch.cat(within).float().mean().item()
+
+
+def _distances(a: torch.Tensor, b: torch.Tensor, rows: int) -> torch.Tensor:  # (N, D), (M, D) -> (N, M)
+    return torch.cat([torch.cdist(a, part) for part in b.split(rows)], dim=1)
 
 
 def kernel_distance(generated: torch.Tensor, real: torch.Tensor, subsets: int = 100) -> tuple[float, float]:
     """Mean and standard deviation of the squared MMD, cubic kernel, over random subsets of at most 1,000 images."""
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    if generated.device.type != "cuda":
+        generated, real = generated.cpu(), real.cpu()  # Apple's GPUs lack float64
+    size, draws = min(1000, len(generated), len(real)), np.random.RandomState(0)
+    scores = []
+    for _ in range(subsets):
+        drawn = [draws.choice(len(features), size, replace=False) for features in (generated, real)]
+        x, y = (features[torch.from_numpy(ids)].double() for features, ids in zip((generated, real), drawn))
+        scores.append(_squared_mmd(x, y))
+    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
-    size = min(1000, len(generated), len(real))
-    generated, real = generated.cpu().double(), real.cpu().double()  # Apple's GPUs lack float64
-    scores = kid_features_to_metric(
-        generated, real, kid_subsets=subsets, kid_subset_size=size, rng_seed=0, verbose=False
-    )
-    return scores[KEY_METRIC_KID_MEAN], scores[KEY_METRIC_KID_STD]
+
+def _squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The unbiased estimate for x (n, D) and y (n, D), with the kernel (a b / D + 1)^3: ()."""
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(a.new_ones(1), a, b.T, alpha=1 / a.shape[1]).pow_(3)  # in one piece of memory
+
+    n = len(x)
+    same = sum(gram.sum() - gram.trace() for gram in (kernel(x, x), kernel(y, y)))
+    return same / (n * (n - 1)) - 2 * kernel(x, y).mean()

@@ -21,7 +21,7 @@ from evaluation import inception
 from evaluation.features import Extractor, real_images
 from evaluation.metrics import FeatureStats
 from system import UserError
-from system.files import atomic_file, sha256_of
+from system.files import atomic_file, sha256_once
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256")
 MAX_FEATURES = 10_000  # images whose features are kept, as many as ADM's files have
@@ -68,7 +68,7 @@ def shipped_reference(extractor: Extractor, path: str | Path) -> Reference:
     source = {"mnist": "the embedded digits, train split", "fashion": "Fashion-MNIST, train split"}[extractor.name]
     if made.exists():
         with contextlib.suppress(UserError):  # damaged: made again
-            return replace(read_reference(made), source=source, sha256=None)
+            return replace(read_unhashed(made), source=source)
     images, _ = real_images(extractor.name, "train", path)
     features = torch.cat([extractor(batch).pool for batch in images.split(500)])  # (N, D)
     stats = FeatureStats(extractor.num_features)
@@ -86,6 +86,11 @@ def write_reference(path: Path, reference: Reference) -> None:
 
 
 def read_reference(path: str | Path) -> Reference:
+    """As `read_unhashed`, with the file's sha256."""
+    return replace(read_unhashed(path), sha256=sha256_once(Path(path)))
+
+
+def read_unhashed(path: str | Path) -> Reference:
     """Raises UserError for mu or sigma missing, misshapen or not finite, and for damaged or pickled files."""
     path = Path(path)
     if not path.is_file():
@@ -100,7 +105,7 @@ def read_reference(path: str | Path) -> Reference:
         if not (np.isfinite(arrays[mu]).all() and np.isfinite(arrays[sigma]).all()):
             raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
     plain = {key: array.item() if array.ndim == 0 else array for key, array in arrays.items()}
-    return Reference(**plain, source=str(path), sha256=sha256_of(path))
+    return Reference(**plain, source=str(path))
 
 
 def check_extractor(reference: Reference, extractor: Extractor) -> None:

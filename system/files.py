@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from system import UserError
+from system.processes import once_per_machine
 
 
 @contextlib.contextmanager
@@ -60,6 +62,17 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """sha256_of, read once in a command, by the first process of each machine, while the file's size and times stay."""
+    found = path.stat()
+    return _sha256_once(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _sha256_once(path: Path, size: int, *times: int) -> str:
+    return once_per_machine(f"sha256 {path} {size} {times}", lambda: sha256_of(path), seconds=30 + size / 1e8)
 
 
 @contextlib.contextmanager

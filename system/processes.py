@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -115,6 +116,25 @@ def from_first(work: Callable[[], str]) -> str:
         found[0] = work() if torch.distributed.get_rank() == 0 else None
     torch.distributed.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def once_per_machine(key: str, work: Callable[[], str], seconds: float) -> str:
+    """What the first process of this machine finds by `work`. No collective: it may come here alone.
+
+    The others wait for its word, for at most so many seconds: then they do the work themselves.
+    """
+    if not several():
+        return work()
+    key, deadline = f"tread {socket.gethostname()} {key}", time.monotonic() + seconds
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        while time.monotonic() < deadline:
+            if store().check([key]):
+                return store().get(key).decode()
+            time.sleep(0.01)
+        return work()
+    found = work()
+    store().set(key, found)
+    return found
 
 
 def agree(facts: dict[str, str]) -> None:

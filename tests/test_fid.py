@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -22,10 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import fid
 import sample
+from checkpoints import load
+from data.images import open_images
 from evaluation import features, metrics, score
 from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
-from system import cli
+from system import cli, compiling
 from system.files import sha256_of
 from tests.made_inception import noise, write_made_weights
 
@@ -186,6 +189,21 @@ def test_kernel_distance_is_the_unbiased_mmd():
     assert mean == pytest.approx(expected, rel=1e-6) and std < 1e-9  # each subset is all of them
 
 
+def test_precision_recall_and_kernel_distance_are_torch_fidelitys(rows=64):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    generated, real = (torch.from_numpy(gaussian(n, 48, seed)).float() for n, seed in ((1100, 1), (1300, 0)))
+    centred = [features - real.mean(0) for features in (generated, real)]
+    theirs = calculate_precision_recall_part(*centred, neighborhood=3, batch_size=rows)
+    assert metrics.precision_recall(generated, real, rows=rows) == theirs and 0.1 < min(theirs) < max(theirs) < 1
+    theirs = kid_features_to_metric(
+        generated.double(), real.double(), kid_subsets=3, kid_subset_size=1000, rng_seed=0, verbose=False
+    )
+    expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    assert metrics.kernel_distance(generated, real, subsets=3) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 def test_kernel_distance_asks_apples_gpus_for_no_float64():
     class OnApplesGpu(torch.Tensor):
         def double(self):
@@ -262,6 +280,18 @@ def test_folder_zip_and_npz_score_alike(pictures, digits, tmp_path, capsys):
     assert results[0]["n"] == 40 and results[0]["reference_n"] == 4500
     assert len(results[0]["extractor_sha256"]) == 64
     assert bool(results[0]["commit"]) == (ROOT / ".git").exists()
+
+
+def test_the_next_batch_is_read_while_this_one_is_scored(pictures):
+    images, reads = open_images(pictures / "folder"), threading.Semaphore(0)
+    decode, everything = images._decode, np.load(pictures / "images.npz")["arr_0"].transpose(0, 3, 1, 2)
+    images._decode = lambda i: reads.release() or decode(i)
+    batches = images.batches(8, range(3, 40))
+    made = [next(batches)]
+    assert all(reads.acquire(timeout=30) for _ in range(1 + 8 + 8))  # the size of the first, this batch and the next
+    assert not reads.acquire(timeout=0.1)  # and no more: two batches are in memory
+    made += batches
+    assert [len(batch) for batch in made] == [8, 8, 8, 8, 5] and np.array_equal(torch.cat(made), everything[3:])
 
 
 def test_real_digits_score_well_and_noise_badly(digits, tmp_path, monkeypatch, capsys):
@@ -373,6 +403,7 @@ BAD_CALLS = {
     "impossible metric": (["images=a", "metrics=[sfid]"], "sfid needs a reference with mu_s"),
     "no checkpoint": (["ckpt=nowhere"], "nowhere"),
     "no pattern": (["ckpt=nowhere/step_*"], "matches nothing"),
+    "unknown compile": (["ckpt=assets/mnist-tread-edm", "compile=yes"], "auto, blocks or off"),
 }
 
 
@@ -495,6 +526,28 @@ def test_metrics_json_says_what_the_number_depends_on(trained, digits):
     assert result["config"]["model"]["depth"] == 6
 
 
+def test_auto_compiles_in_calls_that_are_long_enough_and_says_so(trained, digits, tmp_path, monkeypatch):
+    run, long = sample.load_run(trained), ["steps=3", "guidance=cfg"]
+
+    def chosen(*overrides: str) -> str:
+        return fid.compile_for(run, cli.load_config("fid", [f"ckpt={trained}", *overrides]))
+
+    assert chosen() == chosen("compile=off", "seeds=0-9999999") == "off" and chosen("compile=blocks") == "blocks"
+    calls = 3 * 2 * 2  # Heun's two a step, each with a weak branch
+    monkeypatch.setattr(compiling, "WORTH_COMPILING", 50 * calls * run.model.macs() / 32)
+    assert [chosen(*long, f"seeds=0-{n - 1}") for n in (49, 50)] == ["off", "blocks"]
+    assert chosen("steps=3", "seeds=0-49") == "off"
+    run.device = torch.device("cuda")
+    assert chosen(*long, "seeds=0-49") == "off"
+
+    monkeypatch.setattr(load, "decide_compile", lambda wanted, device: (wanted, ""))
+    monkeypatch.setattr(load, "compile_blocks", lambda *model, dynamic: None)
+    before = set(trained.glob("eval/*"))
+    fid.main(["calc", f"ckpt={trained}", f"digits={digits}", *long, "seeds=0-49", "metrics=[fd]"])
+    (made,) = set(trained.glob("eval/*")) - before
+    assert made.name.endswith("-compiled") and json.loads((made / "metrics.json").read_text())["compile"] == "blocks"
+
+
 def test_rows_of_one_call_never_share_a_folder(trained, pictures, digits, tmp_path):
     other = shutil.copytree(trained, tmp_path / "other" / trained.name)  # of the same name, at the same step
     weights = other / "checkpoints" / "step_0000002" / "ema.safetensors"
@@ -534,7 +587,10 @@ def test_two_processes_score_as_one(trained, digits, tmp_path):
     """Given features, and a run whose images the two share; each settings' numbers are those of one process."""
     settings = ["calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-30", "batch_size=4"]
     (tmp_path / "two.py").write_text(
-        "from pathlib import Path\nimport fid\nfrom system import cli\nfrom tests.test_fid import score_made\n"
+        "import os\nfrom pathlib import Path\nimport fid\nfrom system import cli, files\n"
+        "from tests.test_fid import score_made\n"
+        f"log, sha256_of = open({str(tmp_path / 'hashed')!r} + os.environ['RANK'], 'w'), files.sha256_of\n"
+        "files.sha256_of = lambda path: print(path.name, file=log, flush=True) or sha256_of(path)\n"
         f"with cli.user_errors():\n    score_made(Path({str(tmp_path / 'made2.json')!r}))\n"
         f"    fid.main({[*settings, f'out={tmp_path}/2']!r})\n"
     )
@@ -544,6 +600,8 @@ def test_two_processes_score_as_one(trained, digits, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    first, second = ((tmp_path / f"hashed{rank}").read_text().split() for rank in "01")
+    assert not second and len(first) == len(set(first)) and {"config.yaml", "ema.safetensors"} <= set(first)
     one, two = score_made(tmp_path / "made1.json"), json.loads((tmp_path / "made2.json").read_text())
     assert two.keys() == one.keys() and two == pytest.approx(one, rel=1e-9, abs=1e-9)
 

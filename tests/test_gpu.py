@@ -19,6 +19,7 @@ from cost import step_memory
 from data import BatchPlan
 from dit import DiT
 from edm import EDM
+from evaluation import metrics
 from guidance import Guidance
 from randomness import seeded_generator
 from routing_module import Routing, draw_keep_ids, gather_tokens, scatter_tokens
@@ -175,3 +176,13 @@ def test_without_a_gpu_the_full_check_says_so():
         pytest.skip("there is one")
     done = subprocess.run([sys.executable, "scripts/gpu_check.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: no GPU; needed")
+
+
+@on_gpu
+def test_precision_recall_and_kid_are_the_cpus():
+    generated, real = (torch.randn(1200, 64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    on_cpu, on_gpu = (
+        [*metrics.precision_recall(a, b), *metrics.kernel_distance(a, b, subsets=5)]
+        for a, b in ((generated, real), (generated.cuda(), real.cuda()))
+    )
+    assert on_gpu == pytest.approx(on_cpu, abs=0.002)

@@ -1,5 +1,6 @@
 """Sampling from run folders: an image is its seed's alone; commands, files, and what they refuse."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,15 +17,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import export
 import rf
 import sample
 from autoencoder import VAECodec, to_uint8
-from checkpoints import gallery, run_folder
+from checkpoints import gallery
 from checkpoints.load import load_run
 from guidance import Guidance
-from system import cli
+from system import cli, files
 from tests.made_runs import make_run
 
 SPARSE = Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="random")
@@ -104,7 +107,11 @@ def test_folder_holds_png_npz_grid_and_manifest(runs, tmp_path, capsys):
 def test_compiled_is_the_same_but_for_rounding_and_says_so(runs, tmp_path):
     call = [f"ckpt={runs['rf']}", "guidance=sparse", "steps=4", "seeds=0-5", "precision=fp32"]
     sample.main([*call, f"out={tmp_path / 'eager'}"])
+    counters.clear()
     sample.main([*call, f"out={tmp_path / 'compiled'}", "compile=blocks", "batch_size=4"])
+    assert (
+        counters["stats"]["unique_graphs"] <= 3
+    )  # a trial, the block, the final layer: none for the last, smaller batch
     torch.compiler.reset()
     assert_same_images(images(tmp_path / "eager", range(6)), images(tmp_path / "compiled", range(6)))
     settings = [json.loads((tmp_path / n / "samples.json").read_text())["settings"] for n in ("eager", "compiled")]
@@ -215,6 +222,30 @@ def test_killed_and_started_again(runs, tmp_path):
     assert np.array_equal(images(out, range(40)), images(tmp_path / "undisturbed", range(40)))
 
 
+def test_images_are_written_while_the_next_are_made_and_none_is_lost(tmp_path, monkeypatch):
+    save_image, free = gallery.save_image, threading.Event()
+
+    def slow(image, path):
+        assert free.wait(30)
+        if path.stem == "000001":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save_image(image, path)
+
+    def batches():
+        for i in range(3):
+            yield torch.full((2, 3, 4, 4), i, dtype=torch.uint8)
+            free.set()  # by the time that the second batch is asked for, the first is not written
+        pytest.fail("sampling went on after the error")
+
+    monkeypatch.setattr(gallery, "save_image", slow)
+    with pytest.raises(OSError, match="No space"):
+        gallery.store(tmp_path, range(6), batches(), show=False)
+    assert gallery.missing(tmp_path, range(6)) == [1, 4, 5] and not list(tmp_path.rglob(".tmp*"))
+    monkeypatch.setattr(gallery, "save_image", save_image)
+    gallery.store(tmp_path, [1, 4, 5], iter([torch.full((3, 3, 4, 4), 7, dtype=torch.uint8)]), show=False)
+    assert images(tmp_path, range(6))[:, 0, 0, 0].tolist() == [0, 7, 1, 1, 7, 7]
+
+
 def test_labels_are_balanced_random_or_one_class(runs, tmp_path):
     assert sample.labels_for(3, range(5), "balanced").tolist() == [0, 1, 2, 0, 1]
     drawn = sample.labels_for(3, range(300), "random")
@@ -252,22 +283,42 @@ def test_weights_of_either_objective_run_on_either_sampler(runs, tmp_path):
         assert np.abs(made[0] - made[1]).mean() < 4 < np.abs(made[0] - made[0][::-1]).mean()
 
 
+def hashed_files(monkeypatch):
+    """The names of the files that are hashed from now on."""
+    names, sha256_of = [], files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: names.append(path.name) or sha256_of(path))
+    return names
+
+
 def test_loading_reads_the_weights_that_it_needs_and_no_others(runs, tmp_path, monkeypatch):
     folder = shutil.copytree(runs["dense"], tmp_path / "run")
     checkpoint = folder / "checkpoints" / "step_0000001"
-    hashed, sha256_of = [], run_folder.sha256_of
-    monkeypatch.setattr(run_folder, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    hashed = hashed_files(monkeypatch)
     for name in ("model.safetensors", "optimizer.safetensors"):
         (checkpoint / name).write_bytes(b"")
-    run = load_run(folder, device="cpu")
-    assert sorted(hashed) == ["config.yaml", "ema.safetensors"]
-    assert run.sha256 == sha256_of(checkpoint / "ema.safetensors")
+    for _ in range(2):  # of two rows of a table, the second finds what the first has verified
+        run = load_run(folder, device="cpu")
+        assert sorted(hashed) == ["config.yaml", "ema.safetensors"]
+    assert run.sha256 == files.sha256_of(checkpoint / "ema.safetensors")
     with pytest.raises(ValueError, match="model.safetensors does not match"):
         load_run(folder, "raw", device="cpu")
-    with open(checkpoint / "ema.safetensors", "ab") as file:
-        file.write(b"0")
+    with open(checkpoint / "ema.safetensors", "r+b") as file:  # of the same size
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
     with pytest.raises(ValueError, match="ema.safetensors does not match"):
         load_run(folder, device="cpu")
+
+
+def test_a_table_hashes_the_weak_branchs_file_once(runs, tmp_path, monkeypatch):
+    export.main([f"ckpt={runs['rf']}", f"out={tmp_path / 'weak'}"])
+    hashed = hashed_files(monkeypatch)
+    run = load_run(runs["rf"])
+    for _ in range(2):
+        sample.load_cached.cache_clear()  # as other rows' weak branches do
+        weak = sample.load_weak(run, Guidance(1.5, weak_label="same", weak_ckpt=str(tmp_path / "weak")))
+        assert len(weak.sha256) == 64 and hashed.count("model.safetensors") == 1
 
 
 def test_bf16_weights_are_what_autocast_rounds_to(runs):
