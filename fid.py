@@ -174,7 +174,7 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
 
 
 def compile_for(run: sample.Run, config: DictConfig) -> str:
-    """compile=, or in the place of auto what a call for all of its images ends sooner with, on whichever it goes on."""
+    """compile=; for auto, what ends a call for all of its images sooner, so that one that goes on chooses the same."""
     if config.compile != "auto":
         return config.compile
     sampler, processes = run.config.sampler, start_processes().num_processes
