@@ -66,9 +66,10 @@ class Scored:
 
 def show(race: Race, folder: Path) -> None:
     """Writes statistics.md, table.md, figure.png. Raises UserError where a run, a log line or a score is missing."""
-    runs = {contestant: [] for contestant in race.contestants}
+    read: dict[str, list[Scored]] = {contestant: [] for contestant in race.contestants}
     for name, (contestant, _) in run_names(race).items():
-        runs[contestant].append(read_run(race, folder / name))
+        read[contestant].append(read_run(race, folder / name))
+    runs = {contestant: at_one_pace(those) for contestant, those in read.items()}
     every = [run for those in runs.values() for run in those]
     step = min(run.steps[-1] // race.keep_every * race.keep_every for run in every)
     seconds = min(run.steps[-1] * run.step_seconds for run in every)
@@ -78,6 +79,15 @@ def show(race: Race, folder: Path) -> None:
     write_text_atomic(folder / "statistics.md", statistics(race, runs, step, seconds))
     write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
     draw(race, runs, seconds, folder / "figure.png")
+
+
+def at_one_pace(runs: list[Scored]) -> list[Scored]:
+    """The runs of one contestant, each with the median time of a step over all of them.
+
+    They train the same network. That their steps took unequal times says what else the machine did.
+    """
+    pace = float(np.median([run.step_seconds for run in runs]))
+    return [dataclasses.replace(run, step_seconds=pace) for run in runs]
 
 
 def read_run(race: Race, folder: Path) -> Scored:
@@ -171,7 +181,7 @@ def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) 
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for contestant, those in runs.items():
-        pace = np.mean([run.step_seconds for run in those])
+        pace = those[0].step_seconds
         cells = [contestant, f"{pace:.3f}", f"{seconds / pace:,.0f}"]
         for values in (values_at(race, those, seconds=seconds), values_at(race, those, step=step)):
             cells += [f"{values[:, 0].mean():.1f} ± {spread(values[:, 0]):.1f}"]
@@ -190,7 +200,7 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
     for i, (contestant, those) in enumerate(runs.items()):
         last = min(run.steps[-1] for run in those)
         steps = np.array([*range(race.keep_every, last + 1, race.keep_every)])
-        pace = np.mean([run.step_seconds for run in those])
+        pace = those[0].step_seconds
         times = np.array([*(steps * pace)[steps * pace < seconds], seconds])
         columns = {
             0: (times, [values_at(race, those, seconds=t)[:, 0] for t in times]),
