@@ -199,7 +199,7 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
     shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))  # still apart in grey
     for i, (contestant, those) in enumerate(runs.items()):
         last = min(run.steps[-1] for run in those)
-        steps = np.array([*range(race.keep_every, last + 1, race.keep_every)])
+        steps = np.array(sorted({*range(race.keep_every, last + 1, race.keep_every), last}))
         pace = those[0].step_seconds
         times = np.array([*(steps * pace)[steps * pace < seconds], seconds])
         columns = {

@@ -271,7 +271,8 @@ def test_routed_is_the_span_by_hand_on_the_tokens_that_stay(case):
     inputs = case.inputs()
     expected = by_hand(case, drawn(), inputs)
     with torch.no_grad(), routing(generators=seeded()):
-        torch.testing.assert_close(call(route(case.model, case.start, case.end, 0.5), inputs), expected)
+        found = call(route(case.model, case.start, case.end, 0.5), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # float32 products of another order
 
 
 class Swapped(nn.Module):
@@ -508,10 +509,11 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
         model = route(make(class_name), start, end, 0.5)
         with routing(generators=seeded()):
             call(model, arguments(8)).square().mean().backward()
+        whole = torch.stack([p.grad.norm() for p in model.parameters()]).norm()  # some are zero but for rounding
         for rank in range(2):
             found = torch.load(tmp_path / f"{case}_{rank}.pt", weights_only=True)
             for name, p in model.named_parameters():
-                torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5)
+                assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6 * whole, (case, name)
 
 
 def test_the_example_learns_and_leaves_a_transformer_of_diffusers(tmp_path):
