@@ -36,10 +36,16 @@ def start_processes(timeout_s: float = 600) -> PartialState:
     return PartialState(timeout=timedelta(seconds=timeout_s))
 
 
-def end_processes() -> None:
-    """Leaves the process group once all have come here: none ends while another still talks to it."""
+def end_processes(seconds: float = 10.0) -> None:
+    """Leaves the process group once all have come here: none ends while another still talks to it.
+
+    Where the launcher has died, others may never come, but wait for this process to go: the wait has an end.
+    """
     if several():
-        torch.distributed.barrier()
+        with contextlib.suppress(RuntimeError):  # too long, or the store has gone, with the launcher that held it
+            store().set(f"tread_ended_{torch.distributed.get_rank()}", "yes")
+            ended = [f"tread_ended_{rank}" for rank in range(torch.distributed.get_world_size())]
+            store().wait(ended, timedelta(seconds=seconds))
         torch.distributed.destroy_process_group()
 
 
