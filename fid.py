@@ -174,7 +174,7 @@ def calc_row(config: DictConfig, alone: bool) -> dict:
 
 
 def compile_for(run: sample.Run, config: DictConfig) -> str:
-    """compile=; for auto, what ends a call for all of its images sooner, so that one that goes on chooses the same."""
+    """blocks or off. auto counts all images of the call, so that an interrupted one makes the same choice again."""
     if config.compile != "auto":
         return config.compile
     sampler, processes = run.config.sampler, start_processes().num_processes

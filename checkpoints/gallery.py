@@ -94,8 +94,7 @@ def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
 def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *, show: bool) -> None:
     """Writes the images of `seeds`, uint8 (B, 3, H, W), a batch while the next one is made. show: a progress bar.
 
-    After an error, be it of a writer or of `batches`, all images that there are have been written where that is
-    possible.
+    After an error of a writer or of `batches`, every image made so far has been written if it could be.
     """
     rest, writing = iter(seeds), []
     bar = tqdm(total=len(seeds), unit="img", desc="sampling", disable=not show)

@@ -6,9 +6,9 @@ python scripts/race.py show name=smoke    statistics.md, table.md and figure.png
 A race is a file of configs/race/, which holds the rule before the first run: who takes part, when a run ends, what is
 scored. Its record is records/<date>_<name>/, with a folder for each run: its config, its log, its scores, the machine.
 
-Seconds are CPU time: the number of steps times what a step costs, the median over the steps of a run and then over the
-runs of a contestant. They leave out compiling, saving, validation and scoring. What else the machine does still shows:
-steps of one network took up to a third longer when it was busy. A run ends by its own median.
+Seconds are CPU time: the number of steps times the cost of a step, which is the median over the steps of a run and
+then over the runs of a contestant. Compiling, saving, validation and scoring are not counted; other load on the machine
+still shows. A run ends by its own median.
 """
 
 import datetime

@@ -82,9 +82,9 @@ def show(race: Race, folder: Path) -> None:
 
 
 def at_one_pace(runs: list[Scored]) -> list[Scored]:
-    """The runs of one contestant, each with the median time of a step over all of them.
+    """The runs of one contestant, each with the median step time of all of them.
 
-    They train the same network. That their steps took unequal times says what else the machine did.
+    They train the same network, so that differences in step time are those of the machine's other load.
     """
     pace = float(np.median([run.step_seconds for run in runs]))
     return [dataclasses.replace(run, step_seconds=pace) for run in runs]

@@ -65,7 +65,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_once(path: Path) -> str:
-    """sha256_of, read once in a command, by the first process of each machine, while the file's size and times stay."""
+    """sha256_of, computed once per command and machine for as long as the file's size and times do not change."""
     found = path.stat()
     return _sha256_once(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 

@@ -37,12 +37,12 @@ def start_processes(timeout_s: float = 600) -> PartialState:
 
 
 def end_processes(seconds: float = 10.0) -> None:
-    """Leaves the process group once all have come here: none ends while another still talks to it.
+    """Leaves the process group after all processes have come here, so that none ends while another still talks to it.
 
-    Where the launcher has died, others may never come, but wait for this process to go: the wait has an end.
+    The wait is limited: after the launcher's death, others may be blocked until this process has gone.
     """
     if several():
-        with contextlib.suppress(RuntimeError):  # too long, or the store has gone, with the launcher that held it
+        with contextlib.suppress(RuntimeError):  # timed out, or the store died with the launcher that held it
             store().set(f"tread_ended_{torch.distributed.get_rank()}", "yes")
             ended = [f"tread_ended_{rank}" for rank in range(torch.distributed.get_world_size())]
             store().wait(ended, timedelta(seconds=seconds))
@@ -125,9 +125,10 @@ def from_first(work: Callable[[], str]) -> str:
 
 
 def once_per_machine(key: str, work: Callable[[], str], seconds: float) -> str:
-    """What the first process of this machine finds by `work`. No collective: it may come here alone.
+    """The result of `work` on this machine's first process. Not a collective: that process may call it alone.
 
-    The others wait for its word, for at most so many seconds: then they do the work themselves.
+    The others wait `seconds` for the result, then do the work themselves. They poll: a blocking wait would keep the
+    store from this process's other threads.
     """
     if not several():
         return work()

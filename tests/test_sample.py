@@ -109,9 +109,8 @@ def test_compiled_is_the_same_but_for_rounding_and_says_so(runs, tmp_path):
     sample.main([*call, f"out={tmp_path / 'eager'}"])
     counters.clear()
     sample.main([*call, f"out={tmp_path / 'compiled'}", "compile=blocks", "batch_size=4"])
-    assert (
-        counters["stats"]["unique_graphs"] <= 3
-    )  # a trial, the block, the final layer: none for the last, smaller batch
+    # a trial, the block, the final layer; none for the last, smaller batch
+    assert counters["stats"]["unique_graphs"] <= 3
     torch.compiler.reset()
     assert_same_images(images(tmp_path / "eager", range(6)), images(tmp_path / "compiled", range(6)))
     settings = [json.loads((tmp_path / n / "samples.json").read_text())["settings"] for n in ("eager", "compiled")]
