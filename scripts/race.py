@@ -190,7 +190,14 @@ def ended(race: Race, run_folder: Path) -> bool:
         steps = read_steps(run_folder)
     except UserError:  # not begun
         return False
-    return max(steps) >= race.steps if race.seconds is None else max(steps) * step_seconds(race, steps) >= race.seconds
+    if race.seconds is None:
+        return max(steps) >= race.steps
+    seen: dict[int, dict] = {}
+    for step, line in steps.items():  # a later line can lower the median, but what has ended stays so
+        seen[step] = line
+        if step * step_seconds(race, seen) >= race.seconds:
+            return True
+    return False
 
 
 def score(race: Race, contestant: str, run_folder: Path, scores: Path) -> None:

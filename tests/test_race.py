@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.race import load_race
+from scripts.race import ended, load_race
 from system import UserError, cli
 from tests.conftest import ROOT
 
@@ -102,6 +102,17 @@ def test_bad_input_is_one_line(smoke, tmp_path):
     shutil.copytree(smoke[1], other)
     (other / "race.yaml").write_text((other / "race.yaml").read_text().replace("steps: 20", "steps: 30"))
     assert "another config" in one_line(race("run", "smoke", tmp_path))
+
+
+def test_a_run_that_has_ended_stays_so(tmp_path):
+    """The line of the step at which it was stopped can be a fast one, and lower the median."""
+    race, lines = load_race("quickstart"), []
+    log = tmp_path / "metrics.jsonl"
+    for step, cpu_s, said in zip((100, 200, 240, 241, 242), (0.8, 1, 1, 0.1, 0.1), (False, False, True, True, True)):
+        perf = {"perf/cpu_s": cpu_s, "perf/step_s": 1.0, "perf/img_per_s": 1.0}
+        lines.append(json.dumps({"step": step, "train/loss": 1.0, **perf}))
+        log.write_text("\n".join(lines) + "\n")
+        assert ended(race, tmp_path) is said, step
 
 
 @pytest.mark.parametrize("name", ["up/there", "..", "", "a b"])
