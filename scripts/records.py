@@ -72,10 +72,11 @@ def show(race: Race, folder: Path) -> None:
     runs = {contestant: at_one_pace(those) for contestant, those in read.items()}
     every = [run for those in runs.values() for run in those]
     step = min(run.steps[-1] // race.keep_every * race.keep_every for run in every)
-    seconds = min(run.steps[-1] * run.step_seconds for run in every)
-    first = max(run.steps[0] * run.step_seconds for run in every)
-    if seconds < first:
-        raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
+    seconds: float | None = min(run.steps[-1] * run.step_seconds for run in every)
+    if seconds < max(run.steps[0] * run.step_seconds for run in every):
+        if race.seconds is not None:
+            raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
+        seconds = None  # as where each run is scored once: the race compares its steps alone
     write_text_atomic(folder / "statistics.md", statistics(race, runs, step, seconds))
     write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
     draw(race, runs, seconds, folder / "figure.png")
@@ -124,16 +125,16 @@ def values_at(race: Race, runs: list[Scored], step: float | None = None, seconds
     return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
 
 
-def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) -> str:
+def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float | None) -> str:
     """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test."""
     lines = [f"# {race.question}", ""]
     baseline = next(iter(runs))
-    after_steps = (f"after {step:,} steps", {"step": step})
-    after_time = (f"after {seconds:,.0f} s", {"seconds": seconds})
+    after_steps = [(f"after {step:,} steps", {"step": step})]
+    after_time = [] if seconds is None else [(f"after {seconds:,.0f} s", {"seconds": seconds})]
     for column, name, alternative, moments in (
-        (0, race.metric, "less", (after_steps, after_time)),
-        (1, "class accuracy", "greater", (after_steps, after_time)),
-        (2, "validation loss (EMA, without routing)", "less", (after_steps,)),
+        (0, race.metric, "less", after_steps + after_time),
+        (1, "class accuracy", "greater", after_steps + after_time),
+        (2, "validation loss (EMA, without routing)", "less", after_steps),
     ):
         for title, at in moments:
             lines += [
@@ -173,25 +174,31 @@ def spread(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
-def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float) -> str:
+def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float | None) -> str:
     """One row a contestant: mean over seeds, plus or minus the sample standard deviation."""
-    lines = [
-        f"| | s a step | steps in {seconds:,.0f} s | {race.metric} then | class accuracy then "
-        f"| {race.metric} after {step:,} steps | class accuracy then |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    head, moments = ["", "s a step"], [(f"after {step:,} steps", {"step": step})]
+    if seconds is not None:
+        head.append(f"steps in {seconds:,.0f} s")
+        moments.insert(0, ("then", {"seconds": seconds}))
+    for title, _ in moments:
+        head += [f"{race.metric} {title}", "class accuracy then"]
+    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for contestant, those in runs.items():
         pace = those[0].step_seconds
-        cells = [contestant, f"{pace:.3f}", f"{seconds / pace:,.0f}"]
-        for values in (values_at(race, those, seconds=seconds), values_at(race, those, step=step)):
+        cells = [contestant, f"{pace:.3f}", *([] if seconds is None else [f"{seconds / pace:,.0f}"])]
+        for _, at in moments:
+            values = values_at(race, those, **at)
             cells += [f"{values[:, 0].mean():.1f} ± {spread(values[:, 0]):.1f}"]
             cells += [f"{values[:, 1].mean():.3f} ± {spread(values[:, 1]):.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) -> None:
-    """The metric against seconds and against steps: a line through the means, a band of one standard deviation."""
+def draw(race: Race, runs: dict[str, list[Scored]], seconds: float | None, path: Path) -> None:
+    """The metric against seconds and against steps: a line through the means, a band of one standard deviation.
+
+    Without a common time, each contestant's line ends where its runs do.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
@@ -201,7 +208,8 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
         last = min(run.steps[-1] for run in those)
         steps = np.array(sorted({*range(race.keep_every, last + 1, race.keep_every), last}))
         pace = those[0].step_seconds
-        times = np.array([*(steps * pace)[steps * pace < seconds], seconds])
+        end = last * pace if seconds is None else seconds
+        times = np.array([*(steps * pace)[steps * pace < end], end])
         columns = {
             0: (times, [values_at(race, those, seconds=t)[:, 0] for t in times]),
             1: (steps, [values_at(race, those, step=step)[:, 0] for step in steps]),
@@ -210,11 +218,14 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float, path: Path) 
             mean, deviation = np.mean(values, 1), np.nan_to_num([spread(v) for v in values])
             line, marker = LINES[i % len(LINES)], markers[i % len(markers)]
             axes[panel].plot(x, mean, color=shades[i], linestyle=line, marker=marker, markersize=5, label=contestant)
-            axes[panel].fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
+            if len(x) > 1:
+                axes[panel].fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
+            else:
+                axes[panel].errorbar(x, mean, deviation, color=shades[i], capsize=4)
     for ax, label in zip(axes, ("seconds of training", "steps")):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.05 * ax.dataLim.x1)
     axes[0].set_ylabel(race.metric)
     axes[0].set_yscale("log")  # of both, which share it
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
