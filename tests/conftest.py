@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # which inherits what its controller set below
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
 cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = cache.name  # what precision=auto has measured
