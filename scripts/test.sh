@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 ruff check .
 ruff format --check .
-python -m pytest -q -n 2 --dist loadfile --durations=15 "$@"
+python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"  # else the longest tests come last

@@ -64,19 +64,15 @@ def test_resume_is_exact_and_checkpointing_changes_no_number(run, method):
 
 
 @pytest.mark.parametrize("method", ["sprint", "maskdit", "maskdit, unmasked"])
-def test_two_processes_train_the_run_of_one(method, tiny_overrides, tmp_path):
-    settings = [*METHODS[method], *tiny_overrides, f"results_dir={tmp_path}", "train.max_steps=4", "train.val_every=4"]
+def test_two_processes_train_the_run_of_one(method, run, tiny_overrides, tmp_path):
+    settings = [*METHODS[method], "train.max_steps=4", "train.val_every=4", "train.check_replicas_every=1"]
+    run("one", *settings)
     port = 29700 + list(METHODS).index(method)
-    commands = {
-        "one": [sys.executable],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)],
-    }
-    for name, command in commands.items():
-        done = subprocess.run(
-            [*command, "train.py", *settings, f"run_name={name}", "train.check_replicas_every=1"],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command += ["train.py", *tiny_overrides, *settings, f"results_dir={tmp_path}", "run_name=two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert len(one) == len(two) == 5
     for a, b in zip(one, two):
@@ -135,7 +131,7 @@ def networks():
     }
 
 
-@pytest.mark.parametrize("name, checkpointed", zip(networks(), (False, True, False, True)))
+@pytest.mark.parametrize("name, checkpointed", list(zip(networks(), (False, True, False, True))))
 def test_one_graph_a_token_count(name, checkpointed, monkeypatch):
     """Training: one for each token count of equal blocks. Evaluation: one for all, or two where positions differ by
     sample or not. The final layer: one for each."""
