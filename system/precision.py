@@ -60,7 +60,7 @@ def choose(device: torch.device, products: Counter[Product], backward: bool) -> 
     seconds = measured(products, backward)
     chosen = min(seconds, key=seconds.get)
     if is_main():
-        figures = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items())
+        figures = ", ".join(f"{name} {round(1e3 * s, 1):,g} ms" for name, s in seconds.items())
         what = "forward and backward" if backward else "forward"
         print(f"precision  auto is {chosen}: matrix products, {what}: {figures} (kept in {cache_folder()})")
     return chosen
