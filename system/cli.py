@@ -229,7 +229,8 @@ def _config_files() -> Iterator[tuple[Path, dict]]:
 
 
 def _did_you_mean(key: str) -> str:
-    """Where a refused key does belong (model.routes, given to model=maskdit), or the keys nearest to a mistyped one."""
+    """Where a refused key does belong (model.routes, given to model=maskdit; ckpt, given to train.py), or the keys
+    nearest to a mistyped one."""
     if key in GONE:
         return f"; needed: {GONE[key]}"
     files = list(_config_files())
@@ -237,6 +238,8 @@ def _did_you_mean(key: str) -> str:
     owners = sorted(group for group, values in groups if key in values and not group.startswith("experiment="))
     if owners:
         return f" here; it belongs to {', '.join(owners)}"
+    if others := sorted(path.stem for path, values in files if path.parent == CONFIG_DIR and key in values):
+        return f" here; other commands have it (configs/: {', '.join(others)})"
     near = difflib.get_close_matches(key, {key for _, values in files for key in values}, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else "; the keys are in configs/"
 

@@ -73,6 +73,7 @@ def assert_refused(result, expected):
 
 TRAIN = {
     "trian.lr=1": "unknown key 'trian.lr'; did you mean train.lr",
+    "ckpt=runs/x": "unknown key 'ckpt' here; other commands have it (configs/: ",
     "train.max_stpes=5": "did you mean train.max_steps",
     "model=maskdit model.routes=[]": "unknown key 'model.routes' here; it belongs to model=dit",
     "+train.foo=1": "unknown key 'train.foo'",
