@@ -77,7 +77,7 @@ def show(race: Race, folder: Path) -> None:
         if race.seconds is not None:
             raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
         seconds = None  # as where each run is scored once: the race compares its steps alone
-    write_text_atomic(folder / "statistics.md", statistics(race, runs, step, seconds))
+    write_text_atomic(folder / "statistics.md", statistics(race, runs, read, step, seconds))
     write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
     draw(race, runs, seconds, folder / "figure.png")
 
@@ -125,25 +125,34 @@ def values_at(race: Race, runs: list[Scored], step: float | None = None, seconds
     return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
 
 
-def statistics(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float | None) -> str:
-    """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test."""
+def statistics(
+    race: Race, runs: dict[str, list[Scored]], read: dict[str, list[Scored]], step: int, seconds: float | None
+) -> str:
+    """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test.
+
+    read: the runs, each with the time per step of its own log.
+    """
     lines = [f"# {race.question}", ""]
     baseline = next(iter(runs))
-    after_steps = [(f"after {step:,} steps", {"step": step})]
-    after_time = [] if seconds is None else [(f"after {seconds:,.0f} s", {"seconds": seconds})]
+    after_steps = [(f"after {step:,} steps", runs, {"step": step})]
+    after_time = []
+    if seconds is not None:
+        after_time.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
+        own = min(run.steps[-1] * run.step_seconds for those in read.values() for run in those)
+        after_time.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
     for column, name, alternative, moments in (
         (0, race.metric, "less", after_steps + after_time),
         (1, "class accuracy", "greater", after_steps + after_time),
         (2, "validation loss (EMA, without routing)", "less", after_steps),
     ):
-        for title, at in moments:
+        for title, those_of, at in moments:
             lines += [
                 f"## {name} {title}", "",
                 f"| | n | mean | standard deviation | difference to {baseline} | p ({alternative} than {baseline}) |",
                 "|---|---|---|---|---|---|",
             ]  # fmt: skip
-            base = values_at(race, runs[baseline], **at)[:, column]
-            for contestant, those in runs.items():
+            base = values_at(race, those_of[baseline], **at)[:, column]
+            for contestant, those in those_of.items():
                 mine = values_at(race, those, **at)[:, column]
                 row = [contestant, str(len(mine)), f"{mine.mean():.4g}", f"{spread(mine):.2g}"]
                 if contestant != baseline:

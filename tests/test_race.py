@@ -150,3 +150,28 @@ def test_the_pages_quote_the_records():
             assert text == (ROOT / name).read_text(), f"{page.name}: not what {name} says"
             found += 1
     assert found or not RECORDS
+
+
+def p_values(name: str) -> list[float]:
+    """Of a record's statistics.md."""
+    return [float(p) for p in re.findall(r"\| ([\d.e-]+) \|\n", (ROOT / name / "statistics.md").read_text())]
+
+
+def quoted_p_values(text: str) -> list[str]:
+    """`p = 0.02 and 0.007`, `p is 0.08 for TREAD and 0.09 for SPRINT`."""
+    pairs = re.findall(r"\bp\s(?:=|is)\s(0\.\d+)(?:[\w\s]*?\band\s(0\.\d+))?", text)
+    return [p for pair in pairs for p in pair if p]
+
+
+def test_the_pages_quote_the_tests_of_the_records():
+    """Every p in the prose is, rounded, one of the records of its section, or of any record in the README."""
+    sections = re.split(r"^##+ ", (ROOT / "docs" / "results.md").read_text(), flags=re.MULTILINE)
+    pieces = [(text, set(re.findall(r"<!-- (records/[^/]+)/", text))) for text in sections]
+    pieces.append(((ROOT / "README.md").read_text(), {f"records/{record.name}" for record in RECORDS}))
+    found = 0
+    for text, names in pieces:
+        known = [p for name in names for p in p_values(name)]
+        for p in quoted_p_values(text):
+            assert any(f"{value:.{len(p) - 2}f}" == p for value in known), f"p = {p}: not in {sorted(names)}"
+            found += 1
+    assert found >= 10
