@@ -72,7 +72,7 @@ def show(race: Race, folder: Path) -> None:
     runs = {contestant: at_one_pace(those) for contestant, those in read.items()}
     every = [run for those in runs.values() for run in those]
     step = min(run.steps[-1] // race.keep_every * race.keep_every for run in every)
-    seconds: float | None = min(run.steps[-1] * run.step_seconds for run in every)
+    seconds: float | None = common_seconds(runs)
     if seconds < max(run.steps[0] * run.step_seconds for run in every):
         if race.seconds is not None:
             raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
@@ -80,6 +80,11 @@ def show(race: Race, folder: Path) -> None:
     write_text_atomic(folder / "statistics.md", statistics(race, runs, read, step, seconds))
     write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
     draw(race, runs, seconds, folder / "figure.png")
+
+
+def common_seconds(runs: dict[str, list[Scored]]) -> float:
+    """The longest time that every run was trained for."""
+    return min(run.steps[-1] * run.step_seconds for those in runs.values() for run in those)
 
 
 def at_one_pace(runs: list[Scored]) -> list[Scored]:
@@ -138,21 +143,21 @@ def statistics(
     after_time = []
     if seconds is not None:
         after_time.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
-        own = min(run.steps[-1] * run.step_seconds for those in read.values() for run in those)
+        own = common_seconds(read)
         after_time.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
     for column, name, alternative, moments in (
         (0, race.metric, "less", after_steps + after_time),
         (1, "class accuracy", "greater", after_steps + after_time),
         (2, "validation loss (EMA, without routing)", "less", after_steps),
     ):
-        for title, those_of, at in moments:
+        for title, compared, at in moments:
             lines += [
                 f"## {name} {title}", "",
                 f"| | n | mean | standard deviation | difference to {baseline} | p ({alternative} than {baseline}) |",
                 "|---|---|---|---|---|---|",
             ]  # fmt: skip
-            base = values_at(race, those_of[baseline], **at)[:, column]
-            for contestant, those in those_of.items():
+            base = values_at(race, compared[baseline], **at)[:, column]
+            for contestant, those in compared.items():
                 mine = values_at(race, those, **at)[:, column]
                 row = [contestant, str(len(mine)), f"{mine.mean():.4g}", f"{spread(mine):.2g}"]
                 if contestant != baseline:
