@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checkpoints.run_folder import complete_checkpoints, step_of  # noqa: E402
 from scripts.records import LOG_EVERY, Race, as_yaml, read_steps, run_names, show, step_seconds  # noqa: E402
 from system import UserError, cli  # noqa: E402
 from system.files import write_text_atomic  # noqa: E402
@@ -70,6 +71,8 @@ def load_race(name: str) -> Race:
         raise UserError(f"{path}: {cli.one_line(error)}") from error
     if (race.steps is None) == (race.seconds is None):
         raise UserError(f"{path}: needed: steps or seconds, one of the two")
+    if race.save_every and race.keep_every % race.save_every:
+        raise UserError(f"{path}: keep_every {race.keep_every}; needed: a multiple of save_every {race.save_every}")
     if odd := [contestant for contestant in race.contestants if not re.fullmatch(r"[\w.+-]*\w", contestant)]:
         raise UserError(f"{path}: the contestant {odd[0]!r}; needed: a name of letters, digits and _ . + -")
     return race
@@ -157,11 +160,12 @@ def train(race: Race, contestant: str, seed: int, run_folder: Path) -> None:
     """Trains one run until the race's rule ends it; one that was interrupted goes on."""
     if ended(race, run_folder):
         return
+    save_every = race.save_every or race.keep_every
     command = [
         sys.executable, str(ROOT / "train.py"), *training_overrides(race, contestant), f"seed={seed}",
         f"results_dir={run_folder.parent}", f"run_name={run_folder.name}",
-        f"train.max_steps={race.steps or 10**7}", f"train.save_every={race.keep_every}",
-        f"train.keep_every={race.keep_every}", "train.keep_last=1", f"train.val_every={race.keep_every}",
+        f"train.max_steps={race.steps or 10**7}", f"train.save_every={save_every}",
+        f"train.keep_every={save_every}", "train.keep_last=1", f"train.val_every={race.keep_every}",
         f"train.log_every={LOG_EVERY}", "preview.every=0",
     ]  # fmt: skip
     process = start(command, race.cores, run_folder)
@@ -201,9 +205,11 @@ def ended(race: Race, run_folder: Path) -> bool:
 
 
 def score(race: Race, contestant: str, run_folder: Path, scores: Path) -> None:
-    """Scores the kept steps and the last one, those that have no score yet."""
-    done = {f"step_{found['step']:07d}" for found in read_scores(scores)}
-    left = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if path.name not in done]
+    """Scores every `keep_every`-th step and the last one, those that have no score yet."""
+    done = {found["step"] for found in read_scores(scores)}
+    saved = {step_of(path): path for path in complete_checkpoints(run_folder)}
+    wanted = {step for step in saved if step % race.keep_every == 0} | {max(saved)}
+    left = [saved[step] for step in sorted(wanted - done)]
     if not left:
         return
     command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={','.join(map(str, left))}"]

@@ -38,6 +38,7 @@ class Race:
     seconds: float | None = None  # or with the first log line at which it has computed for so long
     metric: str = "fd_mnist"  # of metrics.json; lower is better
     cores: int = 1  # of each run
+    save_every: int | None = None  # steps from one checkpoint to the next; None = keep_every
 
 
 def as_yaml(race: Race) -> str:
@@ -77,6 +78,8 @@ def show(race: Race, folder: Path) -> None:
         if race.seconds is not None:
             raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
         seconds = None  # as where each run is scored once: the race compares its steps alone
+    if len({run.step_seconds for run in every}) == 1:
+        seconds = None  # the contestants share their runs
     write_text_atomic(folder / "statistics.md", statistics(race, runs, read, step, seconds))
     write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
     draw(race, runs, seconds, folder / "figure.png")

@@ -119,13 +119,20 @@ def test_a_run_that_has_ended_stays_so(tmp_path):
         assert ended(race, tmp_path) is said, step
 
 
-@pytest.mark.parametrize("name", ["up/there", "..", "", "a b"])
-def test_a_contestants_name_is_that_of_a_folder(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        *((("  tread:", f"  {json.dumps(name)}:"), repr(name)) for name in ("up/there", "..", "", "a b")),
+        (("save_every: 5", "save_every: 3"), "multiple of save_every 3"),  # a score needs a checkpoint
+        (("steps: 20", "seconds: 20\nsteps: 20"), "one of the two"),
+    ],
+)
+def test_a_race_that_cannot_be_is_refused(wrong, said, tmp_path, monkeypatch):
     text = (ROOT / "configs/race/smoke.yaml").read_text()
     (tmp_path / "race").mkdir()
-    (tmp_path / "race" / "odd.yaml").write_text(text.replace("  tread:", f"  {json.dumps(name)}:"))
+    (tmp_path / "race" / "odd.yaml").write_text(text.replace(*wrong))
     monkeypatch.setattr(cli, "CONFIG_DIR", tmp_path)
-    with pytest.raises(UserError, match=re.escape(repr(name))):
+    with pytest.raises(UserError, match=re.escape(said)):
         load_race("odd")
 
 
