@@ -194,13 +194,12 @@ def ended(race: Race, run_folder: Path) -> bool:
         steps = read_steps(run_folder)
     except UserError:  # not begun
         return False
-    if race.seconds is None:
-        return max(steps) >= race.steps
     seen: dict[int, dict] = {}
     for step, line in steps.items():  # a later line can lower the median, but what has ended stays so
         seen[step] = line
-        if step * step_seconds(race, seen) >= race.seconds:
-            return True
+        over = step >= race.steps if race.seconds is None else step * step_seconds(race, seen) >= race.seconds
+        if over:
+            return step % race.keep_every > 0 or "val/loss_dense" in line  # the validation comes after the step's line
     return False
 
 

@@ -119,6 +119,15 @@ def test_a_run_that_has_ended_stays_so(tmp_path):
         assert ended(race, tmp_path) is said, step
 
 
+@pytest.mark.parametrize("name, last", [("quickstart", 300), ("smoke", 20)])
+def test_a_run_ends_after_the_validation_of_its_last_step(name, last, tmp_path):
+    lines = [{"step": last, "train/loss": 1.0, "perf/cpu_s": 1.0, "perf/step_s": 1.0, "perf/img_per_s": 1.0}]
+    for said in (False, True):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert ended(load_race(name), tmp_path) is said
+        lines.append({"step": last, "val/loss_dense": 0.3})
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
