@@ -13,12 +13,15 @@ from collections.abc import Callable
 
 import torch
 
-from randomness import Generators, normal, uniform
+from conditions import Condition
+from contracts import Objective
+from randomness import normal, uniform
+from routing_module import Source
 from solvers import broadcast_t, edm_sampler, linear_alpha_bar
 from system import UserError
 
 
-class DDPM:
+class DDPM(Objective):
     """Noise prediction. num_steps, beta_start, beta_end: the linear schedule that the network is trained for."""
 
     predicts = "denoised"
@@ -33,44 +36,35 @@ class DDPM:
         self.alpha_bar = linear_alpha_bar(num_steps, beta_start, beta_end)  # a_k
         self.log_sigma = ((1 - self.alpha_bar) / self.alpha_bar).sqrt().log().float()  # (num_steps,), rising
 
-    def loss(
-        self,
-        net: Callable,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        generator: Generators = None,
-        reduce: Callable | None = None,
-    ) -> torch.Tensor:
-        """Squared error of the noise per sample ("L_simple"): x (B, C, h, w), y (B,) -> (B,).
+    def errors(
+        self, net: Callable, x: torch.Tensor, condition: Condition, generators: Source = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The noise's squared error ("L_simple"): as in `Objective.errors`.
 
         Learned variances (DiT's other C channels) are not trained: only the ancestral sampler uses them.
-        reduce(squared error, x_t, denoised), (B, C, h, w) each, -> (B,); None = the mean over all pixels.
         """
         self.log_sigma = self.log_sigma.to(x.device)
-        step = (uniform((len(x),), generator, device=x.device) * len(self.log_sigma)).long()  # (B,)
+        step = (uniform((len(x),), generators, device=x.device) * len(self.log_sigma)).long()  # (B,)
         sigma = self.log_sigma[step].exp()
-        noise = normal(x.shape, generator, device=x.device)
+        noise = normal(x.shape, generators, device=x.device)
         x_t = x + sigma.view(-1, 1, 1, 1) * noise
-        eps = self.noise(net, x_t, sigma, y)[:, : x.shape[1]]
-        error = (eps - noise).square()
-        if reduce is None:
-            return error.flatten(1).mean(dim=1)
-        return reduce(error, x_t, x_t - sigma.view(-1, 1, 1, 1) * eps)
+        eps = self.noise(net, x_t, sigma, condition)[:, : x.shape[1]]
+        return (eps - noise).square(), x_t, x_t - sigma.view(-1, 1, 1, 1) * eps
 
-    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """D(x_t; sigma): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32.
+    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """D(x_t; sigma): x_t (B, C, h, w), t = sigma, () or (B,) -> denoised (B, C, h, w) float32.
 
         The output of a network with learned variances goes on with those, as they are: (B, 2 C, h, w).
         """
         x_t, sigma = x_t.float(), broadcast_t(t, x_t)
-        noise = self.noise(net, x_t, sigma, y)
+        noise = self.noise(net, x_t, sigma, condition)
         denoised = x_t - sigma.view(-1, 1, 1, 1) * noise[:, : x_t.shape[1]]
         return torch.cat([denoised, noise[:, x_t.shape[1] :]], dim=1)
 
-    def noise(self, net: Callable, x_t: torch.Tensor, sigma: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def noise(self, net: Callable, x_t: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         """eps: x_t (B, C, h, w), sigma (B,) -> (B, C, h, w) float32; (B, 2 C, h, w) with learned variances after it."""
         c_in = (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
-        return net(c_in * x_t, self.step_at(sigma), y).float()
+        return net(c_in * x_t, self.step_at(sigma), condition).float()
 
     def step_at(self, sigma: torch.Tensor) -> torch.Tensor:
         """The fractional step k with sigma_k = sigma, interpolated in log sigma, clamped to both ends: (B,) -> (B,)."""

@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import torch
 
-from randomness import Generators, normal
+from conditions import Condition
+from contracts import Objective, weighted
+from randomness import normal
+from routing_module import Source
 from solvers import broadcast_t, edm_sampler
 
 
-class EDM:
+class EDM(Objective):
     """A preconditioned denoiser. In training, ln(sigma) ~ N(P_mean, P_std^2). sigma_data: standard deviation of x."""
 
     predicts = "denoised"
@@ -20,32 +23,21 @@ class EDM:
     def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5):
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
 
-    def loss(
-        self,
-        net: Callable,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        generator: Generators = None,
-        reduce: Callable | None = None,
-    ) -> torch.Tensor:
-        """The denoiser's weighted squared error per sample (Eq. 5-7): x (B, C, h, w), y (B,) -> (B,).
-
-        reduce(weighted error, x_t, denoised), (B, C, h, w) each, -> (B,); None = the mean over all pixels.
-        """
-        sigma = (self.P_mean + self.P_std * normal((len(x),), generator, device=x.device)).exp()  # (B,)
-        noise = normal(x.shape, generator, device=x.device)
+    def errors(
+        self, net: Callable, x: torch.Tensor, condition: Condition, generators: Source = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The denoiser's squared error, weighted (Eq. 5-7): as in `Objective.errors`."""
+        sigma = (self.P_mean + self.P_std * normal((len(x),), generators, device=x.device)).exp()  # (B,)
+        noise = normal(x.shape, generators, device=x.device)
         x_t = x + noise * _column(sigma)
-        denoised = self.predict(net, x_t, sigma, y)
+        denoised = self.predict(net, x_t, sigma, condition)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        error = (denoised - x).square()
-        if reduce is None:
-            return weight * error.flatten(1).mean(dim=1)
-        return reduce(_column(weight) * error, x_t, denoised)
+        return weighted((denoised - x).square(), weight), x_t, denoised
 
-    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """D(x_t; sigma) (Table 1): x_t (B, C, h, w), t = sigma, () or (B,), y (B,) -> denoised (B, C, h, w) float32.
+    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """D(x_t; sigma) (Table 1): x_t (B, C, h, w), t = sigma, () or (B,) -> denoised (B, C, h, w) float32.
 
-        net(x, t, y): the network, with its routing bound. Output channels past C (learned sigma) are ignored.
+        net(x, t, condition): the network, with its routing bound. Output channels past C (learned sigma) are ignored.
         """
         x_t = x_t.float()
         sigma = broadcast_t(t, x_t)  # (B,)
@@ -53,7 +45,7 @@ class EDM:
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()
-        out = net(_column(c_in) * x_t, sigma.log() / 4, y)[:, : x_t.shape[1]].float()
+        out = net(_column(c_in) * x_t, sigma.log() / 4, condition)[:, : x_t.shape[1]].float()
         return _column(c_skip) * x_t + _column(c_out) * out
 
 

@@ -11,13 +11,17 @@ They combine. Both branches make the same kind of prediction, denoised or veloci
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 
-from randomness import Generators
-from routing_module import Routing, check_ratio, check_selection
+import conditions
+from conditions import Condition
+from contracts import Network
+from routing_blocks import check_route
+from routing_module import Routing, Source
 from system import UserError
 
 
@@ -51,8 +55,8 @@ class Guidance:
 
     def __post_init__(self):
         for name in ("gamma_strong", "gamma_weak"):
-            for ratio in self.ends(name):
-                check_ratio(ratio)
+            if not all(0 <= ratio < 1 for ratio in self.ends(name)):
+                raise UserError(f"{name} is a share of tokens routed away, in [0, 1); got {self.ends(name)}")
         if not all(0 <= scale < math.inf for scale in self.ends("scale")):
             raise UserError(f"guidance scale {self.scale}; needed: a finite number >= 0 (1 = off)")
         if self.weak_label not in ("same", "none", "random"):
@@ -97,18 +101,30 @@ class Guidance:
         return max(self.ends("gamma_strong")) > 0 or (self.on and max(self.ends("gamma_weak")) > 0)
 
 
-def check_networks(guidance: Guidance, strong: torch.nn.Module, weak: torch.nn.Module) -> None:
-    """Raises UserError where guidance needs what the two branches' networks (dit.DiT) do not have."""
-    if guidance.routed and not (strong.routes and weak.routes):
+def check_networks(guidance: Guidance, strong: Network, weak: Network) -> None:
+    """Raises UserError where guidance needs what the two branches' networks were not trained for."""
+    trained = all(any(route.selection_ratio > 0 for route in network.routes) for network in (strong, weak))
+    if guidance.routed and not trained:
         raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
-    if guidance.on and guidance.weak_path and weak.path_drop is None:
-        raise UserError("weak_path=drop needs a model trained with path drop (model=sprint); this one has none")
     for network, name in ((strong, "gamma_strong"), (weak, "gamma_weak"))[: 2 if guidance.on else 1]:
         for route in network.routes:
             first, last = guidance.ends(name)
             if route.selection == "structured" and first != last:
                 raise UserError(f"{name} changes from {first:g} to {last:g}; structured selection needs one ratio")
-            check_selection(route.selection, first, network.num_tokens)
+            with user_mistakes(name):
+                check_route(route, first, route.grid)
+    if guidance.on and guidance.weak_path:
+        with user_mistakes("weak_path"):
+            weak.macs(Routing(drop_path=True))
+
+
+@contextmanager
+def user_mistakes(key: str) -> Iterator[None]:
+    """A ValueError of the maths inside is a mistake in the setting `key`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def guidance_from(config: Mapping) -> Guidance:
@@ -130,17 +146,17 @@ def guidance_from(config: Mapping) -> Guidance:
 class Branch:
     """One side of the rule, for one batch of images: x (B, C, h, w), t () -> prediction (B, C, h, w)."""
 
-    predict: Callable  # predict(x, t, y, routing) -> prediction
-    label: Callable  # () -> (B,) int64
+    predict: Callable  # predict(x, t, condition, routing) -> prediction
+    condition: Callable[[], Condition]  # of the batch
     ratio: Callable  # t -> selection ratio
     masks: list[torch.Generator]  # of the routed tokens, one per image
     drop_path: bool = False
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.predict(x, t, self.label(), routing(self.ratio(t), self.masks, self.drop_path))
+        return self.predict(x, t, self.condition(), routing_at(self.ratio(t), self.masks, self.drop_path))
 
 
-def routing(ratio: float, masks: Generators, drop_path: bool = False) -> Routing | None:
+def routing_at(ratio: float, masks: Source, drop_path: bool = False) -> Routing | None:
     return Routing(ratio, masks, drop_path=drop_path) if ratio > 0 or drop_path else None
 
 
@@ -151,8 +167,9 @@ def pair(strong: Branch, weak: Branch) -> Callable:
         ratio = strong.ratio(t)
         if strong.predict != weak.predict or ratio != weak.ratio(t) or strong.drop_path != weak.drop_path:
             return strong(x, t), weak(x, t)
-        labels = torch.cat([strong.label(), weak.label()])
-        return strong.predict(torch.cat([x, x]), t, labels, routing(ratio, strong.masks + weak.masks)).chunk(2)
+        condition = conditions.join(strong.condition(), weak.condition())
+        routing = routing_at(ratio, strong.masks + weak.masks)
+        return strong.predict(torch.cat([x, x]), t, condition, routing).chunk(2)
 
     return both
 

@@ -1,7 +1,7 @@
 """LightningDiT (arXiv 2501.01423): DiT with RMSNorm, SwiGLU, rotary positions and, optionally, QK-norm.
 
-State-dict keys are that project's. Each kept token keeps the rotary angles of its own position: the angles are gathered
-with the tokens.
+State-dict keys are that project's. Each kept token keeps the rotary angles of its own position: they are gathered with
+the tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Attention, Block, DiT, linear, shape_of
-from routing_module import Route, gather_tokens
+from dit import Attention, Block, DiT, shape_of
+from routing_module import Route
 from system import UserError
+from system.kernels import linear
 
 
 class LightningDiT(DiT):
@@ -26,14 +27,14 @@ class LightningDiT(DiT):
 
     def __init__(
         self,
-        input_size: int = 16,
+        input_size: int | Sequence[int] = 16,
         patch_size: int | None = None,
         in_channels: int = 32,
         hidden_size: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
         learn_sigma: bool = False,
         routes: Sequence[Route | Mapping] = (),
         qk_norm: bool = False,
@@ -43,6 +44,8 @@ class LightningDiT(DiT):
         mlp: str = "swiglu",
         rotary: bool = True,
         sincos: bool = True,
+        condition: str = "class",
+        text_width: int | None = None,
     ):
         if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu"):
             raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu or gelu")
@@ -51,24 +54,21 @@ class LightningDiT(DiT):
             raise UserError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads ({num_heads})")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            routes, fp32_after_route, size, block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp),
+            routes, fp32_after_route, size, condition, text_width,
+            block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp),
         )  # fmt: skip
         if norm == "rms":
             self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
         if not sincos:
             self.pos_embed.zero_()
         self.rotary = rotary
-        angles = rotary_angles(hidden_size // num_heads, input_size // patch_size)
-        self.register_buffer("angles", angles[None], persistent=False)  # (1, N, D/H)
+        angles = rotary_angles(hidden_size // num_heads, *self.grid)[None]  # (1, N, D/H)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def positions(self, keep_ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Cosine and sine of the angles of all tokens, or of those at keep_ids (B, K): (B or 1, 1, K, D/H) each."""
-        if not self.rotary:
-            return ()
-        angles = self.angles
-        if keep_ids is not None:
-            angles = gather_tokens(angles.expand(len(keep_ids), -1, -1), keep_ids)  # (B, K, D/H)
-        return angles.cos()[:, None], angles.sin()[:, None]
+    def positions(self) -> tuple[torch.Tensor, ...]:
+        """Cosine and sine of the tokens' angles, (1, N, D/H) each."""
+        return (self.cos, self.sin) if self.rotary else ()
 
 
 class LightningBlock(Block):
@@ -93,11 +93,12 @@ class RotaryAttention(Attention):
         self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, *angles: torch.Tensor) -> torch.Tensor:
-        """x (B, K, D), angles: cosine and sine (B or 1, 1, K, D/H), or none -> (B, K, D)."""
+        """x (B, K, D), angles: cosine and sine (B or 1, K, D/H), or none -> (B, K, D)."""
         q, k, v = self.split(x)  # (B, H, K, D/H)
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if angles:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            cos, sin = (part[:, None] for part in angles)  # (B or 1, 1, K, D/H)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return self.attend(q.to(v.dtype), k.to(v.dtype), v)
 
 
@@ -135,8 +136,11 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
 
 
-def rotary_angles(head_size: int, side: int) -> torch.Tensor:
-    """(side * side, head_size): the row's angles in the first half, the column's in the second, one per pair of x."""
+def rotary_angles(head_size: int, rows: int, columns: int) -> torch.Tensor:
+    """(N, head_size): the row's angles in the first half, the column's in the second, one per pair of x."""
     frequency = 10000.0 ** -(torch.arange(head_size // 4, dtype=torch.float32) / (head_size // 4))
-    angle = (torch.arange(side)[:, None] * frequency).repeat_interleave(2, dim=1)  # (side, head_size / 2)
-    return torch.cat([angle[:, None].expand(-1, side, -1), angle.expand(side, -1, -1)], dim=-1).flatten(0, 1)
+    row, column = (  # (rows, head_size / 2), (columns, head_size / 2)
+        (torch.arange(n)[:, None] * frequency).repeat_interleave(2, dim=1) for n in (rows, columns)
+    )
+    both = row[:, None].expand(-1, columns, -1), column.expand(rows, -1, -1)
+    return torch.cat(both, dim=-1).flatten(0, 1)

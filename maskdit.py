@@ -8,16 +8,16 @@ Its loss is the objective's error on the patches that the encoder saw, and a rec
 others (MAE). State-dict keys are the official ones; "no label" is a zero embedding.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Block, DiT, FinalLayer, modulate, sincos_positions, weights_of
-from randomness import Generators
-from routing_module import Route, Routing, draw_only_route, gather_tokens, num_kept, pad_tokens
+from conditions import Condition
+from dit import Block, DiT, FinalLayer, LabelEmbedder, modulate, sincos_positions, weights_of
+from routing_blocks import block_tokens
+from routing_module import Route, Routing, Source, gather_tokens, num_kept, run_blocks, scatter_tokens
 from system import UserError
 
 DECODER = dict(decoder_hidden_size=512, decoder_depth=8, decoder_num_heads=16)  # at every published size
@@ -36,14 +36,14 @@ class MaskDiT(DiT):
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: int | Sequence[int] = 32,
         patch_size: int | None = None,
         in_channels: int = 4,
         hidden_size: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
         selection_ratio: float = 0.5,
         selection: str = "random",
         mae_weight: float = 0.1,
@@ -51,10 +51,12 @@ class MaskDiT(DiT):
         decoder_depth: int | None = None,
         decoder_num_heads: int | None = None,
         size: str = "DiT-XL/2",
+        condition: str = "class",
+        text_width: int | None = None,
     ):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, False,
-            [Route(selection_ratio, 0, -1, selection)], size=size,
+            [Route(selection_ratio, 0, -1, selection)], False, size, condition, text_width,
         )  # fmt: skip
         named = SMALL_DECODER if size.removeprefix("DiT-").startswith("XS/") else DECODER
         given = (decoder_hidden_size, decoder_depth, decoder_num_heads)
@@ -65,13 +67,13 @@ class MaskDiT(DiT):
             raise UserError(
                 "mae_weight normalises patches, and this model's have one number each; needed: mae_weight=0"
             )
-        D = self.pos_embed.shape[-1]
-        self.mae_weight = mae_weight
-        self.y_embedder = OneHotEmbedder(num_classes, D)
+        D, self.mae_weight = self.hidden_size, mae_weight
+        if isinstance(self.y_embedder, LabelEmbedder):
+            self.y_embedder = OneHotEmbedder(num_classes, D)
         self.decoder_layer = DecoderLayer(D, width)
         self.decoder_blocks = nn.ModuleList([conditioned(Block(width, heads, mlp_ratio), D) for _ in range(depth)])
         self.final_layer = conditioned(FinalLayer(width, self.patch_size, in_channels), D)
-        self.register_buffer("decoder_pos_embed", sincos_positions(width, input_size // self.patch_size)[None])
+        self.register_buffer("decoder_pos_embed", sincos_positions(width, *self.grid)[None])
         masked = num_kept(self.num_tokens, selection_ratio) < self.num_tokens
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masked)
         self.initialize_decoder()
@@ -88,52 +90,54 @@ class MaskDiT(DiT):
         for layer in (self.decoder_layer, self.final_layer):
             nn.init.zeros_(layer.linear.weight)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
-        tokens, c = self.embed(x, t, y)  # (B, N, D), (B, D)
-        keep_ids = draw_only_route(self.routes, routing, *tokens.shape[:2], tokens.device)
-        if keep_ids is not None:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
+        hidden: Collection[int] = (),
+    ):  # fmt: skip
+        tokens, c = self.embed(x, t, condition)  # (B, N, D), (B, D)
+        depth, keep_ids = len(self.blocks), None
+        if routing is not None and (keep_ids := routing.draw(self.routes[0], tokens)) is not None:
             tokens = gather_tokens(tokens, keep_ids)  # (B, K, D)
-        for block in self.blocks:
-            tokens = self.run(block, tokens, c, ())
+        tokens, encoded = run_blocks(enumerate(self.blocks), tokens, (c,), hidden=hidden)
+        encoded = {i: (state, keep_ids) for i, (state, _) in encoded.items()}
         tokens = self.decoder_layer(tokens, c)  # (B, K, decoder's width)
         if keep_ids is not None:
-            tokens = pad_tokens(tokens, keep_ids, self.mask_token, self.num_tokens)  # (B, N, decoder's width)
+            everywhere = self.mask_token.expand(len(tokens), self.num_tokens, -1)
+            tokens = scatter_tokens(tokens, keep_ids, everywhere)  # (B, N, decoder's width)
         tokens = tokens + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            tokens = self.run(block, tokens, c, ())
-        return self.output(tokens, c)
+        tokens, decoded = run_blocks(enumerate(self.decoder_blocks, depth), tokens, (c,), hidden=hidden)
+        return self.output(tokens, c, encoded | decoded)
 
-    def training_loss(self, objective, net: Callable, x: torch.Tensor, y: torch.Tensor, generators: Generators = None):
-        """DiT's, where nothing is masked; otherwise `masked_loss`, with one mask for the network and the loss."""
-        keep_ids = draw_only_route(self.routes, Routing(generators=generators), len(x), self.num_tokens, x.device)
-        if keep_ids is None:
-            return super().training_loss(objective, net, x, y, generators)
-        net = partial(net, routing=Routing(keep_ids=keep_ids))
-        return objective.loss(net, x, y, generators, partial(self.masked_loss, keep_ids))
+    def training_routing(self, batch_size: int, generators: Source, device: torch.device) -> Routing:
+        """With the mask, which is drawn before the noise, as in the authors' code."""
+        tokens = torch.empty(batch_size, self.num_tokens, 0, device=device)
+        return Routing(generators=generators, keep_ids=Routing(generators=generators).draw(self.routes[0], tokens))
 
-    def masked_loss(
-        self, keep_ids: torch.Tensor, error: torch.Tensor, x_t: torch.Tensor, denoised: torch.Tensor
+    def reduce(
+        self, error: torch.Tensor, x_t: torch.Tensor, denoised: torch.Tensor, routing: Routing | None
     ) -> torch.Tensor:
         """The mean error over the patches that the encoder saw, + mae_weight * the others' reconstruction error.
 
-        keep_ids (B, K); the objective's error, noisy input and estimate of the data, (B, C, h, w) each -> (B,). What is
-        to be reconstructed is the noisy input, each of its patches normalised.
+        What is to be reconstructed is the noisy input, each of its patches normalised. (B, C, h, w) each -> (B,).
         """
+        keep_ids = routing.drawn[0] if routing is not None else None
+        if keep_ids is None:
+            return super().reduce(error, x_t, denoised, routing)
         visible = gather_tokens(patches_of(error, self.patch_size).mean(dim=-1), keep_ids).mean(dim=1)  # (B,)
         target = patches_of(x_t, self.patch_size)  # (B, N, C * p * p)
         target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         missed = (patches_of(denoised, self.patch_size) - target).square().mean(dim=-1)  # (B, N)
-        hidden = torch.ones_like(missed).scatter(1, keep_ids, 0)
-        return visible + self.mae_weight * (missed * hidden).sum(dim=1) / hidden.sum(dim=1)
+        masked = torch.ones_like(missed).scatter(1, keep_ids, 0)
+        return visible + self.mae_weight * (missed * masked).sum(dim=1) / masked.sum(dim=1)
 
     @property
     def all_blocks(self) -> tuple[nn.Module, ...]:
-        return (*self.blocks, *self.decoder_blocks)
+        return (*self.blocks, *self.decoder_blocks, self.final_layer)
 
     def macs(self, routing: Routing | None = None) -> int:
-        encoded = self.block_tokens(routing)[0]
+        encoded = block_tokens(self.routes, routing, len(self.blocks), self.num_tokens)[0]
         layer = encoded * self.decoder_layer.linear.weight.numel() + weights_of(self.decoder_layer.adaLN_modulation)
-        return super().macs(routing) + layer
+        return super().macs(routing) + layer + sum(block.macs(self.num_tokens) for block in self.decoder_blocks)
 
 
 class OneHotEmbedder(nn.Module):

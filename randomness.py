@@ -26,6 +26,10 @@ class BatchSlice(NamedTuple):
     start: int
     total: int
 
+    def __call__(self, shape: Sequence[int], device: torch.device | str | None) -> torch.Tensor:
+        """What routing_module draws from: numbers from [0, 1)."""
+        return uniform(shape, self, device=device)
+
 
 Generators = torch.Generator | BatchSlice | Sequence[torch.Generator] | None
 

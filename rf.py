@@ -13,12 +13,15 @@ from collections.abc import Callable
 
 import torch
 
-from randomness import Generators, normal, uniform
+from conditions import Condition
+from contracts import Objective
+from randomness import normal, uniform
+from routing_module import Source
 from solvers import broadcast_t, flow_sampler
 from system import UserError
 
 
-class RectifiedFlow:
+class RectifiedFlow(Objective):
     """timesteps: how t is drawn in training, "uniform" (SiT) or "logit_normal" (2403.03206: sigmoid of N(0, 1)).
 
     contrastive, in [0, 1): weight of contrastive flow matching (arXiv 2506.05350), 0.05 as published; 0 = off.
@@ -36,43 +39,35 @@ class RectifiedFlow:
             raise UserError(f"objective.contrastive={contrastive}; needed: from 0 to below 1, 0.05 as published")
         self.timesteps, self.contrastive, self.null_label = timesteps, contrastive, null_label
 
-    def loss(
-        self,
-        net: Callable,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        generator: Generators = None,
-        reduce: Callable | None = None,
-    ) -> torch.Tensor:
-        """Squared error of the velocity per sample: x (B, C, h, w), y (B,) -> (B,).
+    def errors(
+        self, net: Callable, x: torch.Tensor, condition: Condition, generators: Source = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The velocity's squared error: as in `Objective.errors`.
 
         Contrastive: less `contrastive` times the squared error against the other row of the pair (0, 1), (2, 3), ...
-        reduce(squared error, x_t, denoised), (B, C, h, w) each, -> (B,); None = the mean over all pixels.
         """
         if self.timesteps == "uniform":
-            t = uniform((len(x),), generator, device=x.device)  # (B,)
+            t = uniform((len(x),), generators, device=x.device)  # (B,)
         else:
-            t = normal((len(x),), generator, device=x.device).sigmoid()  # (B,)
-        noise = normal(x.shape, generator, device=x.device)
+            t = normal((len(x),), generators, device=x.device).sigmoid()  # (B,)
+        noise = normal(x.shape, generators, device=x.device)
         x_t = x + t.view(-1, 1, 1, 1) * (noise - x)
-        velocity = self.predict(net, x_t, t, y)
+        velocity = self.predict(net, x_t, t, condition)
         error = (velocity - (noise - x)).square()  # (B, C, h, w)
         if self.contrastive:
             # Neighbours of a global batch are independent samples, and no split into even parts separates a pair.
             other = torch.arange(len(x), device=x.device) ^ 1  # (B,)
-            contrasts = (other < len(x)) & (y != self.null_label)  # an odd batch's last row has no other
+            contrasts = (other < len(x)) & (condition != self.null_label)  # an odd batch's last row has no other
             wrong = (noise - x)[other.clamp(max=len(x) - 1)]
             error = error - self.contrastive * contrasts.view(-1, 1, 1, 1) * (velocity - wrong).square()
-        if reduce is None:
-            return error.flatten(1).mean(dim=1)
-        return reduce(error, x_t, x_t - t.view(-1, 1, 1, 1) * velocity)
+        return error, x_t, x_t - t.view(-1, 1, 1, 1) * velocity
 
-    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """v(x_t, t): x_t (B, C, h, w), t in [0, 1], () or (B,), y (B,) -> velocity (B, C, h, w) float32.
+    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """v(x_t, t): x_t (B, C, h, w), t in [0, 1], () or (B,) -> velocity (B, C, h, w) float32.
 
-        net(x, t, y): the network, with its routing bound. Output channels past C (learned sigma) are ignored.
+        net(x, t, condition): the network, with its routing bound. Output channels past C (learned sigma) are ignored.
         """
-        return net(x_t.float(), broadcast_t(t, x_t), y)[:, : x_t.shape[1]].float()
+        return net(x_t.float(), broadcast_t(t, x_t), condition)[:, : x_t.shape[1]].float()
 
 
 def main(argv: list[str]) -> None:

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from routing_module import Active, Route, RoutedBlocks, Routing, gather_rows, keep_others, resolve_routes
-from system import UserError
+from routing_blocks import Active, RoutedBlocks, gather_rows, keep_others, resolve_routes
+from routing_module import Route, Routing
 
 
 class AnglesOfSamples:
@@ -37,7 +37,7 @@ def gather_angles(value, keep_ids: torch.Tensor, num_tokens: int, name: str) -> 
     """Cosine and sine, (T + N, D/H) each, text first."""
     rows = len(value[0])
     if rows < num_tokens:
-        raise UserError(f"per-token argument {name} of {rows} rows; needed: one per token, {num_tokens} or more")
+        raise ValueError(f"per-token argument {name} of {rows} rows; needed: one per token, {num_tokens} or more")
     ids = keep_others(keep_ids, rows - num_tokens, num_tokens, rows)  # (B, T + K)
     return tuple(AnglesOfSamples(part[ids]) for part in value)
 
@@ -128,20 +128,20 @@ class ListedBlocks(RoutedBlocks):
 
 
 def family_of(model: nn.Module) -> list[Blocks]:
-    """FAMILIES' row for a model. Raises UserError for a class that has none."""
+    """FAMILIES' row for a model. Raises ValueError for a class that has none."""
     for parent in type(model).__mro__:
         if parent.__name__ in FAMILIES:
             return FAMILIES[parent.__name__]
-    raise UserError(
+    raise ValueError(
         f"{type(model).__name__} is none of {', '.join(FAMILIES)}; for another transformer: model.blocks = "
-        "routing_module.RoutedBlocks(model.blocks, Route(ratio, start, end), per_token=[names of arguments])"
+        "routing_blocks.RoutedBlocks(model.blocks, Route(ratio, start, end), per_token=[names of arguments])"
     )
 
 
 def route(model: nn.Module, start: int, end: int, ratio: float) -> nn.Module:
     """Lets a share `ratio` in [0, 1) of the image tokens bypass blocks start..end (inclusive; negative: from the end).
 
-    Works in place and returns the model; a second call adds a route. Raises UserError for a span outside the blocks or
+    Works in place and returns the model; a second call adds a route. Raises ValueError for a span outside the blocks or
     across another route, and for a class that is not in FAMILIES.
     """
     rows = family_of(model)
@@ -151,7 +151,7 @@ def route(model: nn.Module, start: int, end: int, ratio: float) -> nn.Module:
     routes, first = resolve_routes([*before, Route(ratio, start, end)], depth), 0
     for i, (row, blocks) in enumerate(zip(rows, lists)):
         if row.note is not None and not len(blocks):
-            raise UserError(
+            raise ValueError(
                 f"{type(model).__name__} without {row.name}; needed: a block there, which tells text from image"
             )
         routed = ListedBlocks(blocks, row, leads=i == 0)
@@ -163,7 +163,7 @@ def route(model: nn.Module, start: int, end: int, ratio: float) -> nn.Module:
 
 
 def unroute(model: nn.Module) -> nn.Module:
-    """Gives a model its plain lists of blocks back, in place, and returns it. Raises UserError for unknown classes."""
+    """Gives a model its plain lists of blocks back, in place, and returns it. Raises ValueError for unknown classes."""
     for row in family_of(model):
         setattr(model, row.name, nn.ModuleList(getattr(model, row.name)))
     return model

@@ -9,12 +9,15 @@ drop), so the network predicts without g too: path-drop guidance takes that as i
 At selection_ratio 0 nothing is padded: the second stage and dense sampling use the same weights.
 """
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import nn
 
+from conditions import Condition
 from lightningdit import LightningDiT
 from randomness import uniform
-from routing_module import Route, Routing, draw_only_route, gather_tokens, pad_tokens
+from routing_module import Route, Routing, gather_tokens, run_blocks, scatter_tokens
 from system import UserError
 
 DENSE = 2  # blocks of f, and of h
@@ -32,14 +35,14 @@ class Sprint(LightningDiT):
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: int | Sequence[int] = 32,
         patch_size: int | None = None,
         in_channels: int = 4,
         hidden_size: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
         learn_sigma: bool = False,
         selection_ratio: float = 0.75,
         selection: str = "structured",
@@ -50,6 +53,8 @@ class Sprint(LightningDiT):
         mlp: str = "swiglu",
         rotary: bool = True,
         sincos: bool = False,
+        condition: str = "class",
+        text_width: int | None = None,
     ):
         if depth is not None and depth <= 2 * DENSE:
             raise UserError(f"SPRINT's {2 * DENSE} dense blocks leave none of {depth} for its sparse middle")
@@ -58,49 +63,51 @@ class Sprint(LightningDiT):
         route = Route(selection_ratio, DENSE, -1 - DENSE, selection)
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            [route], qk_norm, False, size, norm, mlp, rotary, sincos,
+            [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width,
         )  # fmt: skip
-        self.path_drop = path_drop
-        hidden_size = self.pos_embed.shape[-1]
+        self.path_drop, hidden_size = path_drop, self.hidden_size
         self.fusion = nn.Linear(2 * hidden_size, hidden_size)
         nn.init.xavier_uniform_(self.fusion.weight)
         nn.init.zeros_(self.fusion.bias)
         # A buffer: in the authors' code it is not trained.
         self.register_buffer("mask_token", 0.02 * torch.randn(1, 1, hidden_size))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
-        tokens, c = self.embed(x, t, y)  # (B, N, D), (B, D)
-        positions = self.positions(None)
-        for block in self.all_blocks[:DENSE]:
-            tokens = self.run(block, tokens, c, positions)
-        deep = self.deep_stream(tokens, c, routing)  # (B, N, D)
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
+        hidden: Collection[int] = (),
+    ):  # fmt: skip
+        tokens, c = self.embed(x, t, condition)  # (B, N, D), (B, D)
+        blocks = list(enumerate(self.blocks))
+        tokens, found = run_blocks(blocks[:DENSE], tokens, (c,), self.positions(), hidden=hidden)
+        deep, inside = self.deep_stream(blocks[DENSE:-DENSE], tokens, c, routing, hidden)  # (B, N, D)
         # In the dtype of f's tokens, or the blocks of h would be compiled separately under autocast.
         tokens = self.fusion(torch.cat([deep, tokens], dim=-1)).to(tokens.dtype)  # (B, N, D)
-        for block in self.all_blocks[-DENSE:]:
-            tokens = self.run(block, tokens, c, positions)
-        return self.output(tokens, c)
+        tokens, last = run_blocks(blocks[-DENSE:], tokens, (c,), self.positions(), hidden=hidden)
+        return self.output(tokens, c, found | inside | last)
 
-    def deep_stream(self, shallow: torch.Tensor, c: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+    def deep_stream(
+        self, blocks: list, shallow: torch.Tensor, c: torch.Tensor, routing: Routing | None, hidden: Collection[int]
+    ) -> tuple[torch.Tensor, dict]:
         """What g makes of the shallow stream (B, N, D): (B, N, D), the mask token in the places that g did not see."""
         if routing is not None and routing.drop_path:
-            return self.mask_token.expand_as(shallow)
-        keep_ids = draw_only_route(self.routes, routing, *shallow.shape[:2], shallow.device)
-        tokens = shallow if keep_ids is None else gather_tokens(shallow, keep_ids)  # (B, K, D)
-        positions = self.positions(keep_ids)
-        for block in self.all_blocks[DENSE:-DENSE]:
-            tokens = self.run(block, tokens, c, positions)
+            return self.mask_token.expand_as(shallow), {}
+        tokens, positions, keep_ids = shallow, self.positions(), None
+        if routing is not None and (keep_ids := routing.draw(self.routes[0], shallow)) is not None:
+            tokens, *positions = (gather_tokens(part, keep_ids) for part in (shallow, *positions))  # (B, K, ...)
+        tokens, states = run_blocks(blocks, tokens, (c,), positions, hidden=hidden)
+        states = {i: (state, keep_ids) for i, (state, _) in states.items()}
         if keep_ids is not None:
-            tokens = pad_tokens(tokens, keep_ids, self.mask_token, self.num_tokens)  # (B, N, D)
+            tokens = scatter_tokens(tokens, keep_ids, self.mask_token.expand_as(shallow))  # (B, N, D)
         if self.path_drop and routing is not None and routing.selection_ratio is None and routing.keep_ids is None:
             dropped = uniform((len(tokens),), routing.generators, device=tokens.device) < self.path_drop  # (B,)
             tokens = torch.where(dropped.view(-1, 1, 1), self.mask_token, tokens)
-        return tokens
+        return tokens, states
 
     def macs(self, routing: Routing | None = None) -> int:
         return super().macs(routing) + self.num_tokens * self.fusion.weight.numel()
 
-    def block_macs(self, routing: Routing | None = None) -> list[int]:
-        macs = super().block_macs(routing)
-        if routing is not None and routing.drop_path:
-            macs[DENSE:-DENSE] = [0] * len(macs[DENSE:-DENSE])
-        return macs
+    def block_macs(self, routing: Routing | None) -> list[int]:
+        if routing is None or not routing.drop_path:
+            return super().block_macs(routing)
+        macs = super().block_macs(None)
+        return macs[:DENSE] + macs[-DENSE:]

@@ -1,4 +1,4 @@
-"""A trained network with everything that sampling needs: objective, codec and config."""
+"""A trained network with everything that sampling needs: objective, codec and settings."""
 
 import re
 import sys
@@ -7,42 +7,47 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
-from checkpoints import foreign, power_ema
+import conditions
+from autoencoder import Codec
+from checkpoints.config import Settings, from_file
 from checkpoints.run_folder import (
+    CONDITIONS_FILE,
     WEIGHTS_FILES,
     find_checkpoint,
     load_strictly,
     read_config,
     read_manifest,
+    read_tensors,
     read_weights,
     split_family,
     step_of,
     verify_checkpoint,
 )
+from conditions import Condition
+from contracts import Network, Objective, check_members
 from routing_module import Routing
 from system import UserError
+from system.building import build
 from system.compiling import compile_blocks, decide_compile
 from system.files import sha256_once
-from system.instantiate import check_targets, instantiate
 from system.precision import decide_precision, tf32
 from system.processes import start_processes
-
-PRECISION_BATCH = 64  # auto is decided for this many images, so that it does not depend on the batch size
+from weights import foreign
 
 
 @dataclass
 class Run:
     """A network ready to sample: what `load_run` returns, and the EMA of a run in training."""
 
-    model: torch.nn.Module
-    objective: object
-    codec: object
-    config: DictConfig  # resolved
+    model: Network
+    objective: Objective
+    codec: Codec
+    settings: Settings
     device: torch.device
     precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
+    pool: Condition = None  # the conditions to choose from: every class, or the texts that the run has kept
     step: int = 0
     weights: str = "ema"
     ema_width: float | None = None  # of a power average in the place of the run's EMA
@@ -50,10 +55,7 @@ class Run:
     checkpoint: Path | None = None
     calls: int = field(default=0, init=False)  # network evaluations per image of the last batch
     macs: int = field(default=0, init=False)  # and their multiply-adds
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.num_classes
+    counted: dict[tuple, int] = field(default_factory=dict, init=False)  # multiply-adds of a call, by its routing
 
     @cached_property
     def sha256(self) -> str:
@@ -63,66 +65,83 @@ class Run:
         return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
 
     def compile_as(self, wanted: str) -> None:
-        """blocks, where this machine can, or off. Raises UserError for anything else."""
+        """blocks, where this machine can, or off."""
         self.compile, reason = decide_compile(wanted, self.device)
         if reason:
             print(f"warning: compile off: {reason}", file=sys.stderr)
-        compile_blocks(self.model, self.compile, dynamic=True)
+        compile_blocks(self.model.all_blocks, self.compile, dynamic=True)
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None
+    ) -> torch.Tensor:
         """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
+        how = routing and (routing.selection_ratio, routing.drop_path)
+        if how not in self.counted:
+            self.counted[how] = self.model.macs(routing)
         self.calls += len(x)
-        self.macs += len(x) * self.model.macs(routing)
+        self.macs += len(x) * self.counted[how]
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with tf32(self.device.type == "cuda" and self.precision == "fp32"), autocast:
-            return self.objective.predict(partial(self.model, routing=routing), x, t, y)
+            return self.objective.predict(partial(self.model, routing=routing), x, t, condition)
 
 
 def load_run(
-    ckpt: str | Path, weights: str = "ema", *, ema_width: float | None = None, device=None, precision: str = "fp32",
-    compile: str = "off",
+    ckpt: str | Path, weights: str = "ema", *, tensors: dict[str, torch.Tensor] | None = None, device=None,
+    precision: str = "fp32", compile: str = "off",
 ) -> Run:  # fmt: skip
-    """The network of a run folder, checkpoint folder or file (foreign.py), with its objective, codec and config.
+    """The network of a run folder, checkpoint folder or file (weights/), with its objective, codec and settings.
 
-    weights: "ema" or "raw". ema_width: the power average of this relative width (power_ema.py), of a run trained with
-    ema=power; None = its EMA. device: None = this process's own. precision: fp32, bf16 or, where all processes call
-    this, auto. Raises UserError where there is no checkpoint or it is damaged.
+    weights: "ema" or "raw". tensors: in their place, such as an average of another width (training/ema.py). device:
+    None = this process's own. precision: fp32, bf16 or, where all processes call this, auto. Raises UserError where
+    there is no checkpoint or it is damaged.
     """
-    path = find_checkpoint(ckpt)
-    if ema_width is not None:
-        power_ema.check_reconstruction(path, weights, ema_width)
+    path, kept = find_checkpoint(ckpt), None
     if path.is_file():
-        config, tensors, step = foreign.read(path, weights, split_family(ckpt)[0])
+        values, found, step = foreign.read(path, weights, split_family(ckpt)[0])
+        settings, beside = from_file(values, str(path)), path.with_name(CONDITIONS_FILE)
     else:
         if weights not in WEIGHTS_FILES:
             raise UserError(f"weights={weights!r}; needed: ema or raw")
-        read = ["config.yaml"] + [WEIGHTS_FILES[weights]] * (ema_width is None)  # the rest is several times as much
-        verify_checkpoint(path, only=read)
-        config, step = read_config(path), step_of(path)
-        tensors = read_weights(path, weights) if ema_width is None else power_ema.reconstruct(path, ema_width)
-    check_targets(config)
+        read = ["config.yaml"] + [WEIGHTS_FILES[weights]] * (tensors is None)  # the rest is several times as much
+        beside = path / CONDITIONS_FILE
+        verify_checkpoint(path, only=read + [CONDITIONS_FILE] * beside.is_file())
+        settings, step = read_config(path), step_of(path)
+        found = read_weights(path, weights) if tensors is None else tensors
     device = torch.device(device) if device is not None else start_processes().device
-    model = instantiate(config.model)
-    load_strictly(model, tensors, source=str(path))
-    precision = decide_precision(precision, device, partial(model.products, PRECISION_BATCH), backward=False)
+    model = build_network(settings)
+    load_strictly(model, found, source=str(path))
+    precision = decide_precision(precision, device)
     if precision == "bf16":
         round_linears(model)
     model.to(device).eval().requires_grad_(False)
+    if beside.is_file():
+        kept = conditions.load(read_tensors(beside))
     run = Run(
         model=model,
-        objective=instantiate(config.objective),
-        codec=instantiate(config.data.codec).to(device),
-        config=config,
+        objective=build(settings.objective, Objective, "objective"),
+        codec=build(settings.data.codec, Codec, "data.codec").to(device),
+        settings=settings,
         device=device,
         precision=precision,
+        pool=conditions.pool(model.null_condition, kept),
         step=step,
         weights=weights,
-        ema_width=ema_width,
         folder=folder_of(ckpt, path),
         checkpoint=path,
     )
     run.compile_as(compile)
     return run
+
+
+def build_network(settings: Settings) -> Network:
+    """The network that the settings describe. Raises UserError, also for one that lacks a member of the contract."""
+    try:
+        model = build(settings.model, Network, "model")
+        check_members(model)
+        conditions.check_kind(settings.data.condition, model.null_condition)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model
 
 
 def folder_of(ckpt: str | Path, path: Path) -> Path:
@@ -132,9 +151,9 @@ def folder_of(ckpt: str | Path, path: Path) -> Path:
     return path.with_suffix("") if path.is_file() else path.parent.parent
 
 
-def round_linears(model: torch.nn.Module) -> None:
+def round_linears(model: Network) -> None:
     """Gives the blocks' linear layers bf16 weights: autocast would make the same ones anew in every call."""
-    for i, block in enumerate(model.all_blocks):
-        for module in block.modules():
-            if isinstance(module, torch.nn.Linear) and i not in model.fp32_blocks:
+    for block in model.all_blocks:
+        for module in block.modules() if not getattr(block, "keeps_fp32", False) else ():
+            if isinstance(module, torch.nn.Linear):
                 module.to(torch.bfloat16)

@@ -1,0 +1,139 @@
+"""Images of a run. An image depends on its seed and condition alone: its noise, condition and routing masks come from
+generators keyed by the seed, whatever the batch size and the number of processes."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+
+import torch
+
+import conditions
+from checkpoints.load import Run, load_run
+from checkpoints.run_folder import complete_checkpoints, step_of
+from conditions import Condition
+from guidance import Branch, Guidance, check_networks, guide, pair
+from randomness import normal, seeded_generator
+from solvers import flow_time, solve
+from system import UserError
+
+load_cached = lru_cache(maxsize=1)(load_run)  # evaluation generates batch by batch
+
+
+def load_weak(run: Run, guidance: Guidance) -> Run:
+    """The weak branch's run: `run` itself, or that of weak_ckpt. Raises UserError where the two do not fit."""
+    if not guidance.on or guidance.weak_ckpt is None:
+        return run
+    ckpt = guidance.weak_ckpt
+    if ckpt == "earliest":
+        kept = complete_checkpoints(run.folder) if run.folder else []
+        if not kept or step_of(kept[0]) >= run.step:
+            raise UserError(
+                f"step {run.step} of {run.folder} has no earlier checkpoint beside it for the weak branch; "
+                f"needed: weak_ckpt="
+            )
+        ckpt = kept[0]
+    weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
+    if run.model.latent_shape != weak.model.latent_shape:
+        found, wanted = weak.model.latent_shape, run.model.latent_shape
+        raise UserError(f"weak_ckpt={ckpt} is for other latents (C, h, w): {found}; needed: {wanted}, as in the run")
+    if run.objective.predicts != weak.objective.predicts:
+        found, wanted = weak.objective.predicts, run.objective.predicts
+        raise UserError(f"weak_ckpt={ckpt} is for other predictions: {found}; needed: {wanted}, as in the run")
+    if not conditions.alike(run.model.null_condition, weak.model.null_condition):
+        raise UserError(f"weak_ckpt={ckpt} is for other conditions (classes or texts); needed: those of the run")
+    return weak
+
+
+def generate(
+    run: Run,
+    guidance: Guidance,
+    seeds: Sequence[int],
+    labels: Condition = None,  # of each seed; None = drawn from the seeds
+    batch_size: int = 64,
+    *,
+    steps: int | None = None,  # None = the run's own
+) -> Iterator[torch.Tensor]:
+    """Images of the given seeds, in order: batches of uint8 (B, 3, H, W) on the run's device.
+
+    labels: class labels (n,) int64, or another condition that the network takes. The sampler is run.settings.sampler
+    (configs/sampler/). Raises UserError, before the first batch, for guidance that the model was not trained for, for
+    a weak branch that does not fit, and for labels outside the classes.
+    """
+    weak = load_weak(run, guidance)
+    condition = conditions.choose("random", seeds, run.pool) if labels is None else labels
+    check_request(run, guidance, condition, batch_size, weak)
+    run.codec.check(run.model.latent_shape[0])  # or decoding would fail after all steps
+    sampler = run.settings.sampler | ({} if steps is None else {"num_steps": steps})
+    batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
+    return (
+        run.codec.decode(
+            generate_latents(run, guidance, seeds[b], conditions.rows(condition, b), sampler, weak=weak)
+        )
+        for b in batches
+    )  # fmt: skip
+
+
+def check_request(
+    run: Run, guidance: Guidance, condition: Condition, batch_size: int, weak: Run | None = None
+) -> None:
+    """Raises UserError for what cannot be drawn. weak: the weak branch's run; None = it is loaded here.
+
+    A weak branch of the run's earliest checkpoint, of which there may be none yet, counts as one of the same network.
+    """
+    if weak is None:
+        weak = run if guidance.weak_ckpt == "earliest" else load_weak(run, guidance)
+    check_networks(guidance, run.model, weak.model)
+    conditions.check(condition, run.model.null_condition)
+    if guidance.on and guidance.weak_label != "same" and condition is None:
+        raise UserError(f"weak_label={guidance.weak_label}: this network takes no condition; needed: weak_label=same")
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}; needed: at least 1")
+    if (guidance.cfg_channels or 0) > run.model.latent_shape[0]:
+        raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.latent_shape[0]}")
+
+
+@torch.no_grad()
+def generate_latents(
+    run: Run, guidance: Guidance, seeds: Sequence[int], condition: Condition, sampler: dict, *, weak: Run | None = None
+) -> torch.Tensor:
+    """One batch: seeds (B), their condition -> latents (B, C, h, w) float32. weak: the weak branch; None = `run`."""
+    weak = weak or run
+    strong_branch, weak_branch = branches(run, weak, guidance, seeds, conditions.to(condition, run.device))
+    predict = guide(
+        strong_branch, weak_branch, partial(setting, run, guidance, "scale"), guidance.interval,
+        both=pair(strong_branch, weak_branch), channels=guidance.cfg_channels or run.model.latent_shape[0],
+    )  # fmt: skip
+    noise = normal((len(seeds), *run.model.latent_shape), streams(seeds, "noise"), device=run.device)
+    for counter in (run, weak):
+        counter.calls = counter.macs = 0
+    latents = solve(run.objective, predict, noise, sampler, streams(seeds, "churn"))
+    if weak is not run:
+        run.calls, run.macs = run.calls + weak.calls, run.macs + weak.macs
+    run.calls, run.macs = run.calls // len(seeds), run.macs // len(seeds)
+    return latents
+
+
+def branches(
+    run: Run, weak: Run, guidance: Guidance, seeds: Sequence[int], condition: Condition
+) -> tuple[Branch, Branch]:
+    """The strong and the weak branch of the guidance rule for one batch of seeds (B)."""
+    draws, null = streams(seeds, "weak label"), run.model.null_condition
+    weak_condition = {
+        "same": lambda: condition,
+        "none": lambda: conditions.repeat(null, len(seeds), run.device),
+        "random": lambda: conditions.another(condition, run.pool, draws),  # new in each call
+    }[guidance.weak_label]
+    ratios = [partial(setting, run, guidance, name) for name in ("gamma_strong", "gamma_weak")]
+    return (
+        Branch(run.predict, lambda: condition, ratios[0], streams(seeds, "strong")),
+        Branch(weak.predict, weak_condition, ratios[1], streams(seeds, "weak"), guidance.weak_path == "drop"),
+    )
+
+
+def setting(run: Run, guidance: Guidance, name: str, t: torch.Tensor) -> float:
+    """A guidance setting at the run's own time t."""
+    return guidance.at(name, flow_time(t, run.objective.predicts))
+
+
+def streams(seeds: Sequence[int], purpose: str) -> list[torch.Generator]:
+    """One generator per image, on the CPU, so that a seed gives the same image on every device."""
+    return [seeded_generator("image", int(seed), purpose) for seed in seeds]

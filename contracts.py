@@ -1,0 +1,97 @@
+"""What a network and an objective bring, so that everything else of this repository works with them."""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import nn
+
+from conditions import Condition
+from routing_module import Route, Routing, Source
+
+
+class Network(nn.Module):
+    """A denoiser of latents: ten members. `net.training` decides nothing.
+
+    routes: spans of blocks that some tokens bypass; () = none. num_tokens: N. latent_shape: (C, h, w) of x.
+    name: a short word for run folders, such as XS4. null_condition: what stands for "no condition": a batch of one.
+    all_blocks: the modules that are compiled, each on its own. Those that `routing_module.run_blocks` calls are
+        recomputed in the backward pass where their attribute `recompute` is set. Muon takes their 2-D weights, but not
+        those of submodules that their attribute `left_to_adamw` names: what the condition alone feeds, and the output.
+        Where their attribute `keeps_fp32` is set, sampling in bf16 leaves their weights as they are.
+    """
+
+    routes: tuple[Route, ...] = ()
+    num_tokens: int
+    latent_shape: tuple[int, int, int]
+    name: str
+    null_condition: Condition
+    all_blocks: tuple[nn.Module, ...]
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
+        hidden: Collection[int] = (),
+    ) -> torch.Tensor | tuple[torch.Tensor, dict]:  # fmt: skip
+        """x (B, C, h, w), t (B,) in the objective's units -> (B, C_out, h, w): the prediction is the first C channels.
+
+        routing: None = dense. hidden: numbers of blocks, whose tokens come second: {number: (tokens (B, K, D), keep_ids
+        (B, K), or None where all were kept)}.
+        """
+        raise NotImplementedError
+
+    def macs(self, routing: Routing | None = None) -> int:
+        """Multiply-adds of one call at batch 1. Raises ValueError for a routing that the network does not have."""
+        raise NotImplementedError
+
+    def training_routing(self, batch_size: int, generators: Source, device: torch.device) -> Routing:
+        """How one training step is routed. What is drawn here is drawn before the noise."""
+        return Routing(generators=generators)
+
+    def reduce(
+        self, error: torch.Tensor, x_t: torch.Tensor, denoised: torch.Tensor, routing: Routing | None
+    ) -> torch.Tensor:
+        """Of what `Objective.errors` returns, (B, C, h, w) each, the loss per sample (B,): the mean over all pixels."""
+        return pixel_mean(error)
+
+
+class Objective:
+    """What a network learns. predicts: "denoised" (t is sigma) or "velocity" (t is a flow's time). sigma_data: the
+    standard deviation that it expects of the latents. sample: a function of solvers.py."""
+
+    predicts: str
+    sigma_data: float
+    sample: Callable
+
+    def errors(
+        self, net: Callable, x: torch.Tensor, condition: Condition, generators: Source = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of clean latents x (B, C, h, w): (weighted squared error, noisy input, estimate of x), (B, C, h, w) each.
+
+        net(x, t, condition): the network, with its routing bound.
+        """
+        raise NotImplementedError
+
+    def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The prediction at x_t (B, C, h, w) and t, () or (B,) -> (B, C, h, w) float32."""
+        raise NotImplementedError
+
+
+def weighted(squared: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """squared (B, C, h, w) times weight (B,). Its `pixel_mean` weighs the mean: one rounding a sample, not a pixel."""
+    error = squared * weight.view(-1, 1, 1, 1)
+    error.factors = squared, weight
+    return error
+
+
+def pixel_mean(error: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B,)."""
+    squared, weight = getattr(error, "factors", (error, None))
+    mean = squared.flatten(1).mean(dim=1)
+    return mean if weight is None else weight * mean
+
+
+def check_members(net: Network) -> None:
+    """Raises ValueError with the members of the contract that a network lacks."""
+    lacking = [name for name in Network.__annotations__ if not hasattr(net, name)]
+    lacking += [name for name in ("forward", "macs") if getattr(type(net), name) is getattr(Network, name)]
+    if lacking:
+        raise ValueError(f"{type(net).__name__} lacks {', '.join(lacking)}; needed: every member of contracts.Network")
