@@ -11,9 +11,10 @@ They combine. Both branches make the same kind of prediction, denoised or veloci
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 
@@ -23,6 +24,10 @@ from contracts import Network
 from routing_blocks import check_route
 from routing_module import Routing, Source
 from system import UserError
+from system.settings import at_least, between, check_fields
+
+Ratio = Annotated[float, between(0, 1)]  # of the tokens that are routed away
+Time = Annotated[float, at_least(0)]
 
 
 @dataclass(frozen=True)
@@ -41,32 +46,22 @@ class Guidance:
     Raises UserError for settings that cannot guide.
     """
 
-    scale: float = 1.0
-    interval: tuple[float, float] | None = None
-    gamma_strong: float = 0.0
-    gamma_weak: float = 0.0
-    weak_label: str = "none"
-    scale_end: float | None = None
-    gamma_strong_end: float | None = None
-    gamma_weak_end: float | None = None
+    scale: Annotated[float, at_least(0)] = 1.0
+    interval: tuple[Time, Time] | None = None
+    gamma_strong: Ratio = 0.0
+    gamma_weak: Ratio = 0.0
+    weak_label: Literal["same", "none", "random"] = "none"
+    scale_end: Annotated[float, at_least(0)] | None = None
+    gamma_strong_end: Ratio | None = None
+    gamma_weak_end: Ratio | None = None
     weak_ckpt: str | None = None
-    cfg_channels: int | None = None
-    weak_path: str | None = None
+    cfg_channels: Annotated[int, at_least(1)] | None = None
+    weak_path: Literal["drop"] | None = None
 
     def __post_init__(self):
-        for name in ("gamma_strong", "gamma_weak"):
-            if not all(0 <= ratio < 1 for ratio in self.ends(name)):
-                raise UserError(f"{name} is a share of tokens routed away, in [0, 1); got {self.ends(name)}")
-        if not all(0 <= scale < math.inf for scale in self.ends("scale")):
-            raise UserError(f"guidance scale {self.scale}; needed: a finite number >= 0 (1 = off)")
-        if self.weak_label not in ("same", "none", "random"):
-            raise UserError(f"weak_label {self.weak_label!r}; needed: same, none or random")
-        if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] <= self.interval[1]):
-            raise UserError(f"guidance interval {list(self.interval)}; needed: [lo, hi] with 0 <= lo <= hi")
-        if self.cfg_channels is not None and self.cfg_channels < 1:
-            raise UserError(f"cfg_channels {self.cfg_channels}; needed: at least 1, or null = all")
-        if self.weak_path not in (None, "drop"):
-            raise UserError(f"weak_path={self.weak_path}; needed: drop, or null = the whole network")
+        check_fields(self)
+        if self.interval is not None and self.interval[0] > self.interval[1]:
+            raise UserError(f"interval={list(self.interval)}; needed: [lo, hi] with lo <= hi")
         if self.weak_path and max(self.ends("gamma_weak")) > 0:
             raise UserError("weak_path=drop leaves the weak branch no tokens to route; needed: gamma_weak=0")
         if self.on and self.weak_ckpt is None and self.weak_path is None:
@@ -125,21 +120,6 @@ def user_mistakes(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{key}: {error}") from None
-
-
-def guidance_from(config: Mapping) -> Guidance:
-    """The guidance keys of a config (configs/guidance/none.yaml). Raises UserError."""
-    settings = {field.name: config[field.name] for field in fields(Guidance)}
-    for name in ("scale_end", "gamma_strong_end", "gamma_weak_end", "cfg_channels"):
-        if not isinstance(settings[name], (int, float, type(None))):
-            raise UserError(f"{name}={settings[name]}; needed: a number or null")
-    if settings["interval"] is not None:
-        if not isinstance(settings["interval"], Sequence) or isinstance(settings["interval"], str):
-            raise UserError(f"interval={settings['interval']}; needed: [lo, hi] or null")
-        settings["interval"] = tuple(settings["interval"])
-        if not all(isinstance(t, (int, float)) for t in settings["interval"]):
-            raise UserError(f"interval={list(settings['interval'])}; needed: [lo, hi] or null")
-    return Guidance(**settings)
 
 
 @dataclass

@@ -1,0 +1,256 @@
+"""The settings of a run, as its config.yaml holds them: configs/config.yaml with its groups, as dataclasses.
+
+model, objective, sampler and data.codec stay plain: what they may hold is said by the constructors that take them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from guidance import Guidance
+from system import UserError
+from system.settings import Check, above, at_least, at_most, between, inside, parse, refuse_interpolations
+
+FORMAT = 1  # of config.yaml and of exports
+MAX_WIDTH = 0.28  # of a power average: gamma = 0, the plain mean of all steps, has width 0.2887
+
+Count = Annotated[int, at_least(0)]  # 0 = never, or none
+Positive = Annotated[int, at_least(1)]
+Share = Annotated[float, between(0, 1)]
+Width = Annotated[float, inside(0, MAX_WIDTH)]
+Weights = Literal["ema", "raw"]
+Precision = Literal["auto", "fp32", "bf16"]
+Seeds = int | str | tuple[int | str, ...]  # parse_seeds
+Kind = Literal["sample_scaled", "sample_raw", "moments_logvar", "mean_std"]  # of latents, see data/encoding.py
+Extractor = Literal["mnist", "fashion", "inception", "dinov2"]
+Metrics = tuple[Literal["fd", "sfid", "is", "pr", "kid"], ...]
+PerChannel = float | tuple[float, ...]  # a number, or one per channel
+
+
+def parse_seeds(seeds: Seeds) -> list[int]:
+    """ "0-3" or ["0-3", 7] -> [0, 1, 2, 3, 7]. Raises UserError."""
+    parsed = []
+    for part in seeds if isinstance(seeds, tuple | list) else str(seeds).split(","):
+        first, _, last = str(part).strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
+            raise UserError(f"seeds={seeds}; needed: numbers and ranges, such as 0-63 or [1,5,9-12]")
+        parsed += range(int(first), int(last or first) + 1)
+    return parsed
+
+
+@dataclass(frozen=True)
+class Train:
+    dry_run: bool = False
+    max_steps: Positive = 1800
+    global_batch_size: Positive = 64
+    micro_batch_size: Positive | None = None
+    lr: Annotated[float, at_least(0)] = 3e-3
+    warmup_steps: Count = 100
+    decay_steps: Count = 900
+    grad_clip: Annotated[float, above(0)] | None = 1.0
+    label_dropout: Share = 0.1
+    ema_decay: Share = 0.999
+    ema_ramp: bool = True
+    precision: Precision = "auto"
+    compile: Literal["blocks", "off"] = "blocks"
+    deterministic: bool = False
+    gradient_checkpointing: bool = False
+    log_every: Positive = 50
+    val_every: Count = 900
+    val_samples: Positive = 500
+    save_every: Count = 900
+    save: Literal["sync"] = "sync"
+    keep_last: Positive = 2
+    keep_every: Positive | None = None
+    max_hours: Annotated[float, at_least(0)] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: Count = 10
+    timeout_s: Positive = 600
+    check_replicas_every: Count = 1000
+
+
+@dataclass(frozen=True)
+class Data:
+    """input_size: of square latents, or their [height, width]. path: None = not given, and not needed by a dry run."""
+
+    name: str
+    channels: Positive
+    input_size: Positive | tuple[Positive, Positive]
+    codec: dict[str, Any]
+    path: str | None = None
+    condition: Literal["class", "text", "none"] = "class"
+    num_classes: Positive | None = None
+    text_width: Positive | None = None
+    num_workers: Count = 0
+    prepare: Literal["mnist", "fashion", "idx"] | None = None
+    source: str | None = None
+    kind: Kind | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self):
+        for condition, key in (("class", "num_classes"), ("text", "text_width")):
+            if self.condition == condition and getattr(self, key) is None:
+                raise UserError(f"condition={condition} needs {key}, a whole number of at least 1")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)"""
+        return self.channels, *(self.input_size if isinstance(self.input_size, tuple) else (self.input_size,) * 2)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """momentum and the rest are Muon's."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, at_least(0)] = 1e-8
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    momentum: Share = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, at_least(1), at_most(99)] = 5
+
+
+@dataclass(frozen=True)
+class Ema:
+    widths: tuple[Width, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Preview(Guidance):
+    every: Count = 900
+    num_images: Positive = 40
+
+
+@dataclass(frozen=True)
+class Generation(Guidance):
+    """What images depend on besides the run and the sampler, and how many are made at once."""
+
+    batch_size: Positive = 64
+    weights: Weights = "ema"
+    seeds: Seeds = "0-999"
+    labels: Literal["balanced", "random"] | Count = "random"
+    steps: Positive | None = None
+    precision: Precision = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.all_seeds
+
+    @cached_property
+    def all_seeds(self) -> list[int]:
+        return parse_seeds(self.seeds)
+
+
+@dataclass(frozen=True)
+class Scoring(Generation):
+    """What a score depends on: the keys of configs/fid.yaml that `eval` has, too."""
+
+    extractor: Extractor = "mnist"
+    extractor_weights: str | None = None
+    extractor_sha256: str | None = None
+    ref: str | None = None
+    digits: str = "datasets/mnist"
+    fashion: str = "datasets/fashion"
+    metrics: Metrics | None = None
+
+
+@dataclass(frozen=True)
+class Eval(Scoring):
+    every: Count = 0
+    metrics: Metrics | None = ("fd",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weights != "ema":
+            raise UserError(f"weights={self.weights}; needed: ema, which is what training scores")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What decodes latents; None = the run's own."""
+
+    path: str | None = None
+    scale: PerChannel | None = None
+    bias: PerChannel | None = None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    peak_tflops: Annotated[float, above(0)] = 312.0
+    mfu: Annotated[float, above(0), at_most(1)] = 0.35
+    memory_gb: Annotated[float, above(0)] | None = None
+
+
+@dataclass(frozen=True)
+class Wandb:
+    project: str = "tread"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """eval.precision is train.precision, always."""
+
+    model: dict[str, Any]
+    data: Data
+    objective: dict[str, Any]
+    sampler: dict[str, Any]
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    preview: Preview = Preview()
+    eval: Eval = Eval()
+    run_name: str | None = None
+    results_dir: str = "runs"
+    resume: str | None = "auto"
+    resume_allow: tuple[str, ...] = ()
+    init_from: str | None = None
+    seed: int = 0
+    train: Train = Train()
+    hardware: Hardware = Hardware()
+    log: Annotated[
+        tuple[Literal["jsonl", "tensorboard", "wandb", "trackio"], ...],
+        Check("and jsonl among them, which resuming reads", lambda log: "jsonl" in log),
+    ] = ("jsonl",)
+    wandb: Wandb = Wandb()
+
+    def __post_init__(self):
+        if self.eval.precision not in ("auto", self.train.precision):
+            found, needed = self.eval.precision, self.train.precision
+            raise UserError(f"eval.precision={found}; needed: {needed}, as train.precision")
+        object.__setattr__(self, "eval", replace(self.eval, precision=self.train.precision))
+
+
+def to_yaml(settings: Settings) -> str:
+    """The text of config.yaml. Muon's settings are those of runs with Muon alone."""
+    plain = {"format": FORMAT} | asdict(settings)
+    if settings.optimizer.name != "muon":
+        for key in ("momentum", "nesterov", "ns_steps"):
+            del plain["optimizer"][key]
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def from_file(values: Mapping, source: str) -> Settings:
+    """The settings that a file holds, `source` being its name. A missing key takes its default. Raises UserError."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: its config is damaged; needed: the settings of a run")
+    if (found := values.get("format")) != FORMAT:
+        found = "no format, as an earlier version" if found is None else f"format {found!r:.20}"
+        raise UserError(f"{source}: its config has {found}; needed: format {FORMAT}")
+    refuse_interpolations(values, source)
+    try:
+        return parse(Settings, {key: value for key, value in values.items() if key != "format"})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """The plain values of YAML that came with a file. Raises UserError where it is damaged, or has aliases."""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError("it has aliases")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: its config is damaged ({' '.join(str(error).split()):.200})") from None

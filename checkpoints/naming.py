@@ -1,0 +1,42 @@
+"""Folder names made of settings: equal names, equal settings."""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import MISSING, asdict, fields
+
+LONGEST = 200  # bytes; file systems take 255
+
+
+def settings_name(settings, leave_out: Collection[str] = ()) -> str:
+    """The fields of a dataclass that differ from their defaults: scale-1.5_seeds-0-9; "default" where none does.
+
+    A section or a dictionary among them is told by its digest alone.
+    """
+    values, parts = asdict(settings), []
+    for field in fields(settings):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name not in leave_out and getattr(settings, field.name) != default:
+            value = values[field.name]
+            text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            parts.append((field.name, _digest(text)[:6] if isinstance(value, dict) else text))
+    return name_of(parts) or "default"
+
+
+def name_of(parts: Iterable[tuple[str, str]]) -> str:
+    """(key, value), ... as a name that a shell need not quote: key-value_key-value, of at most LONGEST bytes.
+
+    A value of other characters gets a digest, so that two values never share a name; so does a name that was cut.
+    """
+    names = []
+    for key, value in parts:
+        plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")
+        digest = f"-{_digest(value)[:6]}" if plain != value else ""
+        names.append(f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', key)}-{plain}{digest}")
+    name = "_".join(names)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{_digest(name)[:12]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
