@@ -67,7 +67,8 @@ def _index(folder: Path, settings: dict, changed: bool) -> None:
 
 def _counts(manifest: dict) -> str:
     counts = ", ".join(f"{n} {split}" for split, n in manifest["counts"].items())
-    return f"{counts} entries of {manifest['kind']} {tuple(manifest['shape'])}, {manifest['num_classes']} classes"
+    held = {"class": f"{manifest['num_classes']} classes", "text": "with texts", "none": "no condition"}
+    return f"{counts} entries of {manifest['kind']} {tuple(manifest['shape'])}, {held[manifest['condition']]}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from system import UserError
 BLOCK = 512
 MAX_MEMBER = 1 << 28  # bytes; a larger member is no latent and no picture
 REGULAR, DIRECTORY, PAX, PAX_GLOBAL, LONG_NAME = (b"0", b"\0", b"7"), b"5", b"x", b"g", b"L"
-ARRAY, LABEL = "latent.npy", "cls"  # what follows the key in a member's name
+ARRAY, LABEL, TEXT = "latent.npy", "cls", "text.npy"  # what follows the key in a member's name
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
 
 

@@ -53,7 +53,7 @@ class Images:
         if self.tree is None:
             return Image.fromarray(self.array[i])
         image = self._decode(i)
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's preview is no frame
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # whose others are a camera's previews
             raise UserError(f"{self.path}: {self.names[i]} has {image.n_frames} frames; needed: one")
         if image.mode in ("I", "F"):
             raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8 or 16 bits per channel")
@@ -64,7 +64,7 @@ class Images:
 
     @property
     def others(self) -> list[str]:
-        """Files that are neither pictures nor labels and not hidden: what is left out."""
+        """What is left out: files that are neither pictures, nor labels, nor hidden."""
         names = self.tree.names if self.tree else []
         return [
             name

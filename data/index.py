@@ -1,59 +1,64 @@
 """The index of a split: every sample validated once, its position and a checksum of it; cached.
 
-A shard is a tar of `<key>.latent.npy` and `<key>.cls` pairs; other members are ignored, and nothing is unpickled.
-Building the index reads every byte: shards are compared with the manifest's sha256, every array and label is checked,
-and a CRC of each array is kept, so that reading a sample later is one `pread` and one comparison. 18 bytes a sample.
+A shard is a tar with a `<key>.latent.npy` for every sample and its condition: `<key>.cls`, `<key>.text.npy` or nothing.
+Other members are ignored, and nothing is unpickled. Building the index reads every byte: shards are compared with the
+manifest's sha256, every array and label is checked, and a CRC of each array is kept, so that reading an array later is
+one `pread` and one comparison. A sample takes 18 bytes of the index, 32 with a text.
 
 The cache is kept beside the shards, or in the user's cache folder if theirs is not writable, and is used only while the
-shards' names, sizes and times and the manifest are unchanged. What the system failed to read (EIO, ESTALE, ...) is left
-out of the index, which is not cached then: it may be readable the next time.
+shards' names, sizes and times and the manifest are unchanged. An index that lacks something because the system failed
+to read it (EIO, ESTALE, ...) is not cached: the next attempt may succeed.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, Member, member_name, members, split_name
+from data.archives import ARRAY, LABEL, TEXT, Member, member_name, members, split_name
 from system import UserError
 from system.files import atomic_file, locked, sha256_of
 from system.launchers import usable_cpus
 
 DTYPES = ("float16", "float32")
 MAX_LABEL = 2**31 - 1
+PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
+# An index's entry for a sample. Offsets are those of an array's .npy file in the shard, headers the bytes of it that
+# precede the numbers, crcs the numbers' CRC-32; length: the tokens of a text.
+LATENT_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
+TEXT_FIELDS = [("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4"), ("length", "i4")]
+FIELDS = {"class": [*LATENT_FIELDS, ("label", "i4")], "text": LATENT_FIELDS + TEXT_FIELDS, "none": LATENT_FIELDS}
 
 
-@dataclass
-class Entries:
-    """Samples of one shard, or of all shards of a split, in the order of the archives."""
+@dataclass(frozen=True)
+class Layout:
+    """What all samples of a set have in common: keys of meta.json."""
 
-    offsets: np.ndarray  # (n,) int64: first byte of the contents of `<key>.latent.npy`
-    headers: np.ndarray  # (n,) uint16: bytes of .npy header before the numbers
-    labels: np.ndarray  # (n,) int32
-    crcs: np.ndarray  # (n,) uint32: CRC-32 of the numbers
+    shape: tuple[int, ...]  # of the stored latents
+    dtype: str
+    condition: str  # class, text or none
+    num_classes: int | None = None  # None = not told, or no classes
+    text_width: int | None = None  # texts are (tokens, text_width)
+    text_dtype: str | None = None
+    text_length: int | None = None  # at most so many tokens; None = not told
 
     @classmethod
-    def of(cls, rows: list[tuple[int, int, int, int]]) -> "Entries":
-        types = (np.int64, np.uint16, np.int32, np.uint32)
-        columns = zip(*rows) if rows else [()] * len(types)
-        return cls(*(np.array(column, dtype) for column, dtype in zip(columns, types)))
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, which: np.ndarray | slice) -> "Entries":
-        return Entries(*(column[which] for column in vars(self).values()))
+    def of(cls, manifest: dict) -> "Layout":
+        known = {field.name: manifest[field.name] for field in fields(cls) if field.name in manifest}
+        return cls(**{**known, "shape": tuple(manifest["shape"])})
 
 
 @dataclass
@@ -62,9 +67,8 @@ class Index:
 
     shards: list[str]
     ends: np.ndarray  # (number of shards,) int64: number of samples in this shard and those before it
-    entries: Entries
-    shape: tuple[int, ...]  # of each stored array
-    dtype: str
+    entries: np.ndarray  # (number of samples,) of FIELDS[layout.condition], in the order of the archives
+    layout: Layout
     faults: list[str]
 
     @property
@@ -77,10 +81,9 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
     """The index of the named shards of a folder: from the cache, or built and then cached.
 
     manifest: the contents of meta.json, {} if there is none; the shards are checked against its `shards` (name, n,
-    sha256), `shape`, `dtype` and `num_classes`.
+    sha256) and its layout.
     """
     stamp = _stamp(folder, shards, manifest)
-    _rename_earlier(folder, split)
     for path in _cache_paths(folder, split):
         index, known_stamp = _read_cache(path)
         if index is not None and known_stamp == stamp:
@@ -103,35 +106,33 @@ def cached_index(folder: Path, split: str) -> Index | None:
 
 def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
     """Caches an index that was built before the manifest was written."""
-    _rename_earlier(folder, split)
     _write_cache(_cache_path(folder, split), index, _stamp(folder, index.shards, manifest))
 
 
 def build_index(folder: Path, shards: list[str], manifest: dict, before: Index | None = None) -> Index:
-    """Reads every shard. before: an earlier index, which identifies the samples that changed in a damaged shard."""
-    described = {shard["name"]: shard for shard in manifest.get("shards", [])}
-    shape, dtype = manifest.get("shape"), manifest.get("dtype")
-    if shape is None:
-        shape, dtype = first_array([folder / name for name in shards])
-    validator = ShardValidator(tuple(shape), dtype, manifest.get("num_classes"))
+    """Reads every shard. before: an earlier index, which identifies the samples that changed in a damaged shard.
 
-    def validate(name: str) -> tuple[Entries, list[str]]:
+    manifest: as in load_index; without a shape in it, the layout is found out from the shards.
+    """
+    described = {shard["name"]: shard for shard in manifest.get("shards", [])}
+    layout = Layout.of(manifest if manifest.get("shape") else find_layout([folder / name for name in shards], manifest))
+    validator = ShardValidator(layout)
+
+    def validate(name: str) -> tuple[np.ndarray, list[str]]:
         return validator.validate(folder / name, described.get(name), _shard_entries(before, name))
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # reading, hashing and CRCs release the interpreter's lock
         results = list(pool.map(validate, shards))
-    columns = zip(*(vars(entries).values() for entries, _ in results))
     return Index(
         shards=shards,
         ends=np.cumsum([len(entries) for entries, _ in results], dtype=np.int64),
-        entries=Entries(*(np.concatenate(column) for column in columns)),
-        shape=validator.shape,
-        dtype=validator.dtype,
+        entries=np.concatenate([entries for entries, _ in results]),
+        layout=layout,
         faults=[fault for _, faults in results for fault in faults],
     )
 
 
-def _shard_entries(index: Index | None, shard: str) -> Entries | None:
+def _shard_entries(index: Index | None, shard: str) -> np.ndarray | None:
     """The entries of one shard; None if the index does not have it."""
     if index is None or shard not in index.shards:
         return None
@@ -141,13 +142,11 @@ def _shard_entries(index: Index | None, shard: str) -> Entries | None:
 
 @dataclass
 class ShardValidator:
-    """Reads shards whose arrays must have this shape and dtype, and labels in [0, num_classes) if that is known."""
+    """Reads shards whose samples must have this layout."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    num_classes: int | None = None
+    layout: Layout
 
-    def validate(self, path: Path, described: dict | None, before: Entries | None) -> tuple[Entries, list[str]]:
+    def validate(self, path: Path, described: dict | None, before: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
         """The valid samples of a shard and a line for each fault.
 
         described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
@@ -160,19 +159,18 @@ class ShardValidator:
                 break
             except OSError as error:
                 if attempt == 2:
-                    return Entries.of([]), [f"{path.name}: {error.strerror}"]
+                    return self._entries([]), [f"{path.name}: {error.strerror}"]
         if unchanged:
             return entries, [f"{path.name}: {fault}" for fault in faults]
-        if before is not None and np.array_equal(before.offsets, entries.offsets):
-            changed = (before.crcs != entries.crcs) | (before.labels != entries.labels)
-            if changed.any():
-                return entries[~changed], [
-                    f"{describe_sample(path, at)} has changed" for at in entries.offsets[changed]
-                ]
+        if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
+            changed = before != entries
+            if changed.any() and (before["offset"] == entries["offset"]).all():
+                faults = [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
+                return entries[~changed], faults
         counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
-        return Entries.of([]), [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
+        return self._entries([]), [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
 
-    def read_samples(self, path: Path) -> tuple[Entries, list[str]]:
+    def read_samples(self, path: Path) -> tuple[np.ndarray, list[str]]:
         """The complete and valid samples of a shard, and what is wrong with the others."""
         faults: list[str] = []
         found: dict[str, dict[str, Member]] = {}
@@ -181,7 +179,7 @@ class ShardValidator:
         with open(path, "rb") as file:
             for member in members(file, faults):
                 key, extension = split_name(member.name)
-                if extension not in (ARRAY, LABEL):
+                if extension not in PARTS[self.layout.condition]:
                     others.add(extension)
                 elif extension in found.setdefault(key, {}):
                     faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
@@ -189,45 +187,103 @@ class ShardValidator:
                     found[key][extension] = member
             if not faults and not any(ARRAY in parts for parts in found.values()):
                 instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
-                return Entries.of([]), [f"holds no .{ARRAY}{instead}"]
+                return self._entries([]), [f"holds no .{ARRAY}{instead}"]
             for key, parts in found.items():
                 try:
                     rows.append(self._row(file.fileno(), parts))
                 except UserError as error:
                     faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
-        return Entries.of(rows), faults
+        return self._entries(rows), faults
 
-    def _row(self, fd: int, parts: dict[str, Member]) -> tuple[int, int, int, int]:
-        """(offset, header bytes, label, CRC) of a sample. Raises UserError saying what is wrong with it."""
-        for extension in (ARRAY, LABEL):
+    def _entries(self, rows: list[tuple]) -> np.ndarray:
+        return np.array(rows, FIELDS[self.layout.condition])
+
+    def _row(self, fd: int, parts: dict[str, Member]) -> tuple:
+        """The entry of a sample. Raises UserError saying what is wrong with it."""
+        layout = self.layout
+        for extension in PARTS[layout.condition]:
             if extension not in parts:
                 raise UserError(f"has no .{extension}")
-        array = parts[ARRAY]
-        contents = os.pread(fd, array.size, array.offset)
-        shape, dtype, start = npy_header(contents)
-        if (shape, dtype) != (self.shape, self.dtype):
-            raise UserError(f"is {dtype} {shape}; needed: {self.dtype} {self.shape}")
-        numbers = contents[start:]
-        if len(numbers) != np.dtype(dtype).itemsize * int(np.prod(shape)):
-            raise UserError(f"has {len(numbers)} bytes of numbers, not those of {dtype} {shape}")
-        if not np.isfinite(np.frombuffer(numbers, dtype)).all():
-            raise UserError("has numbers that are not finite")
-        text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
-        top = MAX_LABEL if self.num_classes is None else self.num_classes - 1
+        array = read_array(fd, parts[ARRAY])
+        if (array.shape, array.dtype) != (layout.shape, layout.dtype):
+            raise UserError(f"is {array.dtype} {array.shape}; needed: {layout.dtype} {layout.shape}")
+        row = (array.offset, array.header, array.checked_crc())
+        if layout.condition == "class":
+            return *row, self._label(os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset))
+        return row + self._text(fd, parts[TEXT]) if layout.condition == "text" else row
+
+    def _label(self, contents: bytes) -> int:
+        text = contents.decode("ascii", "replace").strip()
+        top = MAX_LABEL if self.layout.num_classes is None else self.layout.num_classes - 1
         if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
             raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
-        return array.offset, start, int(text), zlib.crc32(numbers)
+        return int(text)
+
+    def _text(self, fd: int, member: Member) -> tuple[int, int, int, int]:
+        """The entry's TEXT_FIELDS."""
+        width, dtype, longest = self.layout.text_width, self.layout.text_dtype, self.layout.text_length
+        try:
+            text = read_array(fd, member)
+            tokens = text.shape[0] if text.shape[1:] == (width,) and text.dtype == dtype else 0
+            if not 1 <= tokens <= (longest or tokens):
+                needed = f"{dtype} (tokens, {width}), {f'1 to {longest}' if longest else '1 or more'} tokens"
+                raise UserError(f"is {text.dtype} {text.shape}; needed: {needed}")
+            return text.offset, text.header, text.checked_crc(), tokens
+        except UserError as error:
+            raise UserError(f"has a .{TEXT} that {error}") from None
 
 
-def first_array(paths: list[Path]) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of the first array in some shards, for shards that no manifest describes."""
+class StoredArray(NamedTuple):
+    """An array in a shard: what its header says, and its numbers, which may not be what the header says."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int  # of the .npy file in the shard
+    header: int  # bytes
+    numbers: bytes
+
+    def checked_crc(self) -> int:
+        """CRC-32 of the numbers. Raises UserError where there are not as many as the shape says, or not finite."""
+        if len(self.numbers) != np.dtype(self.dtype).itemsize * math.prod(self.shape):
+            raise UserError(f"has {len(self.numbers)} bytes of numbers, not those of {self.dtype} {self.shape}")
+        if not np.isfinite(np.frombuffer(self.numbers, self.dtype)).all():
+            raise UserError("has numbers that are not finite")
+        return zlib.crc32(self.numbers)
+
+
+def read_array(fd: int, member: Member) -> StoredArray:
+    contents = os.pread(fd, member.size, member.offset)
+    shape, dtype, header = npy_header(contents)
+    return StoredArray(shape, dtype, member.offset, header, contents[header:])
+
+
+def find_layout(paths: list[Path], known: dict) -> dict:
+    """The layout of shards that no manifest describes, as its keys in meta.json; `known` may say some of them.
+
+    Arrays are as the first of their kind is. The condition is as in the first shard: labels, or else texts, or none.
+    """
+    found: dict[str, tuple] = {}  # {extension: (shape, dtype, bytes of header)}; () for labels
+    wanted = PARTS[known.get("condition") or "class"]
     for path in paths:
         with open(path, "rb") as file:
             for member in members(file, []):
-                if split_name(member.name)[1] == ARRAY:
+                extension = split_name(member.name)[1]
+                if extension == LABEL:
+                    found[LABEL] = ()
+                elif extension in (ARRAY, TEXT) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
-                        return npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))[:2]
-    return (), DTYPES[0]  # validation will find no sample in them
+                        found[extension] = npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))
+                if found.keys() >= set(wanted):
+                    break
+        if ARRAY in found:
+            break
+    shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
+    condition = known.get("condition") or next((c for c in ("class", "text") if PARTS[c][1] in found), "none")
+    layout = {"shape": shape, "dtype": dtype, "condition": condition, "num_classes": known.get("num_classes")}
+    if condition == "text":
+        text_shape, text_dtype, _ = found.get(TEXT, ((0, 0), dtype, 0))
+        layout |= {"text_width": text_shape[-1] if text_shape else 0, "text_dtype": text_dtype}
+    return layout
 
 
 def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
@@ -275,30 +331,22 @@ def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
             files.append([name, stat.st_size, stat.st_mtime_ns])
         except FileNotFoundError:
             files.append([name, None, None])
-    checks = {key: manifest.get(key) for key in ("shards", "shape", "dtype", "num_classes")}
+    checks = {key: manifest.get(key) for key in ("shards", *Layout.__annotations__)}
     return json.dumps([files, checks])
 
 
 def _cache_paths(folder: Path, split: str) -> list[Path]:
-    """Beside the shards, there as earlier versions named it, and in the user's cache folder under the path's hash."""
+    """Beside the shards, and in the user's cache folder under the path's hash."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tread"
     path_hash, split_hash = (hashlib.sha256(name.encode()).hexdigest() for name in (str(folder.resolve()), split))
     # Without the split's name: CompVis's loader takes every file with "train" in its name for a shard.
     beside = folder / f".{split_hash[:8]}.index.npz"
-    return [beside, folder / f".{split}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"]
-
-
-def _rename_earlier(folder: Path, split: str) -> None:
-    """Gives an index that an earlier version cached beside the shards its present name, if that is allowed."""
-    beside, earlier, _ = _cache_paths(folder, split)
-    with contextlib.suppress(OSError):
-        earlier.with_suffix(".lock").unlink(missing_ok=True)
-        os.replace(earlier, beside)
+    return [beside, user_cache / f"{path_hash[:16]}.{split}.index.npz"]
 
 
 def _cache_path(folder: Path, split: str) -> Path:
     """The one to write: beside the shards if that is allowed."""
-    beside, _, elsewhere = _cache_paths(folder, split)
+    beside, elsewhere = _cache_paths(folder, split)
     if os.access(folder, os.W_OK):
         return beside
     elsewhere.parent.mkdir(parents=True, exist_ok=True)
@@ -306,22 +354,19 @@ def _cache_path(folder: Path, split: str) -> Path:
 
 
 def _write_cache(path: Path, index: Index, stamp: str) -> None:
-    about = {"stamp": stamp, "shards": index.shards, "shape": index.shape, "dtype": index.dtype, "faults": index.faults}
+    about = {"stamp": stamp, "shards": index.shards, "layout": asdict(index.layout), "faults": index.faults}
     with atomic_file(path) as file:
         np.savez(
-            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, **vars(index.entries)
+            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, entries=index.entries
         )
 
 
 def _read_cache(path: Path) -> tuple[Index | None, str]:
-    """(index, stamp) of a cached index; (None, '') if there is none, it cannot be read or lacks an unread shard."""
+    """(index, stamp) of a cached index; (None, '') if there is none or it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
-            entries = Entries(*(arrays[name] for name in Entries.__annotations__))
-            index = Index(
-                about["shards"], arrays["ends"], entries, tuple(about["shape"]), about["dtype"], about["faults"]
-            )
-            return (None, "") if any(map(_is_read_error, index.faults)) else (index, about["stamp"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            layout = Layout.of(about["layout"])
+            return Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"]), about["stamp"]
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
         return None, ""

@@ -22,8 +22,9 @@ def inspect(path: str | Path) -> dict:
     """A report on the latents at a path. Raises UserError if there are none.
 
     Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (C numbers each, of
-    the model's input; of the stored numbers if the scale is unknown), flip, num_classes, labels (the number of each
-    class; of a sample if the format is not ours), wrong (a line for every fault), next (what to do with them).
+    the model's input; of the stored numbers if the scale is unknown), flip, condition, num_classes and labels (the
+    number of each class; of a sample if the format is not ours; None and [] but for classes), text_width, text_length
+    (None but for texts), wrong (a line for every fault), next (what to do with them).
     """
     path = Path(path)
     if not path.exists():
@@ -56,12 +57,21 @@ def _inspect_shards(folder: Path) -> dict:
     if index is None:
         raise UserError(f"no sample in {folder}: {wrong[0] if wrong else 'no tar has train or val in its name'}")
     index.faults = []  # they are in the report
-    latents = Latents(folder, manifest, index, read_encoding(folder, manifest), "stop")
+    latents = Latents(folder, manifest, index, read_encoding(folder, manifest), "stop", "none")
     raw = latents.read(spread_evenly(len(latents), MAX_ARRAYS))[0]
     report = _describe(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias"))
-    labels = np.concatenate([index.entries.labels for index in indices.values()])
-    num_classes = manifest.get("num_classes") or int(labels.max()) + 1
-    channels, size, _ = report["shape"]
+    entries, condition = [part.entries for part in indices.values()], index.layout.condition
+    is_class, is_text = condition == "class", condition == "text"
+    labels = np.concatenate([part["label"] for part in entries]) if is_class else None
+    num_classes = manifest.get("num_classes") or int(labels.max()) + 1 if is_class else None
+    channels, height, width = report["shape"]
+    settings = [
+        f"data.path={folder}",
+        f"data.channels={channels}",
+        f"data.input_size={height if height == width else f'[{height},{width}]'}",
+        f"data.num_classes={num_classes}" if is_class else f"data.condition={condition}",
+        *_codec_settings(manifest.get("codec")),
+    ]
     ready = manifest or report["kind"] == "sample_scaled"
     return {
         "path": str(folder),
@@ -69,21 +79,22 @@ def _inspect_shards(folder: Path) -> dict:
         "counts": {split: len(index.entries) for split, index in indices.items()},
         **report,
         "flip": manifest.get("flip", "none"),
+        "condition": condition,
         "num_classes": num_classes,
-        "labels": np.bincount(labels, minlength=num_classes).tolist(),
+        "labels": np.bincount(labels, minlength=num_classes).tolist() if is_class else [],
+        "text_width": index.layout.text_width,
+        "text_length": max(int(part["length"].max(initial=0)) for part in entries) if is_text else None,
         "wrong": wrong,
-        "next": f"python train.py data=folder data.path={shlex.quote(str(folder))} "
-        f"data.channels={channels} data.input_size={size} "
-        f"data.num_classes={num_classes}{_codec_settings(manifest.get('codec'))}"
+        "next": f"python train.py data=folder {shlex.join(settings)}"
         if ready
         else f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=...",
     }
 
 
-def _codec_settings(codec: dict | None) -> str:
+def _codec_settings(codec: dict | None) -> list[str]:
     """Overrides of the VAE in configs/data/folder.yaml; a codec that is no VAE has to be set there."""
     known = codec is not None and "path" in codec
-    return f" data.codec.path={codec['path']} data.codec.scale={codec['scale']}" if known else ""
+    return [f"data.codec.path={codec['path']}", f"data.codec.scale={codec['scale']}"] if known else []
 
 
 def _inspect_source(path: Path) -> dict:
@@ -114,8 +125,11 @@ def _inspect_source(path: Path) -> dict:
         "counts": {"train": source.count * (2 if source.flip == "both" else 1)},
         **report,
         "flip": source.flip,
+        "condition": "class",
         "num_classes": max(labels) + 1,
         "labels": np.bincount(labels).tolist() if min(labels) >= 0 else [],
+        "text_width": None,
+        "text_length": None,
         "wrong": wrong + ([f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []),
         "next": f"python -m data convert {shlex.quote(str(path))} NEW_FOLDER format={source.format}{kind}{scale}",
     }
@@ -148,6 +162,12 @@ def as_text(report: dict) -> str:
     numbers = {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
     labels = [n for n in report["labels"] if n]
     histogram = " ".join(f"{label}:{n}" for label, n in enumerate(report["labels"]) if n)
+    conditions = {
+        "class": f"{len(labels)} of {report['num_classes']} classes, {min(labels, default=0)} to "
+        f"{max(labels, default=0)} each{': ' + histogram if len(labels) <= 20 else ''}",
+        "text": f"texts of up to {report['text_length']} tokens of width {report['text_width']}",
+        "none": "none: latents alone",
+    }
     lines = {
         "path": report["path"],
         "format": report["format"],
@@ -156,8 +176,7 @@ def as_text(report: dict) -> str:
         "stored": f"{report['dtype']} {tuple(report['stored_shape'])}; the model sees {tuple(report['shape'])}",
         "mean": numbers["mean"],
         "std": numbers["std"],
-        "labels": f"{len(labels)} of {report['num_classes']} classes, {min(labels, default=0)} to "
-        f"{max(labels, default=0)} each{': ' + histogram if len(labels) <= 20 else ''}",
+        "condition": conditions[report["condition"]],
         "wrong": "\n          ".join(report["wrong"]) or "nothing",
         "next": report["next"],
     }

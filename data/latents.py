@@ -1,8 +1,9 @@
-"""A data set of latents, read in place from its shards (`shards.open_latents`), and its channel statistics."""
+"""A data set of latents and conditions, read in place (opened by `shards.open_latents`), and its channel statistics."""
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from conditions import Condition, Text
 from data.archives import member_name, split_name
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
 from data.index import Index
@@ -22,68 +24,95 @@ from system import UserError
 MAX_OPEN_SHARDS = 256
 ON_ERROR = ("stop", "skip")
 MAX_SAMPLES = 4096  # for statistics, spread evenly over the set: enough for three digits
-UNUSUAL = 2.5  # SD's latents are at 0.9 when scaled, 5 when not, 0.17 when scaled twice
+UNUSUAL = 2.5  # SD's latents have standard deviation 0.9 when scaled, 5 when not, 0.17 when scaled twice
 
 
 class Latents:
     """The samples of a split; several processes may read them at once.
 
-    shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. labels: (n,) int32.
-    num_classes: meta.json's, or the largest label + 1. meta: contents of meta.json, {} without one. fingerprint: 16 hex
-    digits that change with any sample, label, scale or kind. faults: a line for everything that was left out.
+    condition: class, text or none: what `read` gives beside latents; none of what the shards hold where they hold more.
+    shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. meta: contents of meta.json, {}
+    without one. labels: (n,) int32, and num_classes: meta.json's, or the largest label + 1; None but for classes.
+    text_length, text_width: T and D of the texts, T being the longest; 0 but for texts. fingerprint: 16 hex digits that
+    change with any sample, label, text, scale or kind. faults: a line for everything that was left out.
     Raises UserError for an encoding that does not fit the stored shape.
     """
 
-    def __init__(self, folder: Path, manifest: dict, index: Index, encoding: LatentEncoding, on_error: str):
+    def __init__(
+        self, folder: Path, manifest: dict, index: Index, encoding: LatentEncoding, on_error: str, condition: str
+    ):
         self.folder, self.meta, self.encoding, self.on_error = folder, manifest, encoding, on_error
-        self.kind = encoding.kind
-        self.stored_shape, self.dtype = index.shape, getattr(torch, index.dtype)
-        self.shape = model_shape(encoding.kind, index.shape)
+        self.kind, self.condition = encoding.kind, condition
+        self.stored_shape, self.dtype = index.layout.shape, getattr(torch, index.layout.dtype)
+        self.shape = model_shape(encoding.kind, self.stored_shape)
         encoding.check_channels(self.shape[0], f" of {folder}")
-        self.labels = index.entries.labels
-        self.num_classes = manifest.get("num_classes") or int(self.labels.max()) + 1
+        self.labels = self.num_classes = None
+        self.text_length = self.text_width = 0
+        if condition == "class":
+            self.labels = index.entries["label"]
+            self.num_classes = manifest.get("num_classes") or int(self.labels.max()) + 1
+        elif condition == "text":
+            self.text_length = manifest.get("text_length") or int(index.entries["length"].max())
+            self.text_width = index.layout.text_width
         self.fingerprint = _fingerprint(index, encoding.kind, manifest.get("scale"), manifest.get("bias"))
         self.faults: list[str] = []
         self.report(index.faults)
         self._index = index
-        self._row_bytes = int(np.prod(index.shape)) * np.dtype(index.dtype).itemsize
+        self._row_bytes = math.prod(self.stored_shape) * self.dtype.itemsize
+        self._token_bytes = self.text_width * np.dtype(index.layout.text_dtype).itemsize if condition == "text" else 0
         self._files: dict[int, int] = {}  # shard number -> file descriptor
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._index.entries)
 
-    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """raw (B, *stored_shape) of `dtype` and labels (B,) int64; damage raises UserError or, skipped, is reported."""
-        raw, y, faults = self.read_with_faults(indices)
+    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition]:
+        """raw (B, *stored_shape) of `dtype` and the condition of B rows; texts are padded with zeros to text_length.
+
+        Damage raises UserError or, skipped, is reported.
+        """
+        raw, condition, faults = self.read_with_faults(indices)
         self.report(faults)
-        return raw, y
+        return raw, condition
 
-    def read_with_faults(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    def read_with_faults(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition, list[str]]:
         """As `read`, with a line for each sample skipped: for loader processes, whose own reports would be lost."""
         rows = np.empty((len(indices), self._row_bytes), np.uint8)
+        texts = np.empty((len(indices), self.text_length, self._token_bytes), np.uint8)
         used, faults = np.array(indices, np.int64), []
-        for i, index in enumerate(used):
-            fault = self._read_row(index, rows[i])
-            while fault:
+        for i, index in enumerate(used.tolist()):
+            while fault := self._read_sample(int(used[i]), rows[i], texts[i]):
                 if self.on_error == "stop":
                     raise UserError(f"damaged data in {self.folder}: {fault}")
                 faults.append(fault)
                 used[i] = (used[i] + 1) % len(self)
                 if used[i] == index:
                     raise UserError(f"damaged data in {self.folder}: no readable sample is left; last: {fault}")
-                fault = self._read_row(used[i], rows[i])
         raw = torch.from_numpy(rows).view(self.dtype).view(len(used), *self.stored_shape)
-        return raw, torch.from_numpy(self.labels[used].astype(np.int64)), faults
+        return raw, self._conditions(used, texts), faults
+
+    def conditions(self, count: int) -> Condition:
+        """Up to `count` conditions, spread evenly over the set."""
+        return self.read(spread_evenly(len(self), count))[1]
+
+    def _conditions(self, used: np.ndarray, texts: np.ndarray) -> Condition:
+        """The condition of the samples `used` (B,), their texts (B, T, bytes of a token) being read already."""
+        if self.condition == "class":
+            return torch.from_numpy(self.labels[used].astype(np.int64))
+        if self.condition == "none":
+            return None
+        lengths = torch.from_numpy(self._index.entries["length"][used])
+        states = torch.from_numpy(texts).view(getattr(torch, self._index.layout.text_dtype))  # (B, T, D)
+        return Text(states, torch.arange(self.text_length) < lengths[:, None])
 
     def will_need(self, indices: np.ndarray) -> None:
         """Asks the system to read these samples ahead from disk, neighbours together. Only a hint."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        entries, order = self._index.entries, np.sort(indices)
+        offsets, order = self._index.entries["offset"], np.sort(indices)
         for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
-            for part in np.split(run, np.flatnonzero(np.diff(entries.offsets[run]) <= 0) + 1):  # at shard ends
-                start = int(entries.offsets[part[0]])
-                end = int(entries.offsets[part[-1]]) + int(entries.headers[part[-1]]) + self._row_bytes
+            for part in np.split(run, np.flatnonzero(np.diff(offsets[run]) <= 0) + 1):  # at shard ends
+                start = int(offsets[part[0]])
+                end = int(offsets[part[-1]]) + self._row_bytes + self.text_length * self._token_bytes + 2048  # headers
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(self._file(self._shard(part[0])), start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -102,22 +131,31 @@ class Latents:
         """The names of samples, read back from their shards; '?' if a shard is damaged or gone."""
         return [self._key(index) for index in indices]
 
-    def _read_row(self, index: int, row: np.ndarray) -> str | None:
-        """Fills row (bytes,) with the numbers of a sample; returns a line saying what is wrong, or None."""
-        entries = self._index.entries
-        start = int(entries.offsets[index]) + int(entries.headers[index])
+    def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray) -> str | None:
+        """Fills row (bytes,) and text (T, bytes of a token); returns a line saying what is wrong, or None."""
+        entry = self._index.entries[index]
+        fault = self._read_numbers(index, row, entry["offset"] + entry["header"], entry["crc"])
+        if fault or self.condition != "text":
+            return fault
+        text[entry["length"] :] = 0
+        start = entry["text_offset"] + entry["text_header"]
+        return self._read_numbers(index, text[: entry["length"]].reshape(-1), start, entry["text_crc"])
+
+    def _read_numbers(self, index: int, numbers: np.ndarray, start: int, crc: int) -> str | None:
+        """Fills numbers (bytes,) from byte `start` of the sample's shard; returns a line as above, or None."""
         try:
-            count = os.preadv(self._file(self._shard(index)), [row], start)
+            count = os.preadv(self._file(self._shard(index)), [numbers], int(start))
         except OSError as error:
             return f"{self._shard_name(index)}: {error.strerror}"
-        if count == len(row) and zlib.crc32(row) == entries.crcs[index]:
+        if count == len(numbers) and zlib.crc32(numbers) == crc:
             return None
-        what = "is cut off" if count < len(row) else "has changed since it was indexed"
-        return f"{self._shard_name(index)}: sample {self._key(index)!r} at byte {entries.offsets[index]} {what}"
+        what = "is cut off" if count < len(numbers) else "has changed since it was indexed"
+        offset = self._index.entries["offset"][index]
+        return f"{self._shard_name(index)}: sample {self._key(index)!r} at byte {offset} {what}"
 
     def _key(self, index: int) -> str:
         try:
-            return split_name(member_name(self._file(self._shard(index)), int(self._index.entries.offsets[index])))[0]
+            return split_name(member_name(self._file(self._shard(index)), int(self._index.entries["offset"][index])))[0]
         except OSError:
             return "?"
 
@@ -149,9 +187,10 @@ def warn(line: str) -> None:
 
 
 def _fingerprint(index: Index, *about: object) -> str:
-    digest = hashlib.sha256(json.dumps([*about, index.shape, index.dtype]).encode())
-    for column in (index.entries.crcs, index.entries.labels):
-        digest.update(column.tobytes())
+    digest = hashlib.sha256(json.dumps([*about, index.layout.shape, index.layout.dtype]).encode())
+    for name in ("crc", "label", "text_crc", "length"):
+        if name in index.entries.dtype.names:
+            digest.update(index.entries[name].tobytes())
     return digest.hexdigest()[:16]
 
 

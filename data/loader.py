@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from conditions import Condition
 from data.latents import Latents
 from randomness import BatchSlice, seeded_generator
 from system import UserError
@@ -57,11 +58,11 @@ def make_loader(
     latents: Latents, plan: BatchPlan, *, seed: int = 0, start_step: int = 0, num_steps: int, num_workers: int = 0,
     pin_memory: bool = False,
 ) -> "Loader":  # fmt: skip
-    """Micro-batches (raw (micro, *stored_shape), y (micro,)) of this rank for steps start_step..num_steps-1, in order.
+    """Micro-batches (raw (micro, *stored_shape), condition) of this rank for steps start_step..num_steps-1, in order.
 
     (num_steps - start_step) * plan.accumulation of them; together, those of all ranks are the global batches.
     """
-    # Out of a run of neighbours, each of many machines uses few: it reads those, and not whole runs ahead.
+    # Each of many machines uses few samples of a run of neighbours: it reads those, and no whole runs ahead.
     machines = plan.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
     micro_batches = MicroBatches(latents, Order(len(latents), seed), plan, read_ahead=machines <= 2)
     return Loader(
@@ -130,7 +131,7 @@ class Order:
 
 
 class MicroBatches(Dataset):
-    """Micro-batch i of one rank, counted from step 0; damage is returned as a string, for the main process to raise."""
+    """Micro-batch i of one rank, counted from step 0; damage is returned as a UserError, to be raised later."""
 
     def __init__(self, latents: Latents, order: Order, plan: BatchPlan, read_ahead: bool):
         self.latents, self.order, self.plan, self.read_ahead = latents, order, plan, read_ahead
@@ -141,7 +142,7 @@ class MicroBatches(Dataset):
         start = (i * self.plan.world_size + self.plan.rank) * self.plan.micro_batch_size
         return np.arange(start, start + self.plan.micro_batch_size)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, list[str]] | str:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, Condition, list[str]] | UserError:
         positions = self.positions(i)
         if self.read_ahead:
             windows = self.order.windows_from(int(positions[0]))
@@ -151,7 +152,7 @@ class MicroBatches(Dataset):
         try:
             return self.latents.read_with_faults(self.order(positions))
         except UserError as error:
-            return str(error)  # a worker's exception would arrive wrapped in its traceback
+            return error  # raised in a worker, it would arrive with its traceback in its message
 
 
 class Loader:
@@ -163,19 +164,19 @@ class Loader:
     def __len__(self) -> int:
         return len(self.batches.sampler)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Condition]]:
         batches = iter(self.batches)
         try:
             while (batch := self._next(batches)) is not None:
-                if isinstance(batch, str):
-                    raise UserError(batch)
-                raw, y, faults = batch
+                if isinstance(batch, UserError):
+                    raise batch
+                raw, condition, faults = batch
                 self.latents.report(faults)
-                yield raw, y
+                yield raw, condition
         finally:
             del batches  # ends the loader processes here, and not when the traceback is freed
 
-    def _next(self, batches: Iterator) -> tuple | str | None:
+    def _next(self, batches: Iterator) -> tuple | UserError | None:
         """The next batch, None at the end. Raises UserError for a killed loader process, which shows in many ways."""
         try:
             return next(batches, None)

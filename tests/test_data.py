@@ -20,7 +20,7 @@ import data.latents
 import data.loader
 from data import BatchPlan, channel_stats, has_split, make_loader, open_latents, prepare, scale_warning
 from data.encoding import LatentEncoding
-from data.index import Entries, Index, save_index
+from data.index import FIELDS, Index, Layout, save_index
 from data.loader import RUN, WINDOW, Order
 from data.shards import finalize, read_manifest, shard_name, write_shard
 from randomness import BatchSlice, seeded_generator
@@ -254,32 +254,10 @@ def test_nothing_in_a_folder_of_shards_looks_like_a_shard(tmp_path):
     for split in ("train", "val"):
         open_latents(folder, split=split)
     data.__main__.main(["inspect", str(folder)])
-    (folder / ".train.index.npz").touch()  # of an earlier version
     data.__main__.main(["index", str(folder)])
     for split in ("train", "val"):
         open_latents(folder, split=split)
         assert {name for name in os.listdir(folder) if split in name} == {name for name in shards if split in name}
-
-
-@pytest.mark.parametrize("writable", [True, False])
-def test_index_of_an_earlier_version_is_read_and_renamed(tmp_path, monkeypatch, writable):
-    folder = write_bare(tmp_path / "set", ("train-0.tar",))
-    open_latents(folder)
-    (cached,) = folder.glob(".*.index.npz")
-    cached.rename(folder / ".train.index.npz")
-    (folder / ".train.index.lock").touch()
-
-    def read_again(self, path):
-        raise AssertionError(f"{path} was read again")
-
-    def refused(source, target):
-        raise PermissionError
-
-    monkeypatch.setattr(data.index.ShardValidator, "read_samples", read_again)
-    if not writable:
-        monkeypatch.setattr(data.index.os, "replace", refused)
-    assert len(open_latents(folder)) == 1
-    assert [name for name in os.listdir(folder) if "train" in name] == ["train-0.tar"] or not writable
 
 
 def test_shards_belong_to_one_split(tmp_path):
@@ -330,13 +308,14 @@ def test_speed_and_memory(tmp_path):
     big, count = tmp_path / "big", 200_000
     big.mkdir()
     (big / "train-0.tar").touch()
-    columns = (np.arange(count) * 9216, np.full(count, 128), np.arange(count) % 1000, np.arange(count))
-    entries = Entries(*(c.astype(d) for c, d in zip(columns, (np.int64, np.uint16, np.int32, np.uint32))))
-    save_index(big, "train", Index(["train-0.tar"], np.array([count]), entries, (4, 32, 32), "float16", []), {})
+    entries = np.zeros(count, FIELDS["class"])
+    entries["offset"], entries["header"], entries["label"] = np.arange(count) * 9216, 128, np.arange(count) % 1000
+    index = Index(["train-0.tar"], np.array([count]), entries, Layout((4, 32, 32), "float16", "class"), [])
+    save_index(big, "train", index, {})
     start = time.monotonic()
     latents = open_latents(big)
     assert time.monotonic() - start < 2 and len(latents) == count
-    assert sum(getattr(latents._index.entries, name).nbytes for name in Entries.__annotations__) <= 32 * count
+    assert latents._index.entries.nbytes <= 32 * count
 
 
 def test_what_open_refuses(tmp_path, uneven):

@@ -100,7 +100,7 @@ BAD = {
     ),
     "size": (
         TRAIN_IMAGES, lambda _: zipped(np.zeros((30, 32, 30), np.uint8)),
-        "has pictures of 32x30 pixels; needed: data.input_size=28, squares",
+        "has pictures of 32x30 pixels; data.input_size says 28x28",
     ),
 }  # fmt: skip
 

@@ -1,0 +1,157 @@
+"""Conditions: what a network is told about each image of a batch. There are three kinds.
+
+    class   a label for each image: (B,) int64
+    text    Text: the embedded tokens of a text for each image
+    none    None
+
+Nothing outside this file looks inside a condition, except the networks that take it and the shards that hold it. A
+network's null condition, `null` below, is a batch of one on the CPU: the number of classes as a label, a Text that
+stands for no text, or None.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from randomness import Generators, seeded_generator, uniform
+from system import UserError
+
+
+class Text(NamedTuple):
+    """Texts of unequal length, padded at the end."""
+
+    states: torch.Tensor  # (B, T, D) float16 or float32
+    mask: torch.Tensor  # (B, T) bool: True where there is a token
+
+
+Condition = torch.Tensor | Text | None
+KINDS = {"class": "class labels", "text": "texts", "none": "no condition"}
+
+
+def kind_of(condition: Condition) -> str:
+    """class, text or none."""
+    return "none" if condition is None else "text" if isinstance(condition, Text) else "class"
+
+
+def size(condition: Condition) -> int | None:
+    """B; None for the kind none, which has no rows."""
+    return None if condition is None else len(_labels_or_mask(condition))
+
+
+def rows(condition: Condition, index: slice | Sequence[int] | torch.Tensor) -> Condition:
+    """The rows that `index` names: a slice, a list, or an int64 tensor (n,)."""
+    return _each(condition, lambda tensor: tensor[index])
+
+
+def to(condition: Condition, device: torch.device | str) -> Condition:
+    """The condition on a device; the host does not wait for the copy."""
+    return _each(condition, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def join(a: Condition, b: Condition) -> Condition:
+    """(A + B) rows of two conditions of one kind; the shorter texts are padded."""
+    if isinstance(a, Text):
+        a, b = _equally_long(a, b)
+        return Text(*(torch.cat(pair) for pair in zip(a, b)))
+    return None if a is None else torch.cat([a, b])
+
+
+def repeat(null: Condition, n: int, device: torch.device | str) -> Condition:
+    """The null condition, a batch of one, for n images."""
+    return _each(to(null, device), lambda tensor: tensor.expand(n, *tensor.shape[1:]).contiguous())
+
+
+def drop(condition: Condition, null: Condition, rate: float, generators: Generators) -> Condition:
+    """The condition with each row replaced by the null with probability `rate`; one uniform draw (B,) decides."""
+    if condition is None:
+        return None
+    like = _labels_or_mask(condition)
+    dropped = uniform(like.shape[:1], generators, device=like.device) < rate  # (B,)
+    if not isinstance(condition, Text):
+        return torch.where(dropped, int(null), condition)
+    text, null = _equally_long(condition, to(null, like.device))
+    states = torch.where(dropped[:, None, None], null.states, text.states)
+    return Text(states, torch.where(dropped[:, None], null.mask, text.mask))
+
+
+def choose(rule: str | int, seeds: Sequence[int], pool: Condition) -> Condition:
+    """A condition for each seed, out of those in `pool`; None where the pool is.
+
+    rule: "balanced" = row seed modulo the pool's size, "random" = a row drawn from the seed, a number = that row. The
+    pool of classes is arange(num_classes), so that the number is a class. Raises UserError for other rules.
+    """
+    count, named = size(pool), str(rule)
+    if named not in ("balanced", "random") and not (named.isdigit() and count and int(named) < count):
+        numbers = f" or a {kind_of(pool)} 0..{count - 1}" if count else "; the network takes no condition"
+        raise UserError(f"label {rule}; needed: balanced, random{numbers}")
+    if pool is None:
+        return None
+    if named == "random":
+        draws = (seeded_generator("image", int(seed), "label") for seed in seeds)
+        chosen = [int(torch.randint(count, (), generator=generator)) for generator in draws]
+    else:
+        chosen = [seed % count if named == "balanced" else int(named) for seed in seeds]
+    return rows(pool, torch.tensor(chosen, dtype=torch.int64))
+
+
+def another(condition: Condition, pool: Condition, generators: Generators) -> Condition:
+    """For each row a row of the pool, drawn anew whatever the condition is: arXiv 2407.02687. UserError for none."""
+    if condition is None:
+        raise UserError("guidance=icg compares with another condition; the network takes none: needed: another method")
+    like = _labels_or_mask(condition)
+    chosen = (uniform(like.shape[:1], generators, device=like.device) * size(pool)).long()  # (B,)
+    return rows(to(pool, like.device), chosen)
+
+
+def labels_of(condition: Condition) -> torch.Tensor | None:
+    """(B,) int64 for classes, else None."""
+    return condition if kind_of(condition) == "class" else None
+
+
+def check(condition: Condition, null: Condition) -> None:
+    """Raises UserError for what the network with this null condition cannot take: kind, labels or width."""
+    kind, wanted = kind_of(condition), kind_of(null)
+    if kind != wanted:
+        found = {"class": "these are class labels", "text": "this is a text", "none": "none is given"}[kind]
+        raise UserError(f"the network takes {KINDS[wanted]}, and {found}; needed: data.condition={wanted}")
+    if kind == "class" and len(condition) and not 0 <= condition.min() <= condition.max() < int(null):
+        raise UserError(f"labels {condition.min()}..{condition.max()}; the model has classes 0..{int(null) - 1}")
+    if kind == "text" and condition.states.shape[2] != null.states.shape[2]:
+        raise UserError(
+            f"texts of width {condition.states.shape[2]}; the network takes texts of width {null.states.shape[2]}"
+        )
+
+
+def save(condition: Condition) -> dict[str, torch.Tensor]:
+    """The tensors of a `conditions.safetensors`: labels, or states and mask, or nothing."""
+    if condition is None:
+        return {}
+    tensors = condition._asdict() if isinstance(condition, Text) else {"labels": condition}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def load(tensors: dict[str, torch.Tensor]) -> Condition:
+    """What `save` was given. Raises UserError for other tensors."""
+    names = sorted(tensors)
+    if names not in ([], ["labels"], ["mask", "states"]):
+        raise UserError(f"conditions of {', '.join(names)}; needed: labels, or states and mask, or nothing")
+    return Text(**tensors) if "mask" in tensors else tensors.get("labels")
+
+
+def _labels_or_mask(condition: torch.Tensor | Text) -> torch.Tensor:
+    """A tensor whose first axis is the batch."""
+    return condition.mask if isinstance(condition, Text) else condition
+
+
+def _each(condition: Condition, change: Callable[[torch.Tensor], torch.Tensor]) -> Condition:
+    if isinstance(condition, Text):
+        return Text(*map(change, condition))
+    return None if condition is None else change(condition)
+
+
+def _equally_long(*texts: Text) -> list[Text]:
+    longest = max(text.mask.shape[1] for text in texts)
+    missing = [longest - text.mask.shape[1] for text in texts]
+    return [Text(pad(text.states, (0, 0, 0, n)), pad(text.mask, (0, n))) for text, n in zip(texts, missing)]
