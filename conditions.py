@@ -124,6 +124,25 @@ def check(condition: Condition, null: Condition) -> None:
         )
 
 
+def check_kind(kind: str, null: Condition) -> None:
+    """Raises UserError where a network with this null condition does not take data.condition=`kind`."""
+    if kind != kind_of(null):
+        raise UserError(f"data.condition={kind}, and the network takes {KINDS[kind_of(null)]}; needed: the same kind")
+
+
+def pool(null: Condition, kept: Condition = None) -> Condition:
+    """What images are drawn for: every class of the network with this null condition, or the texts that were kept."""
+    return torch.arange(int(null)) if kind_of(null) == "class" else kept
+
+
+def alike(null: Condition, other: Condition) -> bool:
+    """Whether two networks with these null conditions take the same ones: as many classes, or texts of one width."""
+    kind = kind_of(null)
+    if kind != kind_of(other) or kind == "none":
+        return kind == kind_of(other)
+    return int(null) == int(other) if kind == "class" else null.states.shape[2] == other.states.shape[2]
+
+
 def save(condition: Condition) -> dict[str, torch.Tensor]:
     """The tensors of a `conditions.safetensors`: labels, or states and mask, or nothing."""
     if condition is None:

@@ -13,7 +13,7 @@ They combine. Both branches make the same kind of prediction, denoised or veloci
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import torch
@@ -66,6 +66,11 @@ class Guidance:
             raise UserError("weak_path=drop leaves the weak branch no tokens to route; needed: gamma_weak=0")
         if self.on and self.weak_ckpt is None and self.weak_path is None:
             self.check_order()
+
+    @property
+    def alone(self) -> "Guidance":
+        """These settings, without those that a subclass adds."""
+        return Guidance(**{field.name: getattr(self, field.name) for field in fields(Guidance)})
 
     def check_order(self) -> None:
         """Raises UserError unless routing makes the weak branch the weaker one; equal ratios need different labels."""
