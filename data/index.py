@@ -19,16 +19,16 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, TEXT, Member, member_name, members, split_name
+from data.archives import ARRAY, LABEL, MAX_MEMBER, TEXT, Member, member_name, members, split_name
 from system import UserError
 from system.files import atomic_file, locked, sha256_of
 from system.launchers import usable_cpus
@@ -36,11 +36,10 @@ from system.launchers import usable_cpus
 DTYPES = ("float16", "float32")
 MAX_LABEL = 2**31 - 1
 PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
-# An index's entry for a sample. Offsets are those of an array's .npy file in the shard, headers the bytes of it that
-# precede the numbers, crcs the numbers' CRC-32; length: the tokens of a text.
-LATENT_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
-TEXT_FIELDS = [("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4"), ("length", "i4")]
-FIELDS = {"class": [*LATENT_FIELDS, ("label", "i4")], "text": LATENT_FIELDS + TEXT_FIELDS, "none": LATENT_FIELDS}
+# A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
+ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
+TEXT_FIELDS = [("length", "i4"), ("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4")]  # length: tokens
+FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT_FIELDS, "none": ARRAY_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Layout:
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
-        known = {field.name: manifest[field.name] for field in fields(cls) if field.name in manifest}
-        return cls(**{**known, "shape": tuple(manifest["shape"])})
+        values = {name: manifest[name] for name in cls.__annotations__}
+        return cls(**values | {"shape": tuple(values["shape"])})
 
 
 @dataclass
@@ -112,10 +111,10 @@ def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
 def build_index(folder: Path, shards: list[str], manifest: dict, before: Index | None = None) -> Index:
     """Reads every shard. before: an earlier index, which identifies the samples that changed in a damaged shard.
 
-    manifest: as in load_index; without a shape in it, the layout is found out from the shards.
+    manifest: as in load_index; without a shape in it, the layout is that of the shards.
     """
     described = {shard["name"]: shard for shard in manifest.get("shards", [])}
-    layout = Layout.of(manifest if manifest.get("shape") else find_layout([folder / name for name in shards], manifest))
+    layout = Layout.of(manifest) if "shape" in manifest else find_layout([folder / name for name in shards])
     validator = ShardValidator(layout)
 
     def validate(name: str) -> tuple[np.ndarray, list[str]]:
@@ -146,6 +145,10 @@ class ShardValidator:
 
     layout: Layout
 
+    @property
+    def no_entries(self) -> np.ndarray:
+        return np.zeros(0, FIELDS[self.layout.condition])
+
     def validate(self, path: Path, described: dict | None, before: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
         """The valid samples of a shard and a line for each fault.
 
@@ -159,7 +162,7 @@ class ShardValidator:
                 break
             except OSError as error:
                 if attempt == 2:
-                    return self._entries([]), [f"{path.name}: {error.strerror}"]
+                    return self.no_entries, [f"{path.name}: {error.strerror}"]
         if unchanged:
             return entries, [f"{path.name}: {fault}" for fault in faults]
         if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
@@ -168,7 +171,7 @@ class ShardValidator:
                 faults = [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
                 return entries[~changed], faults
         counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
-        return self._entries([]), [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
+        return self.no_entries, [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
 
     def read_samples(self, path: Path) -> tuple[np.ndarray, list[str]]:
         """The complete and valid samples of a shard, and what is wrong with the others."""
@@ -187,103 +190,84 @@ class ShardValidator:
                     found[key][extension] = member
             if not faults and not any(ARRAY in parts for parts in found.values()):
                 instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
-                return self._entries([]), [f"holds no .{ARRAY}{instead}"]
+                return self.no_entries, [f"holds no .{ARRAY}{instead}"]
             for key, parts in found.items():
                 try:
                     rows.append(self._row(file.fileno(), parts))
                 except UserError as error:
                     faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
-        return self._entries(rows), faults
-
-    def _entries(self, rows: list[tuple]) -> np.ndarray:
-        return np.array(rows, FIELDS[self.layout.condition])
+        return np.array(rows, self.no_entries.dtype), faults
 
     def _row(self, fd: int, parts: dict[str, Member]) -> tuple:
         """The entry of a sample. Raises UserError saying what is wrong with it."""
-        layout = self.layout
-        for extension in PARTS[layout.condition]:
+        layout, (_, *others) = self.layout, PARTS[self.layout.condition]
+        for extension in (ARRAY, *others):
             if extension not in parts:
                 raise UserError(f"has no .{extension}")
-        array = read_array(fd, parts[ARRAY])
-        if (array.shape, array.dtype) != (layout.shape, layout.dtype):
-            raise UserError(f"is {array.dtype} {array.shape}; needed: {layout.dtype} {layout.shape}")
-        row = (array.offset, array.header, array.checked_crc())
+        needed = f"{layout.dtype} {layout.shape}"
+        _, *row = read_array(fd, parts[ARRAY], layout.dtype, layout.shape[:1], layout.shape[1:], needed)
         if layout.condition == "class":
-            return *row, self._label(os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset))
-        return row + self._text(fd, parts[TEXT]) if layout.condition == "text" else row
-
-    def _label(self, contents: bytes) -> int:
-        text = contents.decode("ascii", "replace").strip()
-        top = MAX_LABEL if self.layout.num_classes is None else self.layout.num_classes - 1
-        if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
-            raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
-        return int(text)
-
-    def _text(self, fd: int, member: Member) -> tuple[int, int, int, int]:
-        """The entry's TEXT_FIELDS."""
-        width, dtype, longest = self.layout.text_width, self.layout.text_dtype, self.layout.text_length
-        try:
-            text = read_array(fd, member)
-            tokens = text.shape[0] if text.shape[1:] == (width,) and text.dtype == dtype else 0
-            if not 1 <= tokens <= (longest or tokens):
-                needed = f"{dtype} (tokens, {width}), {f'1 to {longest}' if longest else '1 or more'} tokens"
-                raise UserError(f"is {text.dtype} {text.shape}; needed: {needed}")
-            return text.offset, text.header, text.checked_crc(), tokens
-        except UserError as error:
-            raise UserError(f"has a .{TEXT} that {error}") from None
+            text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
+            top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
+            if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
+                raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
+            row.append(int(text))
+        if layout.condition == "text":
+            longest = layout.text_length or MAX_MEMBER
+            needed = f"{layout.text_dtype} (1..{layout.text_length or ''}, {layout.text_width})"
+            try:
+                tokens = range(1, longest + 1)
+                row += read_array(fd, parts[TEXT], layout.text_dtype, tokens, (layout.text_width,), needed)
+            except UserError as error:
+                raise UserError(f"has a .{TEXT} that {error}") from None
+        return tuple(row)
 
 
-class StoredArray(NamedTuple):
-    """An array in a shard: what its header says, and its numbers, which may not be what the header says."""
+def read_array(
+    fd: int, member: Member, dtype: str, lengths: Collection[int], rest: tuple[int, ...], needed: str
+) -> tuple[int, int, int, int]:
+    """(length, offset, header bytes, CRC) of an array (length, *rest). Raises UserError saying what is wrong with it.
 
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int  # of the .npy file in the shard
-    header: int  # bytes
-    numbers: bytes
-
-    def checked_crc(self) -> int:
-        """CRC-32 of the numbers. Raises UserError where there are not as many as the shape says, or not finite."""
-        if len(self.numbers) != np.dtype(self.dtype).itemsize * math.prod(self.shape):
-            raise UserError(f"has {len(self.numbers)} bytes of numbers, not those of {self.dtype} {self.shape}")
-        if not np.isfinite(np.frombuffer(self.numbers, self.dtype)).all():
-            raise UserError("has numbers that are not finite")
-        return zlib.crc32(self.numbers)
-
-
-def read_array(fd: int, member: Member) -> StoredArray:
-    contents = os.pread(fd, member.size, member.offset)
-    shape, dtype, header = npy_header(contents)
-    return StoredArray(shape, dtype, member.offset, header, contents[header:])
-
-
-def find_layout(paths: list[Path], known: dict) -> dict:
-    """The layout of shards that no manifest describes, as its keys in meta.json; `known` may say some of them.
-
-    Arrays are as the first of their kind is. The condition is as in the first shard: labels, or else texts, or none.
+    lengths: those that may be. needed: the same in words.
     """
-    found: dict[str, tuple] = {}  # {extension: (shape, dtype, bytes of header)}; () for labels
-    wanted = PARTS[known.get("condition") or "class"]
+    contents = os.pread(fd, member.size, member.offset)
+    shape, found, start = npy_header(contents)
+    if found != dtype or len(shape) == 0 or shape[0] not in lengths or shape[1:] != rest:
+        raise UserError(f"is {found} {shape}; needed: {needed}")
+    numbers = contents[start:]
+    if len(numbers) != np.dtype(dtype).itemsize * math.prod(shape):
+        raise UserError(f"has {len(numbers)} bytes of numbers, not those of {dtype} {shape}")
+    if not np.isfinite(np.frombuffer(numbers, dtype)).all():
+        raise UserError("has numbers that are not finite")
+    return shape[0], member.offset, start, zlib.crc32(numbers)
+
+
+def find_layout(paths: list[Path], condition: str | None = None, num_classes: int | None = None) -> Layout:
+    """The layout of shards that no manifest describes: arrays are as the first of their kind is.
+
+    condition: None = as in the first shard with an array: labels, or else texts, or none.
+    """
+    found: dict[str, tuple] = {LABEL: ()}  # {extension: (shape, dtype, bytes of header)}
+    extensions = set()
     for path in paths:
         with open(path, "rb") as file:
             for member in members(file, []):
                 extension = split_name(member.name)[1]
-                if extension == LABEL:
-                    found[LABEL] = ()
-                elif extension in (ARRAY, TEXT) and extension not in found:
+                extensions.add(extension)
+                if extension in (ARRAY, TEXT) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
                         found[extension] = npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))
-                if found.keys() >= set(wanted):
+                if found.keys() & extensions >= set(PARTS[condition or "class"]):
                     break
         if ARRAY in found:
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
-    condition = known.get("condition") or next((c for c in ("class", "text") if PARTS[c][1] in found), "none")
-    layout = {"shape": shape, "dtype": dtype, "condition": condition, "num_classes": known.get("num_classes")}
-    if condition == "text":
-        text_shape, text_dtype, _ = found.get(TEXT, ((0, 0), dtype, 0))
-        layout |= {"text_width": text_shape[-1] if text_shape else 0, "text_dtype": text_dtype}
-    return layout
+    condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
+    layout = Layout(shape, dtype, condition, num_classes)
+    if condition != "text":
+        return layout
+    text_shape, text_dtype, _ = found.get(TEXT, ((0, 0), dtype, 0))
+    return replace(layout, text_width=text_shape[-1] if text_shape else 0, text_dtype=text_dtype)
 
 
 def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
@@ -355,10 +339,9 @@ def _cache_path(folder: Path, split: str) -> Path:
 
 def _write_cache(path: Path, index: Index, stamp: str) -> None:
     about = {"stamp": stamp, "shards": index.shards, "layout": asdict(index.layout), "faults": index.faults}
+    about = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with atomic_file(path) as file:
-        np.savez(
-            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, entries=index.entries
-        )
+        np.savez(file, about=about, ends=index.ends, entries=index.entries)
 
 
 def _read_cache(path: Path) -> tuple[Index | None, str]:

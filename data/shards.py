@@ -234,7 +234,7 @@ def finalize(
     if not found:
         raise UserError(f"no shards train-*.tar in {folder}")
     paths = [folder / name for shards in found.values() for name in shards]
-    manifest = UNLESS_SAID | find_layout(paths, {"condition": condition, "num_classes": num_classes}) | {"shards": []}
+    manifest = asdict(find_layout(paths, condition, num_classes)) | {"shards": []}
     indices = {}
     for split, shards in found.items():
         indices[split] = index = build_index(folder, shards, manifest)
