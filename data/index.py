@@ -83,14 +83,13 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
     sha256) and its layout.
     """
     stamp = _stamp(folder, shards, manifest)
-    for path in _cache_paths(folder, split):
-        index, known_stamp = _read_cache(path)
-        if index is not None and known_stamp == stamp:
-            return index
+    for known in _cache_paths(folder, split):
+        if (found := _read_cache(known)) and found[1] == stamp:
+            return found[0]
     path = _cache_path(folder, split)
     with locked(path.with_suffix(".lock")):
-        before, known_stamp = _read_cache(path)
-        if before is not None and known_stamp == stamp:  # another process has just built it
+        before, known_stamp = _read_cache(path) or (None, "")
+        if known_stamp == stamp:  # another process has just built it
             return before
         index = build_index(folder, shards, manifest, before)
         if not any(map(_is_read_error, index.faults)):
@@ -100,7 +99,7 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
 
 def cached_index(folder: Path, split: str) -> Index | None:
     """The index cached last, which may be out of date; None if there is none."""
-    return next((i for i, _ in map(_read_cache, _cache_paths(folder, split)) if i is not None), None)
+    return next((found[0] for found in map(_read_cache, _cache_paths(folder, split)) if found), None)
 
 
 def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
@@ -296,14 +295,15 @@ def _is_read_error(fault: str) -> bool:
     return any(fault.endswith(f": {os.strerror(code)}") for code in errno.errorcode if code != errno.ENOENT)
 
 
+def sample_key(path: Path, offset: int) -> str:
+    """The key of the sample whose array begins at `offset`, read back from the shard; '?' if it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return split_name(member_name(file.fileno(), offset))[0]
+    return "?"
+
+
 def describe_sample(path: Path, offset: int) -> str:
-    """`shard: sample 'key' at byte offset`, with the key read back from the archive."""
-    try:
-        with open(path, "rb") as file:
-            key = split_name(member_name(file.fileno(), offset))[0]
-    except OSError:
-        key = "?"
-    return f"{path.name}: sample {key!r} at byte {offset}"
+    return f"{path.name}: sample {sample_key(path, offset)!r} at byte {offset}"
 
 
 def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
@@ -324,8 +324,7 @@ def _cache_paths(folder: Path, split: str) -> list[Path]:
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tread"
     path_hash, split_hash = (hashlib.sha256(name.encode()).hexdigest() for name in (str(folder.resolve()), split))
     # Without the split's name: CompVis's loader takes every file with "train" in its name for a shard.
-    beside = folder / f".{split_hash[:8]}.index.npz"
-    return [beside, user_cache / f"{path_hash[:16]}.{split}.index.npz"]
+    return [folder / f".{split_hash[:8]}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"]
 
 
 def _cache_path(folder: Path, split: str) -> Path:
@@ -344,12 +343,11 @@ def _write_cache(path: Path, index: Index, stamp: str) -> None:
         np.savez(file, about=about, ends=index.ends, entries=index.entries)
 
 
-def _read_cache(path: Path) -> tuple[Index | None, str]:
-    """(index, stamp) of a cached index; (None, '') if there is none or it cannot be read."""
-    try:
+def _read_cache(path: Path) -> tuple[Index, str] | None:
+    """(index, stamp) of a cached index; None if there is none or it cannot be read."""
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
             layout = Layout.of(about["layout"])
             return Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"]), about["stamp"]
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
-        return None, ""
+    return None

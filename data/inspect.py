@@ -1,6 +1,7 @@
 """What is at a path: `python -m data inspect PATH`. Our shards are read whole; of other formats, a sample."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from data.archives import ARRAY, members, split_name
 from data.encoding import Channels, LatentEncoding, guess_kind, is_moments, model_shape
 from data.foreign import open_source
-from data.index import build_index, cached_index
+from data.index import build_index, cached_index, find_layout
 from data.latents import Latents, mean_and_std, spread_evenly
 from data.shards import SPLITS, read_encoding, read_manifest, split_shards
 from randomness import seeded_generator
@@ -46,10 +47,10 @@ def has_latent_shards(folder: Path) -> bool:
 
 def _inspect_shards(folder: Path) -> dict:
     manifest = read_manifest(folder)
+    shards = {split: names for split in SPLITS if (names := split_shards(folder, split, manifest))}
+    known = manifest or asdict(find_layout([folder / name for names in shards.values() for name in names]))
     indices = {
-        split: build_index(folder, names, manifest, before=cached_index(folder, split))
-        for split in SPLITS
-        if (names := split_shards(folder, split, manifest))
+        split: build_index(folder, names, known, before=cached_index(folder, split)) for split, names in shards.items()
     }
     wrong = [fault for index in indices.values() for fault in index.faults]
     index = next((index for index in indices.values() if len(index.entries)), None)
@@ -58,33 +59,31 @@ def _inspect_shards(folder: Path) -> dict:
     index.faults = []  # they are in the report
     latents = Latents(folder, manifest, index, read_encoding(folder, manifest), "stop", "none")
     raw = latents.read(spread_evenly(len(latents), MAX_ARRAYS))[0]
-    report = _describe(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias"))
-    condition, entries = index.layout.condition, np.concatenate([part.entries for part in indices.values()])
-    channels, height, width = report["shape"]
-    settings = [f"data.path={folder}", f"data.channels={channels}"]
-    settings += [f"data.input_size={height if height == width else f'[{height},{width}]'}"]
-    if condition == "class":
-        report["num_classes"] = manifest.get("num_classes") or int(entries["label"].max()) + 1
-        report["labels"] = np.bincount(entries["label"], minlength=report["num_classes"]).tolist()
-        settings += [f"data.num_classes={report['num_classes']}"]
-    else:
-        settings += [f"data.condition={condition}"]
-    if condition == "text":
-        report |= {"text_width": index.layout.text_width, "text_length": int(entries["length"].max())}
-    settings += _codec_settings(manifest.get("codec"))
-    ready = manifest or report["kind"] == "sample_scaled"
-    return {
+    report = {
         "path": str(folder),
         "format": "shards" if manifest else "shards without meta.json",
         "counts": {split: len(index.entries) for split, index in indices.items()},
-        **report,
+        **_describe(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias")),
         "flip": manifest.get("flip", "none"),
-        "condition": condition,
+        "condition": index.layout.condition,
         "wrong": wrong,
-        "next": f"python train.py data=folder {shlex.join(settings)}"
-        if ready
-        else f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=...",
     }
+    channels, height, width = report["shape"]
+    settings = [f"data.path={folder}", f"data.channels={channels}"]
+    settings += [f"data.input_size={height if height == width else f'[{height},{width}]'}"]
+    entries = np.concatenate([part.entries for part in indices.values()])
+    if report["condition"] == "class":
+        num_classes = manifest.get("num_classes") or int(entries["label"].max()) + 1
+        report |= {"num_classes": num_classes, "labels": np.bincount(entries["label"], minlength=num_classes).tolist()}
+        settings += [f"data.num_classes={num_classes}"]
+    else:
+        settings += [f"data.condition={report['condition']}"]
+    if report["condition"] == "text":
+        report |= {"text_width": index.layout.text_width, "text_length": int(entries["length"].max())}
+    settings += _codec_settings(manifest.get("codec"))
+    if manifest or report["kind"] == "sample_scaled":
+        return report | {"next": f"python train.py data=folder {shlex.join(settings)}"}
+    return report | {"next": f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=..."}
 
 
 def _codec_settings(codec: dict | None) -> list[str]:

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from conditions import Condition, Text
-from data.archives import member_name, split_name
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
-from data.index import Index
+from data.index import Index, describe_sample, sample_key
 from randomness import Generators, seeded_generator
 from system import UserError
 
@@ -129,7 +128,7 @@ class Latents:
 
     def keys(self, indices: Sequence[int]) -> list[str]:
         """The names of samples, read back from their shards; '?' if a shard is damaged or gone."""
-        return [self._key(index) for index in indices]
+        return [sample_key(*self._place(index)) for index in indices]
 
     def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray) -> str | None:
         """Fills row (bytes,) and text (T, bytes of a token); returns a line saying what is wrong, or None."""
@@ -146,24 +145,18 @@ class Latents:
         try:
             count = os.preadv(self._file(self._shard(index)), [numbers], int(start))
         except OSError as error:
-            return f"{self._shard_name(index)}: {error.strerror}"
+            return f"{self._place(index)[0].name}: {error.strerror}"
         if count == len(numbers) and zlib.crc32(numbers) == crc:
             return None
         what = "is cut off" if count < len(numbers) else "has changed since it was indexed"
-        offset = self._index.entries["offset"][index]
-        return f"{self._shard_name(index)}: sample {self._key(index)!r} at byte {offset} {what}"
-
-    def _key(self, index: int) -> str:
-        try:
-            return split_name(member_name(self._file(self._shard(index)), int(self._index.entries["offset"][index])))[0]
-        except OSError:
-            return "?"
+        return f"{describe_sample(*self._place(index))} {what}"
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._index.ends, index, side="right"))
 
-    def _shard_name(self, index: int) -> str:
-        return self._index.shards[self._shard(index)]
+    def _place(self, index: int) -> tuple[Path, int]:
+        """The shard of a sample and the byte at which its array begins."""
+        return self.folder / self._index.shards[self._shard(index)], int(self._index.entries["offset"][index])
 
     def _file(self, shard: int) -> int:
         """The file descriptor of a shard. Reads carry their offsets, so forked processes may share it."""
