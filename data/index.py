@@ -70,11 +70,6 @@ class Index:
     layout: Layout
     faults: list[str]
 
-    @property
-    def counts(self) -> np.ndarray:
-        """(number of shards,) int64: samples in each."""
-        return np.diff(self.ends, prepend=0)
-
 
 def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> Index:
     """The index of the named shards of a folder: from the cache, or built and then cached.
@@ -113,11 +108,11 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
     manifest: as in load_index; without a shape in it, the layout is that of the shards.
     """
     described = {shard["name"]: shard for shard in manifest.get("shards", [])}
+    earlier = dict(zip(before.shards, np.split(before.entries, before.ends[:-1]))) if before else {}
     layout = Layout.of(manifest) if "shape" in manifest else find_layout([folder / name for name in shards])
-    validator = ShardValidator(layout)
 
     def validate(name: str) -> tuple[np.ndarray, list[str]]:
-        return validator.validate(folder / name, described.get(name), _shard_entries(before, name))
+        return validate_shard(folder / name, layout, described.get(name), earlier.get(name))
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # reading, hashing and CRCs release the interpreter's lock
         results = list(pool.map(validate, shards))
@@ -130,96 +125,80 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
     )
 
 
-def _shard_entries(index: Index | None, shard: str) -> np.ndarray | None:
-    """The entries of one shard; None if the index does not have it."""
-    if index is None or shard not in index.shards:
-        return None
-    s = index.shards.index(shard)
-    return index.entries[slice(index.ends[s - 1] if s else 0, index.ends[s])]
+def validate_shard(
+    path: Path, layout: Layout, described: dict | None, before: np.ndarray | None
+) -> tuple[np.ndarray, list[str]]:
+    """The valid samples of a shard and a line for each fault.
+
+    described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
+    that have changed since.
+    """
+    for attempt in (1, 2):
+        try:
+            entries, faults = read_samples(path, layout)
+            unchanged = described is None or faults or sha256_of(path) == described["sha256"]
+            break
+        except OSError as error:
+            if attempt == 2:
+                return np.array([], FIELDS[layout.condition]), [f"{path.name}: {error.strerror}"]
+    if unchanged:
+        return entries, [f"{path.name}: {fault}" for fault in faults]
+    if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
+        changed = before != entries
+        if changed.any() and (before["offset"] == entries["offset"]).all():
+            faults = [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
+            return entries[~changed], faults
+    counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
+    return np.array([], FIELDS[layout.condition]), [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
 
 
-@dataclass
-class ShardValidator:
-    """Reads shards whose samples must have this layout."""
-
-    layout: Layout
-
-    @property
-    def no_entries(self) -> np.ndarray:
-        return np.zeros(0, FIELDS[self.layout.condition])
-
-    def validate(self, path: Path, described: dict | None, before: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
-        """The valid samples of a shard and a line for each fault.
-
-        described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
-        that have changed since.
-        """
-        for attempt in (1, 2):
+def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
+    """The complete and valid samples of a shard, and what is wrong with the others."""
+    faults: list[str] = []
+    found: dict[str, dict[str, Member]] = {}
+    others: set[str] = set()
+    rows = []
+    with open(path, "rb") as file:
+        for member in members(file, faults):
+            key, extension = split_name(member.name)
+            if extension not in PARTS[layout.condition]:
+                others.add(extension)
+            elif extension in found.setdefault(key, {}):
+                faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
+            else:
+                found[key][extension] = member
+        if not faults and not any(ARRAY in parts for parts in found.values()):
+            instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
+            return np.array([], FIELDS[layout.condition]), [f"holds no .{ARRAY}{instead}"]
+        for key, parts in found.items():
             try:
-                entries, faults = self.read_samples(path)
-                unchanged = described is None or faults or sha256_of(path) == described["sha256"]
-                break
-            except OSError as error:
-                if attempt == 2:
-                    return self.no_entries, [f"{path.name}: {error.strerror}"]
-        if unchanged:
-            return entries, [f"{path.name}: {fault}" for fault in faults]
-        if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
-            changed = before != entries
-            if changed.any() and (before["offset"] == entries["offset"]).all():
-                faults = [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
-                return entries[~changed], faults
-        counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
-        return self.no_entries, [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
-
-    def read_samples(self, path: Path) -> tuple[np.ndarray, list[str]]:
-        """The complete and valid samples of a shard, and what is wrong with the others."""
-        faults: list[str] = []
-        found: dict[str, dict[str, Member]] = {}
-        others: set[str] = set()
-        rows = []
-        with open(path, "rb") as file:
-            for member in members(file, faults):
-                key, extension = split_name(member.name)
-                if extension not in PARTS[self.layout.condition]:
-                    others.add(extension)
-                elif extension in found.setdefault(key, {}):
-                    faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
-                else:
-                    found[key][extension] = member
-            if not faults and not any(ARRAY in parts for parts in found.values()):
-                instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
-                return self.no_entries, [f"holds no .{ARRAY}{instead}"]
-            for key, parts in found.items():
-                try:
-                    rows.append(self._row(file.fileno(), parts))
-                except UserError as error:
-                    faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
-        return np.array(rows, self.no_entries.dtype), faults
-
-    def _row(self, fd: int, parts: dict[str, Member]) -> tuple:
-        """The entry of a sample. Raises UserError saying what is wrong with it."""
-        layout, (_, *others) = self.layout, PARTS[self.layout.condition]
-        for extension in (ARRAY, *others):
-            if extension not in parts:
-                raise UserError(f"has no .{extension}")
-        needed = f"{layout.dtype} {layout.shape}"
-        _, *row = read_array(fd, parts[ARRAY], layout.dtype, layout.shape[:1], layout.shape[1:], needed)
-        if layout.condition == "class":
-            text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
-            top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
-            if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
-                raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
-            row.append(int(text))
-        if layout.condition == "text":
-            longest = layout.text_length or MAX_MEMBER
-            needed = f"{layout.text_dtype} (1..{layout.text_length or ''}, {layout.text_width})"
-            try:
-                tokens = range(1, longest + 1)
-                row += read_array(fd, parts[TEXT], layout.text_dtype, tokens, (layout.text_width,), needed)
+                rows.append(_row(file.fileno(), parts, layout))
             except UserError as error:
-                raise UserError(f"has a .{TEXT} that {error}") from None
-        return tuple(row)
+                faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
+    return np.array(rows, FIELDS[layout.condition]), faults
+
+
+def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
+    """The entry of a sample. Raises UserError saying what is wrong with it."""
+    for extension in PARTS[layout.condition]:
+        if extension not in parts:
+            raise UserError(f"has no .{extension}")
+    needed = f"{layout.dtype} {layout.shape}"
+    _, *row = read_array(fd, parts[ARRAY], layout.dtype, layout.shape[:1], layout.shape[1:], needed)
+    if layout.condition == "class":
+        text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
+        top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
+        if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
+            raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
+        row.append(int(text))
+    if layout.condition == "text":
+        needed = f"{layout.text_dtype} (1..{layout.text_length or ''}, {layout.text_width})"
+        try:
+            lengths = range(1, (layout.text_length or MAX_MEMBER) + 1)
+            row += read_array(fd, parts[TEXT], layout.text_dtype, lengths, (layout.text_width,), needed)
+        except UserError as error:
+            raise UserError(f"has a .{TEXT} that {error}") from None
+    return tuple(row)
 
 
 def read_array(

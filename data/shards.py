@@ -242,7 +242,7 @@ def finalize(
             raise UserError(f"damaged data in {folder}: {index.faults[0]}")
         manifest["shards"] += [
             {"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)}
-            for name, n in zip(shards, index.counts.tolist())
+            for name, n in zip(shards, np.diff(index.ends, prepend=0).tolist())
         ]
     entries = [index.entries for index in indices.values()]
     if manifest["condition"] == "class":
