@@ -44,15 +44,15 @@ FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT
 
 @dataclass(frozen=True)
 class Layout:
-    """What all samples of a set have in common: keys of meta.json."""
+    """What all samples of a set have in common, under the keys of meta.json."""
 
     shape: tuple[int, ...]  # of the stored latents
     dtype: str
     condition: str  # class, text or none
-    num_classes: int | None = None  # None = not told, or no classes
+    num_classes: int | None = None  # None = unknown, or no classes
     text_width: int | None = None  # texts are (tokens, text_width)
     text_dtype: str | None = None
-    text_length: int | None = None  # at most so many tokens; None = not told
+    text_length: int | None = None  # tokens of the longest text; None = unknown
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":

@@ -29,11 +29,11 @@ UNUSUAL = 2.5  # SD's latents have standard deviation 0.9 when scaled, 5 when no
 class Latents:
     """The samples of a split; several processes may read them at once.
 
-    condition: class, text or none: what `read` gives beside latents; none of what the shards hold where they hold more.
+    condition: what `read` gives beside latents: class, text or none, which ignores what else the shards hold.
     shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. meta: contents of meta.json, {}
-    without one. labels: (n,) int32, and num_classes: meta.json's, or the largest label + 1; None but for classes.
-    text_length, text_width: T and D of the texts, T being the longest; 0 but for texts. fingerprint: 16 hex digits that
-    change with any sample, label, text, scale or kind. faults: a line for everything that was left out.
+    without one. labels: (n,) int32; num_classes: meta.json's, or the largest label + 1; both None without classes.
+    text_length, text_width: the tokens of the longest text, and their width; both 0 without texts. fingerprint: 16 hex
+    digits that change with any sample, label, text, scale or kind. faults: a line for everything that was left out.
     Raises UserError for an encoding that does not fit the stored shape.
     """
 
@@ -65,9 +65,9 @@ class Latents:
         return len(self._index.entries)
 
     def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition]:
-        """raw (B, *stored_shape) of `dtype` and the condition of B rows; texts are padded with zeros to text_length.
+        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length.
 
-        Damage raises UserError or, skipped, is reported.
+        Damage raises UserError or, with on_error="skip", is reported.
         """
         raw, condition, faults = self.read_with_faults(indices)
         self.report(faults)
@@ -94,7 +94,7 @@ class Latents:
         return self.read(spread_evenly(len(self), count))[1]
 
     def _conditions(self, used: np.ndarray, texts: np.ndarray) -> Condition:
-        """The condition of the samples `used` (B,), their texts (B, T, bytes of a token) being read already."""
+        """The condition of the samples `used` (B,), whose texts (B, T, bytes of a token) have been read."""
         if self.condition == "class":
             return torch.from_numpy(self.labels[used].astype(np.int64))
         if self.condition == "none":
