@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # which inherits what its controller se
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
-cache = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = cache.name  # what precision=auto has measured
 
 
 @pytest.fixture(scope="session")
@@ -67,19 +64,27 @@ def tiny_overrides(few_latents):
     ]  # fmt: skip
 
 
+def settings_of(overrides):
+    """The settings that train.py makes of these keys."""
+    from checkpoints.config import Settings
+    from system import cli
+    from system.settings import parse
+
+    return parse(Settings, cli.load_config("config", overrides))
+
+
 @pytest.fixture
 def run(tiny_overrides, tmp_path):
     """run(name, *overrides, stop_after=None) -> (exit code, run folder): a training run in this process."""
     import train as training
-    from system import cli
     from training.stopping import PreemptionHandler
 
     def run(name, *overrides, stop_after=None):
-        config = cli.load_config("config", [*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
+        settings = settings_of([*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
         with pytest.MonkeyPatch.context() as patch:
             if stop_after is not None:
                 patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
-            return training.train(config), tmp_path / name
+            return training.train(settings), tmp_path / name
 
     return run
 
