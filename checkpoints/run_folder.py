@@ -24,16 +24,18 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from checkpoints.config import Settings, from_file
 from system import UserError, hub
 from system.files import sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
+from system.settings import read_yaml
 
 MANIFEST = "manifest.json"
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 NamedTensors = dict[str, dict[str, torch.Tensor]]
@@ -240,7 +242,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
-    """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself (foreign.py).
+    """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself.
 
     hf:owner/name[/file] becomes its local copy.
     """
@@ -249,7 +251,7 @@ def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
 
 
 def find_checkpoint(ckpt: str | Path, key: str = "ckpt") -> Path:
-    """The checkpoint folder of a run folder or checkpoint folder, or the weights file for foreign.py.
+    """The checkpoint folder of a run folder or checkpoint folder, or a file for weights/foreign.py.
 
     key: the setting that names it. Raises UserError where there is neither.
     """
@@ -297,27 +299,10 @@ def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> No
             raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
 
 
-def read_config(checkpoint: Path) -> DictConfig:
-    """The config that a checkpoint was trained with, in today's names."""
-    return in_todays_names(OmegaConf.load(checkpoint / "config.yaml"))
-
-
-def in_todays_names(config: DictConfig) -> DictConfig:
-    """Changes what earlier versions named otherwise, and adds what they did without naming it; in place."""
-    renamed = {"dit.build": "dit.DiT", "lightningdit.build": "lightningdit.LightningDiT"}
-    config.model._target_ = renamed.get(config.model._target_, config.model._target_)
-    config.data.pop("P_mean", None)  # objective.P_mean has the same number
-    if config.data.get("codec", {}).get("_target_") == "autoencoder.VAECodec":
-        config.data.codec.setdefault("bias", 0.0)
-    if "train" in config:
-        config.train.setdefault("ema_ramp", True)
-    if "optimizer" in config:
-        config.optimizer.setdefault("name", "adamw")
-    if config.objective._target_ == "rf.RectifiedFlow":
-        config.objective.setdefault("contrastive", 0.0)
-        config.objective.setdefault("null_label", config.data.num_classes)
-    config.setdefault("ema", {"widths": None})
-    return config
+def read_config(checkpoint: Path) -> Settings:
+    """The settings that a checkpoint was trained with. Raises UserError where they are damaged or of another format."""
+    path = checkpoint / "config.yaml"
+    return from_file(read_yaml(path.read_bytes(), str(path)), str(path))
 
 
 def load_weights(checkpoint: Path, module: torch.nn.Module, weights: str = "ema") -> None:
