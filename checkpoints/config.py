@@ -62,7 +62,6 @@ class Train:
     val_every: Count = 900
     val_samples: Positive = 500
     save_every: Count = 900
-    save: Literal["sync"] = "sync"
     keep_last: Positive = 2
     keep_every: Positive | None = None
     max_hours: Annotated[float, at_least(0)] | None = None

@@ -72,9 +72,7 @@ def generate(
     )  # fmt: skip
 
 
-def check_request(
-    run: Run, guidance: Guidance, condition: Condition, batch_size: int, weak: Run | None = None
-) -> None:
+def check_request(run: Run, guidance: Guidance, condition: Condition, batch_size: int, weak: Run | None = None) -> None:
     """Raises UserError for what cannot be drawn. weak: the weak branch's run; None = it is loaded here.
 
     A weak branch of the run's earliest checkpoint, of which there may be none yet, counts as one of the same network.

@@ -71,9 +71,7 @@ class Run:
             print(f"warning: compile off: {reason}", file=sys.stderr)
         compile_blocks(self.model.all_blocks, self.compile, dynamic=True)
 
-    def predict(
-        self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None
-    ) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None) -> torch.Tensor:
         """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
         how = routing and (routing.selection_ratio, routing.drop_path)
         if how not in self.counted:

@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 
 import torch
 from safetensors import SafetensorError
@@ -34,31 +33,13 @@ from system.processes import is_main
 from system.settings import read_yaml
 
 MANIFEST = "manifest.json"
-WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
+START_AGAIN = "start_again"  # in the run folder: the run was stopped and saved; the same command continues it
+TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio is this run's
+WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 NamedTensors = dict[str, dict[str, torch.Tensor]]
-
-
-class GivenUp(Exception):
-    """A checkpoint was not written to its end, because a later one has to be."""
-
-
-def save_checkpoint(
-    run_folder: Path,
-    step: int,
-    *,
-    modules: dict[str, torch.nn.Module],  # by file: "model", "ema", and power averages
-    optimizer: torch.optim.Optimizer,
-    state: dict,  # plain numbers and strings, for trainer_state.json
-    config: str,  # the resolved config, as YAML
-) -> Path:
-    """Writes the checkpoint of `step` and points `latest` at it. Modules come unwrapped: names carry no prefix.
-
-    Raises OSError where the disk is full or cannot be written; earlier checkpoints are untouched.
-    """
-    return write_checkpoint(run_folder, step, checkpoint_tensors(modules, optimizer), state, config)
 
 
 def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
@@ -67,20 +48,22 @@ def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.opt
     return {"optimizer.safetensors": optimizer_tensors(modules["model"], optimizer)} | weights
 
 
-def write_checkpoint(
-    run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str, given_up: Event | None = None
-) -> Path:
-    """As save_checkpoint, of `checkpoint_tensors`. Raises GivenUp where `given_up` was set before all was written."""
+def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str) -> Path:
+    """Writes the checkpoint of `step`, of `checkpoint_tensors`, and points `latest` at it.
+
+    state: plain numbers and strings, for trainer_state.json. config: the settings, as YAML. Raises OSError where the
+    disk is full or cannot be written; earlier checkpoints are untouched.
+    """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
     check_free_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
-    write_folder(target, tensors, texts, given_up)
+    write_folder(target, tensors, texts)
     write_text_atomic(target.parent / "latest", target.name + "\n")
     remove_temporaries(run_folder)
     return target
 
 
-def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str], given_up: Event | None = None) -> None:
+def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> None:
     """Writes the folder of a step with these files and their manifest: whole or not at all."""
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -91,8 +74,6 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str], giv
         with ThreadPoolExecutor() as pool:  # a file is hashed while the next is written
             entries = {name: pool.submit(seal, temporary / name) for name in texts}
             for name, named in tensors.items():
-                if given_up is not None and given_up.is_set():
-                    raise GivenUp(f"the checkpoint {target.name}")
                 _save_tensors(named, temporary / name)
                 entries[name] = pool.submit(seal, temporary / name)
         files = {name: entries[name].result() for name in sorted(entries)}
@@ -204,6 +185,11 @@ def snapshots_until(checkpoint: Path) -> list[Path]:
 def complete_checkpoints(run_folder: Path) -> list[Path]:
     """The run's checkpoint folders that have a manifest, oldest first."""
     return complete_steps(run_folder / "checkpoints")
+
+
+def is_complete(run_folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of this step."""
+    return (run_folder / "checkpoints" / f"step_{step:07d}" / MANIFEST).is_file()
 
 
 def complete_steps(folder: Path) -> list[Path]:
