@@ -101,18 +101,14 @@ def check_layout(run: Run, layout: str) -> None:
     if layout == "safetensors":
         return
     model, objective, (_, h, w) = type(run.model), run.objective, run.model.latent_shape
-    kind, found = conditions.kind_of(run.model.null_condition), f"{run.checkpoint} is a {type(run.model).__name__}"
+    kind, found = conditions.kind_of(run.model.null_condition), f"{run.checkpoint} is of the class {model.__name__}"
     if layout == "diffusers" and (model is not DiT or not isinstance(objective, DDPM)):
-        raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found} with {type(objective).__name__}")
+        raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found}, with {type(objective).__name__}")
     if model not in (DiT, LightningDiT):
-        raise UserError(
-            f"format={layout} is another project's, which has no such network: {found}; needed: safetensors"
-        )
+        raise UserError(f"format={layout} is another project's, which cannot open it: {found}; needed: safetensors")
     if kind != "class" or h != w or layout == "diffusers" and len(run.pool) > pipeline.NULL_LABEL:
-        found = f"{found} for {conditions.KINDS[kind]} and latents of {h} x {w}"
-        raise UserError(
-            f"format={layout} needs class labels, of 1000 classes for diffusers, and square latents; {found}"
-        )
+        found = f"{run.checkpoint} is for {conditions.KINDS[kind]} and latents of {h} x {w}"
+        raise UserError(f"format={layout} needs labels (for diffusers 1000 at most) and square latents; {found}")
     if layout == "sit" and objective.predicts != "velocity":
         raise UserError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {objective.predicts}")
 
