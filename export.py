@@ -38,7 +38,7 @@ from system.files import usual_mode
 from system.settings import Check, parse
 from training.ema import check_reconstruction, reconstruct
 from weights import pipeline
-from weights.foreign import CONFIG_KEY
+from weights.foreign import CONFIG_KEY, check_keys
 from weights.layouts import Tensors, reverse_time
 
 
@@ -111,6 +111,7 @@ def check_layout(run: Run, layout: str) -> None:
         raise UserError(f"format={layout} needs labels (for diffusers 1000 at most) and square latents; {found}")
     if layout == "sit" and objective.predicts != "velocity":
         raise UserError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {objective.predicts}")
+    check_keys(run.model.state_dict(), run.checkpoint)
 
 
 def portable_config(settings: Settings) -> dict:

@@ -204,7 +204,9 @@ def trained(request, tmp_path_factory, few_latents):
         p.mul_(0.9)
     tensors = checkpoint_tensors({"model": model, "ema": ema}, torch.optim.AdamW(model.parameters()))
     write_checkpoint(folder, 7, tensors, {"data": "none"}, to_yaml(settings))
-    (folder / "metrics.jsonl").write_text('{"step": 6, "train/loss": 0.5}\n{"step": 7, "val/loss_dense": 0.25}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 6, "train/loss": 0.5}\n{"step": 7, "val/loss_dense": 0.25}\n{"step": 7, "val'
+    )
     (folder / "eval" / "x").mkdir(parents=True)
     scores = {"checkpoint_sha256": load_run(folder, device="cpu").sha256, "n": 100, "fd_mnist": 12.5, "seconds": 3}
     (folder / "eval" / "x" / "metrics.json").write_text(json.dumps(scores))
@@ -491,3 +493,24 @@ def test_another_projects_file_says_nothing_of_its_training(net, tmp_path):
     assert facts.keys() == {"step", "weights", "format", "model", "objective", "sampler", "data"}
     assert "global_batch_size" not in (tmp_path / "out" / "README.md").read_text()
     assert type(load_run(tmp_path / "out", device="cpu").objective) is DDPM
+
+
+def test_an_average_of_another_width_is_exported_in_the_place_of_the_ema(tmp_path):
+    settings = made_settings(["model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"])
+    modules = {name: build_network(settings) for name in ("model", "ema", "power_0.05", "power_0.1")}
+    tensors = checkpoint_tensors(modules, torch.optim.AdamW(modules["model"].parameters()))
+    write_checkpoint(tmp_path / "run", 7, tensors, {}, to_yaml(settings))
+    export.main([f"ckpt={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "ema_width=0.05"])
+    exported = load_run(tmp_path / "out", device="cpu").model.state_dict()
+    assert all(torch.equal(value, exported[key]) for key, value in modules["power_0.05"].state_dict().items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["ema_width"] == 0.05
+    assert "| ema_width | 0.05 |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match="needed: weights=ema"):
+        export.main([f"ckpt={tmp_path / 'run'}", f"out={tmp_path / 'raw'}", "ema_width=0.05", "weights=raw"])
+
+
+def test_a_network_of_changed_parts_is_not_another_projects(tmp_path):
+    small = ["model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"]
+    run = make_run(tmp_path / "run", [*small, "model=lightningdit", "objective=rf", "+model.norm=layer"])
+    with pytest.raises(UserError, match="another architecture than DiT; 13 missing"):
+        export.main([f"ckpt={run}", f"out={tmp_path / 'out.pt'}", "format=sit"])
