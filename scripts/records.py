@@ -10,13 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from omegaconf import OmegaConf
 from scipy.stats import ttest_ind
 
-from scripts.plot import LINES
+from scripts.plot import LINES, canvas, logarithmic
 from system import UserError
 from system.files import write_text_atomic
 from training.curves import read_log
@@ -216,9 +213,9 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float | None, path:
 
     Without a common time, each contestant's line ends where its runs do.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
+    figure, axes = canvas((10, 4), 1, 2)
+    axes[1].sharey(axes[0])
+    axes[1].tick_params(labelleft=False)
     markers = ("o", "s", "^", "D", "v", "P", "X")
     shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))  # still apart in grey
     for i, (contestant, those) in enumerate(runs.items()):
@@ -244,9 +241,6 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float | None, path:
         ax.grid(alpha=0.3)
         ax.set_xlim(0, 1.05 * ax.dataLim.x1)
     axes[0].set_ylabel(race.metric)
-    axes[0].set_yscale("log")  # of both, which share it
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axes[0])  # and the other, which shares it
     axes[1].legend(frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
