@@ -55,7 +55,7 @@ from data.shards import finalize, shard_name, write_shard
 from guidance import Guidance
 from randomness import normal, seeded_generator, uniform
 from routing_module import Routing, num_kept
-from scripts.plot import canvas
+from scripts.plot import canvas, markdown
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
 from system.instantiate import instantiate
@@ -428,18 +428,18 @@ def growth(out: Path) -> None:
     for axes, what in zip(panels, ("multiply-adds of a step", "memory of a step beyond its state")):
         axes.set(xscale="log", yscale="log", xlabel="quantity, relative to the smallest", title=f"{what}, relative")
         axes.grid(alpha=0.3)
-    print("| quantity | values | slope of multiply-adds | slope of memory |\n|---|---|---|---|")
+    rows = []
     for name, (values, overrides) in VARIED.items():
         costs = np.array([step_costs(overrides(value)) for value in values])  # (values, 2)
         x, relative = np.array(values) / values[0], (costs / costs[0]).T
         slopes = [np.polyfit(np.log(x), np.log(y), 1)[0] for y in relative]
-        print(f"| {name} | {', '.join(map(str, values))} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
+        rows.append([name, ", ".join(map(str, values)), *(f"{slope:.2f}" for slope in slopes)])
         for axes, y, slope in zip(panels, relative, slopes):
             axes.plot(x, y, marker="o", label=f"{name}: {slope:.2f}")
             axes.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
-    print(out)
+    print(markdown(("quantity", "values", "slope of multiply-adds", "slope of memory"), rows) + str(out))
 
 
 def main(arguments: list[str]) -> None:

@@ -88,6 +88,12 @@ def newest(paths: Iterable[Path]) -> Path | None:
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table in Markdown."""
+    first, *lines = (f"| {' | '.join(map(str, cells))} |\n" for cells in (head, *rows))
+    return "".join([first.replace("|  |", "| |"), "|---" * len(head), "|\n", *lines])
+
+
 def named(runs: Sequence[Path]) -> dict[str, Path]:
     """Runs by name, or by path where two have the same name."""
     found = {run.resolve().name: run for run in runs}
@@ -147,6 +153,7 @@ def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250, 1.5k, 20M
         axis.set_xlim(left=0)
         if panel.startswith(LOGARITHMIC):
+            axis.set_yscale("log")
             low, high = axis.get_ylim()
             logarithmic(axis, (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7))
         if panel in ("train/lr", "perf/img_per_s"):

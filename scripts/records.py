@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from omegaconf import OmegaConf
 from scipy.stats import ttest_ind
 
-from scripts.plot import LINES, canvas, logarithmic
+from scripts.plot import LINES, canvas, logarithmic, markdown
 from system import UserError
 from system.files import write_text_atomic
 from training.curves import read_log
@@ -53,9 +53,7 @@ class Scored:
 
     step_seconds: float
     steps: list[int]  # of its scores
-    columns: tuple[
-        list[float], ...
-    ]  # at those: the metric, class accuracy and, without the last step's, validation loss
+    columns: tuple[list[float], ...]  # there: the metric, class accuracy and, without the last step's, validation loss
 
     def at_step(self, step: float) -> list[float]:
         """Each column after a step, between two scores on the straight line through them."""
@@ -125,7 +123,7 @@ def step_seconds(race: Race, steps: dict[int, dict]) -> float:
     return float(np.median([line["perf/cpu_s"] for line in steps.values()])) / race.cores
 
 
-def values_at(race: Race, runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
+def values_at(runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
     """(metric, class accuracy, validation loss) of each run after a step or a time: (runs, 3)."""
     return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
 
@@ -137,50 +135,33 @@ def statistics(
 
     read: the runs, each with the time per step of its own log.
     """
-    lines = [f"# {race.question}", ""]
-    baseline = next(iter(runs))
-    after_steps = [(f"after {step:,} steps", runs, {"step": step})]
-    after_time = []
+    baseline, text = next(iter(runs)), f"# {race.question}\n\n"
+    moments = [(f"after {step:,} steps", runs, {"step": step})]
     if seconds is not None:
-        after_time.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
         own = common_seconds(read)
-        after_time.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
-    for column, name, alternative, moments in (
-        (0, race.metric, "less", after_steps + after_time),
-        (1, "class accuracy", "greater", after_steps + after_time),
-        (2, "validation loss (EMA, without routing)", "less", after_steps),
-    ):
-        for title, compared, at in moments:
-            lines += [
-                f"## {name} {title}", "",
-                f"| | n | mean | standard deviation | difference to {baseline} | p ({alternative} than {baseline}) |",
-                "|---|---|---|---|---|---|",
-            ]  # fmt: skip
-            base = values_at(race, compared[baseline], **at)[:, column]
-            for contestant, those in compared.items():
-                mine = values_at(race, those, **at)[:, column]
-                row = [contestant, str(len(mine)), f"{mine.mean():.4g}", f"{spread(mine):.2g}"]
+        moments.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
+        moments.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
+    for column, name, alternative in (
+        (0, race.metric, "less"), (1, "class accuracy", "greater"), (2, "validation loss (EMA, without routing)", "less"),
+    ):  # fmt: skip
+        head = ("", "n", "mean", "standard deviation", f"difference to {baseline}", f"p ({alternative} than {baseline})")
+        for title, compared, at in moments[: 1 if column == 2 else None]:
+            values = {contestant: values_at(those, **at)[:, column] for contestant, those in compared.items()}
+            rows, base = [], values[baseline]
+            for contestant, mine in values.items():
+                rows.append([contestant, len(mine), f"{mine.mean():.4g}", f"{spread(mine):.2g}", "", ""])
                 if contestant != baseline:
                     differ = spread(mine) or spread(base)  # there is no test of values that are all equal
                     p = ttest_ind(mine, base, equal_var=False, alternative=alternative).pvalue if differ else math.nan
-                    row += [f"{mine.mean() - base.mean():+.4g}", f"{p:.2g}"]
-                else:
-                    row += ["", ""]
-                lines.append(f"| {' | '.join(row)} |")
-            lines.append("")
-    lines += [
-        f"## {race.metric}, class accuracy by steps", "",
-        f"| steps | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|",
-    ]  # fmt: skip
+                    rows[-1][-2:] = f"{mine.mean() - base.mean():+.4g}", f"{p:.2g}"
+            text += f"## {name} {title}\n\n{markdown(head, rows)}\n"
+    rows = []
     for at in range(race.keep_every, step + 1, race.keep_every):
-        means = [values_at(race, those, step=at).mean(0) for those in runs.values()]
-        lines.append(f"| {at:,} | {' | '.join(f'{mean[0]:.4g}, {mean[1]:.3f}' for mean in means)} |")
-    lines.append("")
-    lines += [
-        "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on the "
-        "straight line through them.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+        means = [values_at(those, step=at).mean(0) for those in runs.values()]
+        rows.append([f"{at:,}", *(f"{mean[0]:.4g}, {mean[1]:.3f}" for mean in means)])
+    text += f"## {race.metric}, class accuracy by steps\n\n{markdown(['steps', *runs], rows)}\n"
+    text += "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on "
+    return text + "the straight line through them.\n"
 
 
 def spread(values: np.ndarray) -> float:
@@ -190,22 +171,19 @@ def spread(values: np.ndarray) -> float:
 
 def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float | None) -> str:
     """One row a contestant: mean over seeds, plus or minus the sample standard deviation."""
-    head, moments = ["", "s a step"], [(f"after {step:,} steps", {"step": step})]
+    head, moments, rows = ["", "s a step"], [(f"after {step:,} steps", {"step": step})], []
     if seconds is not None:
         head.append(f"steps in {seconds:,.0f} s")
         moments.insert(0, ("then", {"seconds": seconds}))
     for title, _ in moments:
         head += [f"{race.metric} {title}", "class accuracy then"]
-    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for contestant, those in runs.items():
         pace = those[0].step_seconds
-        cells = [contestant, f"{pace:.3f}", *([] if seconds is None else [f"{seconds / pace:,.0f}"])]
+        rows.append([contestant, f"{pace:.3f}", *([] if seconds is None else [f"{seconds / pace:,.0f}"])])
         for _, at in moments:
-            values = values_at(race, those, **at)
-            cells += [f"{values[:, 0].mean():.1f} ± {spread(values[:, 0]):.1f}"]
-            cells += [f"{values[:, 1].mean():.3f} ± {spread(values[:, 1]):.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            score, accuracy, _ = values_at(those, **at).T
+            rows[-1] += [f"{score.mean():.1f} ± {spread(score):.1f}", f"{accuracy.mean():.3f} ± {spread(accuracy):.3f}"]
+    return markdown(head, rows)
 
 
 def draw(race: Race, runs: dict[str, list[Scored]], seconds: float | None, path: Path) -> None:
@@ -224,18 +202,15 @@ def draw(race: Race, runs: dict[str, list[Scored]], seconds: float | None, path:
         pace = those[0].step_seconds
         end = last * pace if seconds is None else seconds
         times = np.array([*(steps * pace)[steps * pace < end], end])
-        columns = {
-            0: (times, [values_at(race, those, seconds=t)[:, 0] for t in times]),
-            1: (steps, [values_at(race, those, step=step)[:, 0] for step in steps]),
-        }
-        for panel, (x, values) in columns.items():
+        for axis, moment, x in zip(axes, ("seconds", "step"), (times, steps)):
+            values = [values_at(those, **{moment: at})[:, 0] for at in x]
             mean, deviation = np.mean(values, 1), np.nan_to_num([spread(v) for v in values])
             line, marker = LINES[i % len(LINES)], markers[i % len(markers)]
-            axes[panel].plot(x, mean, color=shades[i], linestyle=line, marker=marker, markersize=5, label=contestant)
+            axis.plot(x, mean, color=shades[i], linestyle=line, marker=marker, markersize=5, label=contestant)
             if len(x) > 1:
-                axes[panel].fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
+                axis.fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
             else:
-                axes[panel].errorbar(x, mean, deviation, color=shades[i], capsize=4)
+                axis.errorbar(x, mean, deviation, color=shades[i], capsize=4)
     for ax, label in zip(axes, ("seconds of training", "steps")):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
