@@ -30,6 +30,7 @@ from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
 from system import cli, compiling
 from system.files import sha256_of
+from tests.conftest import TORCHRUN
 from tests.made_inception import noise, write_made_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -594,9 +595,8 @@ def test_two_processes_score_as_one(trained, digits, tmp_path):
         f"with cli.user_errors():\n    score_made(Path({str(tmp_path / 'made2.json')!r}))\n"
         f"    fid.main({[*settings, f'out={tmp_path}/2']!r})\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
     done = subprocess.run(
-        [*launcher, str(tmp_path / "two.py")],
+        [*TORCHRUN, str(tmp_path / "two.py")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
