@@ -141,10 +141,10 @@ def statistics(
         own = common_seconds(read)
         moments.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
         moments.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
-    for column, name, alternative in (
-        (0, race.metric, "less"), (1, "class accuracy", "greater"), (2, "validation loss (EMA, without routing)", "less"),
-    ):  # fmt: skip
-        head = ("", "n", "mean", "standard deviation", f"difference to {baseline}", f"p ({alternative} than {baseline})")
+    better = {race.metric: "less", "class accuracy": "greater", "validation loss (EMA, without routing)": "less"}
+    for column, (name, alternative) in enumerate(better.items()):
+        head = ["", "n", "mean", "standard deviation", f"difference to {baseline}"]
+        head.append(f"p ({alternative} than {baseline})")
         for title, compared, at in moments[: 1 if column == 2 else None]:
             values = {contestant: values_at(those, **at)[:, column] for contestant, those in compared.items()}
             rows, base = [], values[baseline]
