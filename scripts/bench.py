@@ -59,7 +59,6 @@ from scripts.plot import canvas, markdown
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
 from system.instantiate import instantiate
-from system.launchers import own_process
 from system.processes import start_processes
 from train import set_learning_rate, train_step, update_ema
 from training.log import TimedBatches
@@ -444,9 +443,7 @@ def growth(out: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     verb, *rest = arguments if arguments and arguments[0] in ("guidance", "growth") else ("step", *arguments)
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__.strip())
-    elif verb == "guidance":
+    if verb == "guidance":
         bench_guidance(rest)
     elif verb == "growth":
         growth(Path(rest[0] if rest else "runs/growth.png"))
@@ -458,6 +455,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "CUDA is not available")
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -31,7 +31,6 @@ from scripts.plot import markdown
 from system import UserError, cli
 from system.files import write_text_atomic
 from system.instantiate import instantiate
-from system.launchers import own_process
 from system.processes import start_processes
 from training.prepare import batch_plan
 
@@ -111,8 +110,6 @@ def table(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if set(arguments) & {"-h", "--help"}:
-        return print(__doc__.strip())
     options = dict(argument.partition("=")[::2] for argument in arguments)
     if unknown := options.keys() - {"--small", "out"}:
         raise UserError(f"unknown argument {min(unknown)}; needed: --small, out=FILE.json")
@@ -154,6 +151,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -25,7 +25,6 @@ from evaluation.reference import shipped_reference
 from fid import evaluate
 from guidance import Guidance
 from system import cli
-from system.launchers import own_process
 
 METHODS = {
     "CFG": {},
@@ -146,6 +145,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

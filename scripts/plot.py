@@ -44,8 +44,6 @@ Curves = dict[str, tuple[list[float], list[float]]]  # {panel: (x, y)}
 
 
 def main(arguments: Sequence[str]) -> None:
-    if set(arguments) & {"-h", "--help"}:
-        return print(__doc__.strip())
     options = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("x=", "out=")))
     words = [argument for argument in arguments if not argument.startswith(("x=", "out="))]
     runs, x = [Path(word) for word in words if word != "summary"], options.get("x", "steps")
@@ -197,5 +195,4 @@ def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

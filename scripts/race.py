@@ -240,21 +240,15 @@ def read_scores(folder: Path) -> list[dict]:
 
 def machine() -> dict:
     """What a run ran on."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file():
         fields = dict(line.split("\t: ") for line in info.read_text().splitlines() if "\t: " in line)
         cpu = " ".join(fields.get(name, "") for name in ("model name", "cpu family", "model")).strip()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True
-    )
-    versions = {name: version(name) for name in ("torch", "numpy", "scipy")}
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions,
-        "commit": commit or None, "uncommitted_changes": bool(changed.stdout.strip()),
-    }  # fmt: skip
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit, changed = git("rev-parse", "HEAD") or None, bool(git("status", "--porcelain", "--untracked-files=no"))
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "scipy")}
+    return {"cpu": cpu, "cores": os.cpu_count(), **versions, "commit": commit, "uncommitted_changes": changed}
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

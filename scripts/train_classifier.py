@@ -23,7 +23,6 @@ from evaluation.features import CLASSIFIERS, Classifier, real_images  # noqa: E4
 from randomness import seeded_generator, uniform  # noqa: E402
 from system import UserError, cli  # noqa: E402
 from system.files import usual_mode  # noqa: E402
-from system.launchers import own_process  # noqa: E402
 
 EPOCHS = {"mnist": 20, "fashion": 8}
 AUGMENTATION = {"mnist": 1.0, "fashion": 0.4}  # clothes hang straight
@@ -95,6 +94,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)
