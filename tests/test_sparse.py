@@ -208,10 +208,9 @@ def test_show_routes_shows_the_tokens_that_sampling_keeps(model, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["sprint", "maskdit"])
-def test_the_bench_knows_it(model, monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", 2)
+def test_the_bench_knows_it(model):
     settings = ["train.global_batch_size=8", "train.compile=off", "train.precision=fp32", "train.micro_batch_size=4"]
-    report = bench.bench(cli.load_config("config", [f"model={model}", *SMALL[:3], *settings]), compare=False)
+    report = bench.bench(cli.load_config("config", [f"model={model}", *SMALL[:3], *settings]), compare=False, rounds=2)
     dense, routed = (report["kinds"][f"ours {way}"] for way in ("dense", "routed"))
     for row in (dense, routed):
         assert row["gmacs_counted"] == pytest.approx(row["gmacs"], rel=0.02) and row["host_waits"] == 0
