@@ -3,7 +3,6 @@
     python scripts/bench.py [--compare] [key=value ...]    a training step, dense against routed
     python scripts/bench.py guidance [key=value ...]       a guided prediction, sparse against classifier-free
     python scripts/bench.py growth [OUT.png]               how a step grows with tokens, width, depth, batch and routing
-    bash scripts/gpu_check.sh [--small] [out=FILE.json]    what this code does on a GPU, in at most ten minutes
 
 The keys are train.py's: model.size=DiT-B/2 data=imagenet256 train.global_batch_size=16.
 
@@ -18,17 +17,12 @@ Classifier-free guidance runs both branches in one batch, sparse guidance in two
 
 growth: multiply-adds, and the memory of a step beyond its state, as cost.py counts them: around DiT-B/2 in bf16, on 256
 tokens, at micro-batch 32, with one quantity changed at a time. Prints the slopes on logarithmic axes, and draws them.
-
-gpu_check: the tests marked gpu, then the step of four sizes with its memory beside the prediction of cost.py, then
-reading data, sampling and scoring. It ends with a table for docs/performance.md and writes all figures to a JSON file;
-it trains on noise in a temporary folder and changes no run. --small: tiny networks, on a CPU too, in two minutes.
 """
 
 import json
 import math
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,8 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cost
 import data
@@ -59,14 +52,12 @@ from checkpoints.load import round_linears
 from data import BatchPlan
 from data.encoding import LatentEncoding
 from data.shards import finalize, shard_name, write_shard
-from evaluation.features import load_extractor
 from guidance import Guidance
 from randomness import normal, seeded_generator, uniform
 from routing_module import Routing, num_kept
 from scripts.plot import canvas, markdown
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
-from system.files import write_text_atomic
 from system.instantiate import instantiate
 from system.processes import start_processes
 from train import set_learning_rate, train_step, update_ema
@@ -79,13 +70,6 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount")
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
 BASE = ["data=imagenet256", "model=tread", "model.size=DiT-B/2"]  # of guidance and growth
-BUDGET = 540  # seconds; what would begin later is left out, and the end says so
-SIZES = {"DiT-S/2": 256, "DiT-B/2": 256, "DiT-L/2": 128, "DiT-XL/2": 128}  # micro-batches that fit in 40 GB
-SMALL = ["model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.compile=off", "data.num_workers=0"]
-SMALL += ["data.input_size=8", "data.num_classes=10", "train.precision=fp32", "train.global_batch_size=4"]
-GOALS = {"mfu of XL/2, dense": 0.45, "measured / predicted": 0.95, "waits": 0}
-COLUMNS = ("model", "batch", "dense img/s", "routed img/s", "dense MFU", "routed MFU", "measured / predicted",
-           "dense GB", "routed GB", "predicted GB", "waits")  # fmt: skip
 VARIED = {  # quantity: (its values, the overrides that set one)
     "tokens": ([64, 256, 1024, 4096], lambda n: [f"data.input_size={2 * math.isqrt(n)}"]),
     "width": ([384, 768, 1152, 1536], lambda d: [f"model.hidden_size={d}", f"model.num_heads={d // 64}"]),
@@ -459,123 +443,12 @@ def growth(out: Path) -> None:
     print(markdown(("quantity", "values", "slope of multiply-adds", "slope of memory"), rows) + str(out))
 
 
-# On a GPU
-
-
-def run_tests() -> str:
-    """The last line of the tests marked gpu, or how many are skipped without one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=BUDGET)
-    if done.returncode not in (0, 5):
-        print(done.stdout)
-    return done.stdout.strip().splitlines()[-1]
-
-
-def config_of(size: str, batch: int, small: bool) -> DictConfig:
-    """ImageNet's setting of a size; small: a tiny network on four images."""
-    keys = [f"model.size={size}", f"train.global_batch_size={batch}", *(SMALL if small else ())]
-    return cli.load_config("config", ["data=imagenet256", "model=tread", *keys])
-
-
-def row_of(size: str, report: dict, cfg: DictConfig) -> dict:
-    """One line of the table, from a report. GB are those of a step beyond the state."""
-    ways = {way: report["kinds"][f"ours {way}"] for way in ("dense", "routed")}
-    mfu, batch = report["mfu"] or {}, cfg.train.global_batch_size
-    cfg.train.precision = report["precision"]
-    memory = cost.step_memory(cfg, device=start_processes().device.type)
-    row = {"model": size, "batch": batch, "measured / predicted": report["measured_over_predicted"]}
-    for way, kind in ways.items():
-        row |= {f"{way} img/s": kind["img_per_s"], f"{way} MFU": mfu.get(way), f"{way} GB": kind["step_gb"]}
-    row["predicted GB"] = (memory.peak(batch) - memory.state) / 1e9
-    return row | {"waits": sum(kind["host_waits"] for kind in ways.values()), "report": report}
-
-
-def loader_rate(cfg: DictConfig) -> float:
-    """Samples per second that the loader reads, with the config's workers."""
-    with tempfile.TemporaryDirectory() as folder:
-        latents = noise_latents(Path(folder), cfg)
-        plan, steps = batch_plan(cfg.train, start_processes()), 50
-        loader = iter(data.make_loader(latents, plan, num_steps=steps, num_workers=cfg.data.num_workers))
-        next(loader)
-        seconds = seconds_of(lambda: list(loader), torch.device("cpu"))
-        return (steps - 1) * plan.micro_batch_size / seconds
-
-
-def sampling_rates(cfg: DictConfig, images: int) -> dict[str, float]:
-    """Images per second of 10 steps with guidance, in latents, by precision; random weights cost what others do."""
-    device, rates = start_processes().device, {}
-    model = instantiate(cfg.model).to(device).eval().requires_grad_(False)
-    for precision in ("fp32", "bf16"):
-        run = sample.Run(model, instantiate(cfg.objective), None, cfg, device, precision)
-        labels = sample.labels_for(run.num_classes, range(images), "balanced")
-        draw = lambda: sample.generate_latents(run, Guidance(2.0), range(images), labels, {"num_steps": 10})
-        draw()
-        rates[precision] = images / seconds_of(draw, device)
-    return rates
-
-
-def scoring_rate(images: int) -> float:
-    """Images per second through the digits' classifier, from the host."""
-    device = start_processes().device
-    extractor, pixels = load_extractor("mnist", device=device), torch.zeros(images, 3, 28, 28, dtype=torch.uint8)
-    extractor(pixels)
-    return images / seconds_of(lambda: extractor(pixels), device)
-
-
-def table(rows: list[dict]) -> str:
-    """The rows in Markdown."""
-    text = lambda value: "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-    return markdown(COLUMNS, [[text(row[name]) for name in COLUMNS] for row in rows])
-
-
-def check_gpu(arguments: Sequence[str]) -> None:
-    """Everything that needs a GPU; prints a table, and writes all figures to a file."""
-    options = dict(argument.partition("=")[::2] for argument in arguments)
-    if unknown := options.keys() - {"--small", "out"}:
-        raise UserError(f"unknown argument {min(unknown)}; needed: --small, out=FILE.json")
-    small, out = "--small" in options, Path(options.get("out", "runs/gpu_check.json"))
-    if not (small or torch.cuda.is_available()):
-        raise UserError("no GPU; needed: one that CUDA finds, or --small")
-    started, device = time.monotonic(), start_processes().device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    rows, left_out, tests = [], [], run_tests()
-    print(f"tests      {tests}", flush=True)
-    for size, batch in SIZES.items():
-        if time.monotonic() - started > BUDGET * 0.75:
-            left_out.append(size)
-            continue
-        cfg = config_of(size, batch, small)
-        try:
-            report = bench(cfg, compare=False, rounds=1 if small else ROUNDS)
-        except torch.OutOfMemoryError:
-            left_out.append(f"{size} (out of memory at {batch})")
-            continue
-        rows.append(row_of(size, report, cfg))
-        print(f"bench      {size}: {report['measured_over_predicted']:.3f} measured / predicted", flush=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    cfg = config_of("DiT-B/2", 256, small)
-    found = {
-        "device": name, "torch": torch.__version__, "goals": GOALS, "tests": tests, "rows": rows, "left_out": left_out,
-        "loader_samples_per_s": loader_rate(cfg), "sampling_images_per_s": sampling_rates(cfg, 4 if small else 256),
-        "scoring_images_per_s": scoring_rate(16 if small else 5000), "seconds": time.monotonic() - started,
-    }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out, json.dumps(found, indent=2) + "\n")
-    print(f"\n{name}, torch {torch.__version__}\n\n{table(rows)}")
-    sampling = ", ".join(f"{rate:.4g} {precision}" for precision, rate in found["sampling_images_per_s"].items())
-    print(f"Loader: {found['loader_samples_per_s']:.4g} samples/s. Sampling B/2, 10 guided steps: {sampling} images/s.")
-    print(f"Left out: {', '.join(left_out) or 'nothing'}. {found['seconds']:.0f} s. {out}")
-
-
 def main(arguments: list[str]) -> None:
-    verb, *rest = arguments if arguments and arguments[0] in ("guidance", "growth", "gpu") else ("step", *arguments)
+    verb, *rest = arguments if arguments and arguments[0] in ("guidance", "growth") else ("step", *arguments)
     if verb == "guidance":
         bench_guidance(rest)
     elif verb == "growth":
         growth(Path(rest[0] if rest else "runs/growth.png"))
-    elif verb == "gpu":
-        check_gpu(rest)
     else:
         report = bench(cli.load_config("config", [key for key in rest if key != "--compare"]), "--compare" in rest)
         print(show(report))
