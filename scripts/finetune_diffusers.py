@@ -23,8 +23,6 @@ TINY = HEADS | dict(in_channels=16, num_layers=2, num_single_layers=4, joint_att
 
 
 def main(overrides: list[str]) -> None:
-    if set(overrides) & {"-h", "--help"}:
-        return print(__doc__.strip())
     cfg, flux = cli.load_config("finetune_diffusers", overrides), FluxTransformer2DModel
     model = flux.from_pretrained(cfg.transformer, subfolder="transformer") if cfg.transformer else flux(**TINY)
     model, shape = route(model, cfg.start, cfg.end, cfg.ratio).to(cfg.device), model.config
@@ -55,5 +53,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -24,8 +24,8 @@ from evaluation.features import load_extractor
 from evaluation.reference import shipped_reference
 from fid import evaluate
 from guidance import Guidance
+from scripts.plot import markdown
 from system import cli
-from system.launchers import own_process
 
 METHODS = {
     "CFG": {},
@@ -74,23 +74,23 @@ def table(run: sample.Run, config: DictConfig, out: Path) -> None:
             "method": method, **asdict(guidance), "network_calls": run.calls, "gmacs_per_image": run.macs / 1e9,
             "fd_mnist": [s["fd_mnist"] for s in scores], "class_accuracy": [s["class_accuracy"] for s in scores],
         })  # fmt: skip
-        print(markdown(results[-1]), flush=True)
-    title = ["| method | scale | calls | GMACs | fd_mnist | class accuracy |", "|---|---|---|---|---|---|"]
-    (out / "table.md").write_text("\n".join(title + [markdown(result) for result in results]) + "\n")
+        print(" | ".join(cells(results[-1])), flush=True)
+    head = ("method", "scale", "calls", "GMACs", "fd_mnist", "class accuracy")
+    (out / "table.md").write_text(markdown(head, map(cells, results)))
     found = {"settings": OmegaConf.to_container(config), "rows": results}
     (out / "table.json").write_text(json.dumps(found, indent=2) + "\n")
     print(out / "table.md")
 
 
-def markdown(row: dict) -> str:
+def cells(row: dict) -> list[str]:
     """A line of the table: mean, and half of the range where there are several numbers."""
 
     def spread(values: list[float], digits: int) -> str:
         text = f"{statistics.mean(values):.{digits}f}"
         return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
-    cells = [row["method"], f"{row['scale']:g}", str(row["network_calls"]), f"{row['gmacs_per_image']:.1f}"]
-    return "| " + " | ".join([*cells, spread(row["fd_mnist"], 2), spread(row["class_accuracy"], 3)]) + " |"
+    known = [row["method"], f"{row['scale']:g}", str(row["network_calls"]), f"{row['gmacs_per_image']:.1f}"]
+    return [*known, spread(row["fd_mnist"], 2), spread(row["class_accuracy"], 3)]
 
 
 def heat_map(run: sample.Run, config: DictConfig, out: Path) -> None:
@@ -146,6 +146,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -15,7 +15,6 @@ import sample
 from guidance import Guidance
 from routing_module import draw_keep_ids, num_kept
 from system import UserError, cli
-from system.launchers import own_process
 
 
 def kept_tokens(run: sample.Run, seeds: list[int], gamma: float | None, step: int) -> list[torch.Tensor]:
@@ -27,10 +26,8 @@ def kept_tokens(run: sample.Run, seeds: list[int], gamma: float | None, step: in
             ratio = route.selection_ratio if gamma is None else gamma
             mask = torch.ones(len(seeds), tokens, dtype=torch.bool)
             if num_kept(tokens, ratio) < tokens:
-                keep_ids = draw_keep_ids(
-                    len(seeds), tokens, ratio, generators=streams, selection=route.selection
-                )  # (B, K)
-                mask = torch.zeros_like(mask).scatter(1, keep_ids, True)
+                ids = draw_keep_ids(len(seeds), tokens, ratio, generators=streams, selection=route.selection)  # (B, K)
+                mask = torch.zeros_like(mask).scatter(1, ids, True)
             kept.append(mask)
     return kept
 
@@ -55,9 +52,6 @@ def darkened(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def main(overrides: list[str]) -> None:
     from matplotlib import pyplot as plt
 
-    if set(overrides) & {"-h", "--help"}:
-        print(__doc__.strip())
-        return
     config = cli.load_config("show_routes", overrides)
     run = sample.load_given(config.ckpt, "mnist-tread-rf")
     if not run.model.routes:
@@ -90,6 +84,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -30,6 +30,7 @@ from checkpoints.naming import settings_name
 from guidance import Guidance
 from system import cli, files
 from system.settings import parse
+from tests.conftest import TORCHRUN
 from tests.made_runs import make_run
 
 SPARSE = Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="random")
@@ -79,8 +80,7 @@ def test_an_image_depends_on_its_seed_alone(runs, name, sampler):
 
 def test_two_processes_make_what_one_makes(runs, tmp_path):
     call = ["sample.py", f"ckpt={runs['rf']}", "guidance=sparse", "seeds=0-9", "batch_size=4", "precision=fp32"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29653]
-    done = command(*torchrun, *call, f"out={tmp_path / 'two'}")
+    done = command(*TORCHRUN[1:], *call, f"out={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     sample.main([*call[1:], f"out={tmp_path / 'one'}"])
     assert_same_images(images(tmp_path / "two", range(10)), images(tmp_path / "one", range(10)))

@@ -21,7 +21,8 @@ from checkpoints.config import Train
 from checkpoints.load import build_network
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_config, read_tensors, step_of
 from system import UserError
-from tests.conftest import COMPARED, ROOT, assert_same_run, numbers, settings_of, write_shard
+from tests.conftest import COMPARED, ROOT, assert_same_run, numbers, write_shard
+from tests.made_runs import made_settings
 from training.guard import FiniteGuard
 from training.prepare import batch_plan, open_data
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
@@ -507,7 +508,7 @@ def test_a_second_job_on_the_same_folder_is_refused(run):
 
 
 def test_digits_made_at_a_new_path_are_announced(tmp_path, capsys):
-    settings, dist = settings_of([f"data.path={tmp_path}/typo"]), PartialState(cpu=True)
+    settings, dist = made_settings([f"data.path={tmp_path}/typo"]), PartialState(cpu=True)
     open_data(settings, dist, batch_plan(settings.train, dist))
     assert capsys.readouterr().out.count("typo does not exist: the digits are made there; data=folder") == 1
     open_data(settings, dist, batch_plan(settings.train, dist))
