@@ -341,9 +341,7 @@ def test_a_renamed_checkpoint_is_one(run):
         sample.load_run(best)
 
 
-@pytest.mark.parametrize(
-    "override", ["resume=true", "resume=3", "optimizer.betas=[0.9]", "optimizer.betas=[0.9,1.5]"]
-)
+@pytest.mark.parametrize("override", ["resume=true", "resume=3", "optimizer.betas=[0.9]", "optimizer.betas=[0.9,1.5]"])
 def test_what_cannot_be_is_refused_in_words(run, override):
     with pytest.raises(UserError, match=override.partition("=")[0]):
         run("refused", override)
