@@ -202,7 +202,7 @@ def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
 @pytest.mark.parametrize("wrong", ["steps=0", "sampler=rf sampler.solver=rk4", "sampler=edm sampler.rho=-1"])
 def test_a_refused_call_does_not_claim_its_folder(runs, tmp_path, wrong):
     call = [f"ckpt={runs['rf']}", "seeds=0-1", f"out={tmp_path / 'out'}"]
-    with pytest.raises(ValueError, match="num_steps|solver|rho"):
+    with pytest.raises(ValueError, match="steps|solver|rho"):
         sample.main([*call, *wrong.split()])
     assert not (tmp_path / "out").exists()
     sample.main([*call, "steps=1"])  # the corrected call
@@ -390,7 +390,7 @@ def test_a_long_name_is_cut_and_ends_with_its_digest():
 
 BAD = [
     ("rf", ["class_idx=3"], "class 0..2"),
-    ("rf", ["labels=some"], "balanced, random or a class"),
+    ("rf", ["labels=some"], "balanced, random or a whole number"),
     ("rf", ["seeds=9-1"], "0-63"),
     ("rf", ["guidance=sparse", "gamma_weak=1.0"], r"\[0, 1\)"),
     ("rf", ["guidance=sparse", "gamma_strong=0.8"], "gamma_strong <"),
@@ -412,7 +412,7 @@ BAD = [
     ("rf", ["sampler=edm", "sampler.shift=2"], "unknown key"),
     ("rf", ["sampler=edm", "sampler.sigma_min=low"], "low"),
     ("rf", ["batch_size=0"], "batch_size"),
-    ("rf", ["steps=0"], "num_steps"),
+    ("rf", ["steps=0"], "steps=0; needed: a whole number of at least 1"),
     ("rf", ["steps=few"], "steps"),
     ("rf", ["weights=best"], "ema or raw"),
     ("rf", ["precision=fp16"], "fp32 or bf16"),
