@@ -89,6 +89,15 @@ def pixel_mean(error: torch.Tensor) -> torch.Tensor:
     return mean if weight is None else weight * mean
 
 
+def muon_matrices(net: Network) -> list[nn.Parameter]:
+    """What Muon takes, in the network's order: the 2-D weights of `all_blocks`, but not those `left_to_adamw`."""
+    taken = set()
+    for block in net.all_blocks:
+        left = tuple(f"{name}." for name in getattr(block, "left_to_adamw", ()))
+        taken |= {p for name, p in block.named_parameters() if p.ndim == 2 and not name.startswith(left)}
+    return [p for p in net.parameters() if p in taken]
+
+
 def check_members(net: Network) -> None:
     """Raises ValueError with the members of the contract that a network lacks."""
     lacking = [name for name in Network.__annotations__ if not hasattr(net, name)]
