@@ -85,8 +85,7 @@ def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepM
             return count_backward(net, objective, dense, bf16, made.alive)
 
     def peak(micro_batch: int, *, dense=False, checkpointed=settings.train.gradient_checkpointing) -> int:
-        # Buckets that several processes exchange are always there, and so are sums from the second micro-batch on.
-        held = processes > 1 or micro_batch < settings.train.global_batch_size
+        held = processes > 1 or micro_batch < settings.train.global_batch_size  # as DDP's buckets, or sums so far
         living = count(dense, checkpointed) @ (1, micro_batch, not held) + held * gradients
         return state + max(int(living.max()), update)
 
