@@ -10,11 +10,22 @@ SD_SCALE = 0.18215  # of the latents of Stable Diffusion's VAEs: 1 / their stand
 DECODE_AT_ONCE = 8 * 32 * 32  # latent pixels per call of the decoder: 8 images of 256 x 256
 
 
-class PixelCodec:
-    """No autoencoder: pixels [0, 255] <-> [-1, 1]. Grey images (C = 1) become three equal channels."""
+class Codec:
+    """What turns latents, as the network sees them, into images: to(device), check(channels) and decode(latents)."""
 
-    def to(self, device) -> "PixelCodec":
+    def to(self, device) -> "Codec":
         return self
+
+    def check(self, channels: int) -> None:
+        """Raises UserError where it cannot decode latents of so many channels."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w), scaled => uint8 (B, 3, H, W)."""
+        raise NotImplementedError
+
+
+class PixelCodec(Codec):
+    """No autoencoder: pixels [0, 255] <-> [-1, 1]. Grey images (C = 1) become three equal channels."""
 
     def check(self, channels: int) -> None:
         """Raises UserError where latents of so many channels are no pixels."""
@@ -26,7 +37,7 @@ class PixelCodec:
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-class VAECodec:
+class VAECodec(Codec):
     """A diffusers AutoencoderKL, by hub name or local path; scaled latent = scale * the VAE's latent + bias.
 
     scale, bias: a number, or a list with one per channel: for latents normalised by their mean and standard deviation,

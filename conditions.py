@@ -1,12 +1,10 @@
-"""Conditions: what a network is told about each image of a batch. There are three kinds.
+"""Conditions: what a network is told about each image of a batch, in one of three kinds.
 
-    class   a label for each image: (B,) int64
-    text    Text: the embedded tokens of a text for each image
+    class   (B,) int64      a label for each image; the null is the number of classes
+    text    Text            the embedded tokens of a text for each image; the null is a text
     none    None
 
-Nothing outside this file looks inside a condition, except the networks that take it and the shards that hold it. A
-network's null condition, `null` below, is a batch of one on the CPU: the number of classes as a label, a Text that
-stands for no text, or None.
+Only networks and shards look inside a condition. `null`, a network's null condition, is a batch of one on the CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +18,7 @@ from system import UserError
 
 
 class Text(NamedTuple):
-    """Texts of unequal length, padded at the end."""
-
-    states: torch.Tensor  # (B, T, D) float16 or float32
+    states: torch.Tensor  # (B, T, D) float16 or float32, shorter texts padded at the end
     mask: torch.Tensor  # (B, T) bool: True where there is a token
 
 
@@ -31,7 +27,7 @@ KINDS = {"class": "class labels", "text": "texts", "none": "no condition"}
 
 
 def kind_of(condition: Condition) -> str:
-    """class, text or none."""
+    """One of KINDS."""
     return "none" if condition is None else "text" if isinstance(condition, Text) else "class"
 
 
@@ -53,8 +49,7 @@ def to(condition: Condition, device: torch.device | str) -> Condition:
 def join(a: Condition, b: Condition) -> Condition:
     """(A + B) rows of two conditions of one kind; the shorter texts are padded."""
     if isinstance(a, Text):
-        a, b = _equally_long(a, b)
-        return Text(*(torch.cat(pair) for pair in zip(a, b)))
+        return Text(*map(torch.cat, zip(*_equally_long(a, b))))
     return None if a is None else torch.cat([a, b])
 
 
@@ -71,15 +66,14 @@ def drop(condition: Condition, null: Condition, rate: float, generators: Generat
     dropped = uniform(like.shape[:1], generators, device=like.device) < rate  # (B,)
     if not isinstance(condition, Text):
         return torch.where(dropped, int(null), condition)
-    text, null = _equally_long(condition, to(null, like.device))
-    states = torch.where(dropped[:, None, None], null.states, text.states)
-    return Text(states, torch.where(dropped[:, None], null.mask, text.mask))
+    pairs = zip(*_equally_long(to(null, like.device), condition))
+    return Text(*(torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
 
 
 def choose(rule: str | int, seeds: Sequence[int], pool: Condition) -> Condition:
     """A condition for each seed, out of those in `pool`; None where the pool is.
 
-    rule: "balanced" = row seed modulo the pool's size, "random" = a row drawn from the seed, a number = that row. The
+    rule: "balanced" = row seed modulo the pool's size, "random" = a row drawn from the seed, a number = that row. A
     pool of classes is arange(num_classes), so that the number is a class. Raises UserError for other rules.
     """
     count, named = size(pool), str(rule)
@@ -99,7 +93,7 @@ def choose(rule: str | int, seeds: Sequence[int], pool: Condition) -> Condition:
 def another(condition: Condition, pool: Condition, generators: Generators) -> Condition:
     """For each row a row of the pool, drawn anew whatever the condition is: arXiv 2407.02687. UserError for none."""
     if condition is None:
-        raise UserError("guidance=icg compares with another condition; the network takes none: needed: another method")
+        raise UserError("guidance=icg draws another condition, and the network takes none; needed: another guidance")
     like = _labels_or_mask(condition)
     chosen = (uniform(like.shape[:1], generators, device=like.device) * size(pool)).long()  # (B,)
     return rows(to(pool, like.device), chosen)
@@ -119,9 +113,8 @@ def check(condition: Condition, null: Condition) -> None:
     if kind == "class" and len(condition) and not 0 <= condition.min() <= condition.max() < int(null):
         raise UserError(f"labels {condition.min()}..{condition.max()}; the model has classes 0..{int(null) - 1}")
     if kind == "text" and condition.states.shape[2] != null.states.shape[2]:
-        raise UserError(
-            f"texts of width {condition.states.shape[2]}; the network takes texts of width {null.states.shape[2]}"
-        )
+        found, wanted = (text.states.shape[2] for text in (condition, null))
+        raise UserError(f"texts of width {found}; the network takes texts of width {wanted}")
 
 
 def check_kind(kind: str, null: Condition) -> None:
@@ -145,16 +138,13 @@ def alike(null: Condition, other: Condition) -> bool:
 
 def save(condition: Condition) -> dict[str, torch.Tensor]:
     """The tensors of a `conditions.safetensors`: labels, or states and mask, or nothing."""
-    if condition is None:
-        return {}
-    tensors = condition._asdict() if isinstance(condition, Text) else {"labels": condition}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    named = condition._asdict() if isinstance(condition, Text) else {"labels": condition}
+    return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
 
 def load(tensors: dict[str, torch.Tensor]) -> Condition:
     """What `save` was given. Raises UserError for other tensors."""
-    names = sorted(tensors)
-    if names not in ([], ["labels"], ["mask", "states"]):
+    if (names := sorted(tensors)) not in ([], ["labels"], ["mask", "states"]):
         raise UserError(f"conditions of {', '.join(names)}; needed: labels, or states and mask, or nothing")
     return Text(**tensors) if "mask" in tensors else tensors.get("labels")
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 
 LONGEST = 200  # bytes; file systems take 255
@@ -22,6 +22,22 @@ def settings_name(settings, leave_out: Collection[str] = ()) -> str:
             text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
             parts.append((field.name, _digest(text)[:6] if isinstance(value, dict) else text))
     return name_of(parts) or "default"
+
+
+def run_name(choices: Mapping[str, str], network: str) -> str:
+    """[<experiment>-]<data>-<model>-<size>-<objective>: mnist-tread-XS4-edm. One named as its data is said once.
+
+    choices: the config groups that were chosen. network: the network's own short name.
+    """
+    experiment = choices.get("experiment")
+    first = [experiment] if experiment not in (None, "null", choices["data"]) else []
+    return "-".join([*first, choices["data"], choices["model"], network, choices["objective"]])
+
+
+def sweep_name(overrides: Sequence[str]) -> str:
+    """Overrides as the name of a sweep's job: model-dit_train.lr-1e-3."""
+    pairs = (override.partition("=") for override in overrides)
+    return name_of((key, value.replace("/", "-")) for key, _, value in pairs)
 
 
 def name_of(parts: Iterable[tuple[str, str]]) -> str:

@@ -21,42 +21,24 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from checkpoints.config import Settings, from_file, read_yaml
 from system import UserError, hub
 from system.files import sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
 
 MANIFEST = "manifest.json"
+CONDITIONS_FILE = "conditions.safetensors"
+START_AGAIN = "start_again"  # in the run folder: the run was stopped and saved; the same command continues it
+TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio is this run's
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 NamedTensors = dict[str, dict[str, torch.Tensor]]
-
-
-class GivenUp(Exception):
-    """A checkpoint was not written to its end, because a later one has to be."""
-
-
-def save_checkpoint(
-    run_folder: Path,
-    step: int,
-    *,
-    modules: dict[str, torch.nn.Module],  # by file: "model", "ema", and power averages
-    optimizer: torch.optim.Optimizer,
-    state: dict,  # plain numbers and strings, for trainer_state.json
-    config: str,  # the resolved config, as YAML
-) -> Path:
-    """Writes the checkpoint of `step` and points `latest` at it. Modules come unwrapped: names carry no prefix.
-
-    Raises OSError where the disk is full or cannot be written; earlier checkpoints are untouched.
-    """
-    return write_checkpoint(run_folder, step, checkpoint_tensors(modules, optimizer), state, config)
 
 
 def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
@@ -65,20 +47,22 @@ def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.opt
     return {"optimizer.safetensors": optimizer_tensors(modules["model"], optimizer)} | weights
 
 
-def write_checkpoint(
-    run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str, given_up: Event | None = None
-) -> Path:
-    """As save_checkpoint, of `checkpoint_tensors`. Raises GivenUp where `given_up` was set before all was written."""
+def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str) -> Path:
+    """Writes the checkpoint of `step`, of `checkpoint_tensors`, and points `latest` at it.
+
+    state: plain numbers and strings, for trainer_state.json. config: the settings, as YAML. Raises OSError where the
+    disk is full or cannot be written; earlier checkpoints are untouched.
+    """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
     check_free_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
-    write_folder(target, tensors, texts, given_up)
+    write_folder(target, tensors, texts)
     write_text_atomic(target.parent / "latest", target.name + "\n")
     remove_temporaries(run_folder)
     return target
 
 
-def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str], given_up: Event | None = None) -> None:
+def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> None:
     """Writes the folder of a step with these files and their manifest: whole or not at all."""
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -89,8 +73,6 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str], giv
         with ThreadPoolExecutor() as pool:  # a file is hashed while the next is written
             entries = {name: pool.submit(seal, temporary / name) for name in texts}
             for name, named in tensors.items():
-                if given_up is not None and given_up.is_set():
-                    raise GivenUp(f"the checkpoint {target.name}")
                 _save_tensors(named, temporary / name)
                 entries[name] = pool.submit(seal, temporary / name)
         files = {name: entries[name].result() for name in sorted(entries)}
@@ -204,6 +186,11 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     return complete_steps(run_folder / "checkpoints")
 
 
+def is_complete(run_folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of this step."""
+    return (run_folder / "checkpoints" / f"step_{step:07d}" / MANIFEST).is_file()
+
+
 def complete_steps(folder: Path) -> list[Path]:
     return sorted(
         (p for p in folder.glob("step_*") if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()), key=step_of
@@ -297,27 +284,10 @@ def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> No
             raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
 
 
-def read_config(checkpoint: Path) -> DictConfig:
-    """The config that a checkpoint was trained with, in today's names."""
-    return in_todays_names(OmegaConf.load(checkpoint / "config.yaml"))
-
-
-def in_todays_names(config: DictConfig) -> DictConfig:
-    """Changes what earlier versions named otherwise, and adds what they did without naming it; in place."""
-    renamed = {"dit.build": "dit.DiT", "lightningdit.build": "lightningdit.LightningDiT"}
-    config.model._target_ = renamed.get(config.model._target_, config.model._target_)
-    config.data.pop("P_mean", None)  # objective.P_mean has the same number
-    if config.data.get("codec", {}).get("_target_") == "autoencoder.VAECodec":
-        config.data.codec.setdefault("bias", 0.0)
-    if "train" in config:
-        config.train.setdefault("ema_ramp", True)
-    if "optimizer" in config:
-        config.optimizer.setdefault("name", "adamw")
-    if config.objective._target_ == "rf.RectifiedFlow":
-        config.objective.setdefault("contrastive", 0.0)
-        config.objective.setdefault("null_label", config.data.num_classes)
-    config.setdefault("ema", {"widths": None})
-    return config
+def read_config(checkpoint: Path) -> Settings:
+    """The settings that a checkpoint was trained with. Raises UserError where they are damaged or of another format."""
+    path = checkpoint / "config.yaml"
+    return from_file(read_yaml(path.read_text(), str(path)), str(path))
 
 
 def load_weights(checkpoint: Path, module: torch.nn.Module, weights: str = "ema") -> None:

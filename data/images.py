@@ -30,7 +30,7 @@ TURNS = dict(zip(range(2, 9), (
 
 @dataclass
 class Images:
-    """Pictures in the order of their names. Raises UserError, when they are read, for one that cannot be decoded."""
+    """Pictures in the order of their names. Reading one that cannot be decoded raises UserError."""
 
     path: Path
     names: list[str]

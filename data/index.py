@@ -19,16 +19,16 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, TEXT, Member, member_name, members, split_name
+from data.archives import ARRAY, LABEL, MAX_MEMBER, TEXT, Member, member_name, members, split_name
 from system import UserError
 from system.files import atomic_file, locked, sha256_of
 from system.launchers import usable_cpus
@@ -36,29 +36,28 @@ from system.launchers import usable_cpus
 DTYPES = ("float16", "float32")
 MAX_LABEL = 2**31 - 1
 PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
-# An index's entry for a sample. Offsets are those of an array's .npy file in the shard, headers the bytes of it that
-# precede the numbers, crcs the numbers' CRC-32; length: the tokens of a text.
-LATENT_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
-TEXT_FIELDS = [("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4"), ("length", "i4")]
-FIELDS = {"class": [*LATENT_FIELDS, ("label", "i4")], "text": LATENT_FIELDS + TEXT_FIELDS, "none": LATENT_FIELDS}
+# A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
+ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
+TEXT_FIELDS = [("length", "i4"), ("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4")]  # length: tokens
+FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT_FIELDS, "none": ARRAY_FIELDS}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What all samples of a set have in common: keys of meta.json."""
+    """What all samples of a set have in common, under the keys of meta.json."""
 
     shape: tuple[int, ...]  # of the stored latents
     dtype: str
     condition: str  # class, text or none
-    num_classes: int | None = None  # None = not told, or no classes
+    num_classes: int | None = None  # None = unknown, or no classes
     text_width: int | None = None  # texts are (tokens, text_width)
     text_dtype: str | None = None
-    text_length: int | None = None  # at most so many tokens; None = not told
+    text_length: int | None = None  # tokens of the longest text; None = unknown
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
-        known = {field.name: manifest[field.name] for field in fields(cls) if field.name in manifest}
-        return cls(**{**known, "shape": tuple(manifest["shape"])})
+        values = {name: manifest[name] for name in cls.__annotations__}
+        return cls(**values | {"shape": tuple(values["shape"])})
 
 
 @dataclass
@@ -71,11 +70,6 @@ class Index:
     layout: Layout
     faults: list[str]
 
-    @property
-    def counts(self) -> np.ndarray:
-        """(number of shards,) int64: samples in each."""
-        return np.diff(self.ends, prepend=0)
-
 
 def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> Index:
     """The index of the named shards of a folder: from the cache, or built and then cached.
@@ -84,14 +78,13 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
     sha256) and its layout.
     """
     stamp = _stamp(folder, shards, manifest)
-    for path in _cache_paths(folder, split):
-        index, known_stamp = _read_cache(path)
-        if index is not None and known_stamp == stamp:
-            return index
+    for known in _cache_paths(folder, split):
+        if (found := _read_cache(known)) and found[1] == stamp:
+            return found[0]
     path = _cache_path(folder, split)
     with locked(path.with_suffix(".lock")):
-        before, known_stamp = _read_cache(path)
-        if before is not None and known_stamp == stamp:  # another process has just built it
+        before, known_stamp = _read_cache(path) or (None, "")
+        if known_stamp == stamp:  # another process has just built it
             return before
         index = build_index(folder, shards, manifest, before)
         if not any(map(_is_read_error, index.faults)):
@@ -101,7 +94,7 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
 
 def cached_index(folder: Path, split: str) -> Index | None:
     """The index cached last, which may be out of date; None if there is none."""
-    return next((i for i, _ in map(_read_cache, _cache_paths(folder, split)) if i is not None), None)
+    return next((found[0] for found in map(_read_cache, _cache_paths(folder, split)) if found), None)
 
 
 def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
@@ -112,14 +105,14 @@ def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
 def build_index(folder: Path, shards: list[str], manifest: dict, before: Index | None = None) -> Index:
     """Reads every shard. before: an earlier index, which identifies the samples that changed in a damaged shard.
 
-    manifest: as in load_index; without a shape in it, the layout is found out from the shards.
+    manifest: as in load_index; without a shape in it, the layout is that of the shards.
     """
     described = {shard["name"]: shard for shard in manifest.get("shards", [])}
-    layout = Layout.of(manifest if manifest.get("shape") else find_layout([folder / name for name in shards], manifest))
-    validator = ShardValidator(layout)
+    earlier = dict(zip(before.shards, np.split(before.entries, before.ends[:-1]))) if before else {}
+    layout = Layout.of(manifest) if "shape" in manifest else find_layout([folder / name for name in shards])
 
     def validate(name: str) -> tuple[np.ndarray, list[str]]:
-        return validator.validate(folder / name, described.get(name), _shard_entries(before, name))
+        return validate_shard(folder / name, layout, described.get(name), earlier.get(name))
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # reading, hashing and CRCs release the interpreter's lock
         results = list(pool.map(validate, shards))
@@ -132,158 +125,127 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
     )
 
 
-def _shard_entries(index: Index | None, shard: str) -> np.ndarray | None:
-    """The entries of one shard; None if the index does not have it."""
-    if index is None or shard not in index.shards:
-        return None
-    s = index.shards.index(shard)
-    return index.entries[slice(index.ends[s - 1] if s else 0, index.ends[s])]
+def validate_shard(
+    path: Path, layout: Layout, described: dict | None, before: np.ndarray | None
+) -> tuple[np.ndarray, list[str]]:
+    """The valid samples of a shard and a line for each fault.
+
+    described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
+    that have changed since.
+    """
+    for attempt in (1, 2):
+        try:
+            entries, faults = read_samples(path, layout)
+            unchanged = described is None or faults or sha256_of(path) == described["sha256"]
+            break
+        except OSError as error:
+            if attempt == 2:
+                return np.array([], FIELDS[layout.condition]), [f"{path.name}: {error.strerror}"]
+    if unchanged:
+        return entries, [f"{path.name}: {fault}" for fault in faults]
+    if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
+        changed = before != entries
+        if changed.any() and (before["offset"] == entries["offset"]).all():
+            faults = [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
+            return entries[~changed], faults
+    counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
+    return np.array([], FIELDS[layout.condition]), [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
 
 
-@dataclass
-class ShardValidator:
-    """Reads shards whose samples must have this layout."""
-
-    layout: Layout
-
-    def validate(self, path: Path, described: dict | None, before: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
-        """The valid samples of a shard and a line for each fault.
-
-        described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
-        that have changed since.
-        """
-        for attempt in (1, 2):
+def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
+    """The complete and valid samples of a shard, and what is wrong with the others."""
+    faults: list[str] = []
+    found: dict[str, dict[str, Member]] = {}
+    others: set[str] = set()
+    rows = []
+    with open(path, "rb") as file:
+        for member in members(file, faults):
+            key, extension = split_name(member.name)
+            if extension not in PARTS[layout.condition]:
+                others.add(extension)
+            elif extension in found.setdefault(key, {}):
+                faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
+            else:
+                found[key][extension] = member
+        if not faults and not any(ARRAY in parts for parts in found.values()):
+            instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
+            return np.array([], FIELDS[layout.condition]), [f"holds no .{ARRAY}{instead}"]
+        for key, parts in found.items():
             try:
-                entries, faults = self.read_samples(path)
-                unchanged = described is None or faults or sha256_of(path) == described["sha256"]
-                break
-            except OSError as error:
-                if attempt == 2:
-                    return self._entries([]), [f"{path.name}: {error.strerror}"]
-        if unchanged:
-            return entries, [f"{path.name}: {fault}" for fault in faults]
-        if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
-            changed = before != entries
-            if changed.any() and (before["offset"] == entries["offset"]).all():
-                faults = [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
-                return entries[~changed], faults
-        counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
-        return self._entries([]), [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
+                rows.append(_row(file.fileno(), parts, layout))
+            except UserError as error:
+                faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
+    return np.array(rows, FIELDS[layout.condition]), faults
 
-    def read_samples(self, path: Path) -> tuple[np.ndarray, list[str]]:
-        """The complete and valid samples of a shard, and what is wrong with the others."""
-        faults: list[str] = []
-        found: dict[str, dict[str, Member]] = {}
-        others: set[str] = set()
-        rows = []
-        with open(path, "rb") as file:
-            for member in members(file, faults):
-                key, extension = split_name(member.name)
-                if extension not in PARTS[self.layout.condition]:
-                    others.add(extension)
-                elif extension in found.setdefault(key, {}):
-                    faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
-                else:
-                    found[key][extension] = member
-            if not faults and not any(ARRAY in parts for parts in found.values()):
-                instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
-                return self._entries([]), [f"holds no .{ARRAY}{instead}"]
-            for key, parts in found.items():
-                try:
-                    rows.append(self._row(file.fileno(), parts))
-                except UserError as error:
-                    faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
-        return self._entries(rows), faults
 
-    def _entries(self, rows: list[tuple]) -> np.ndarray:
-        return np.array(rows, FIELDS[self.layout.condition])
-
-    def _row(self, fd: int, parts: dict[str, Member]) -> tuple:
-        """The entry of a sample. Raises UserError saying what is wrong with it."""
-        layout = self.layout
-        for extension in PARTS[layout.condition]:
-            if extension not in parts:
-                raise UserError(f"has no .{extension}")
-        array = read_array(fd, parts[ARRAY])
-        if (array.shape, array.dtype) != (layout.shape, layout.dtype):
-            raise UserError(f"is {array.dtype} {array.shape}; needed: {layout.dtype} {layout.shape}")
-        row = (array.offset, array.header, array.checked_crc())
-        if layout.condition == "class":
-            return *row, self._label(os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset))
-        return row + self._text(fd, parts[TEXT]) if layout.condition == "text" else row
-
-    def _label(self, contents: bytes) -> int:
-        text = contents.decode("ascii", "replace").strip()
-        top = MAX_LABEL if self.layout.num_classes is None else self.layout.num_classes - 1
+def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
+    """The entry of a sample. Raises UserError saying what is wrong with it."""
+    for extension in PARTS[layout.condition]:
+        if extension not in parts:
+            raise UserError(f"has no .{extension}")
+    needed = f"{layout.dtype} {layout.shape}"
+    _, *row = read_array(fd, parts[ARRAY], layout.dtype, layout.shape[:1], layout.shape[1:], needed)
+    if layout.condition == "class":
+        text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
+        top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
         if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
             raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
-        return int(text)
-
-    def _text(self, fd: int, member: Member) -> tuple[int, int, int, int]:
-        """The entry's TEXT_FIELDS."""
-        width, dtype, longest = self.layout.text_width, self.layout.text_dtype, self.layout.text_length
+        row.append(int(text))
+    if layout.condition == "text":
+        needed = f"{layout.text_dtype} (1..{layout.text_length or ''}, {layout.text_width})"
         try:
-            text = read_array(fd, member)
-            tokens = text.shape[0] if text.shape[1:] == (width,) and text.dtype == dtype else 0
-            if not 1 <= tokens <= (longest or tokens):
-                needed = f"{dtype} (tokens, {width}), {f'1 to {longest}' if longest else '1 or more'} tokens"
-                raise UserError(f"is {text.dtype} {text.shape}; needed: {needed}")
-            return text.offset, text.header, text.checked_crc(), tokens
+            lengths = range(1, (layout.text_length or MAX_MEMBER) + 1)
+            row += read_array(fd, parts[TEXT], layout.text_dtype, lengths, (layout.text_width,), needed)
         except UserError as error:
             raise UserError(f"has a .{TEXT} that {error}") from None
+    return tuple(row)
 
 
-class StoredArray(NamedTuple):
-    """An array in a shard: what its header says, and its numbers, which may not be what the header says."""
+def read_array(
+    fd: int, member: Member, dtype: str, lengths: Collection[int], rest: tuple[int, ...], needed: str
+) -> tuple[int, int, int, int]:
+    """(length, offset, header bytes, CRC) of an array (length, *rest). Raises UserError saying what is wrong with it.
 
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int  # of the .npy file in the shard
-    header: int  # bytes
-    numbers: bytes
-
-    def checked_crc(self) -> int:
-        """CRC-32 of the numbers. Raises UserError where there are not as many as the shape says, or not finite."""
-        if len(self.numbers) != np.dtype(self.dtype).itemsize * math.prod(self.shape):
-            raise UserError(f"has {len(self.numbers)} bytes of numbers, not those of {self.dtype} {self.shape}")
-        if not np.isfinite(np.frombuffer(self.numbers, self.dtype)).all():
-            raise UserError("has numbers that are not finite")
-        return zlib.crc32(self.numbers)
-
-
-def read_array(fd: int, member: Member) -> StoredArray:
-    contents = os.pread(fd, member.size, member.offset)
-    shape, dtype, header = npy_header(contents)
-    return StoredArray(shape, dtype, member.offset, header, contents[header:])
-
-
-def find_layout(paths: list[Path], known: dict) -> dict:
-    """The layout of shards that no manifest describes, as its keys in meta.json; `known` may say some of them.
-
-    Arrays are as the first of their kind is. The condition is as in the first shard: labels, or else texts, or none.
+    lengths: those that may be. needed: the same in words.
     """
-    found: dict[str, tuple] = {}  # {extension: (shape, dtype, bytes of header)}; () for labels
-    wanted = PARTS[known.get("condition") or "class"]
+    contents = os.pread(fd, member.size, member.offset)
+    shape, found, start = npy_header(contents)
+    if found != dtype or len(shape) == 0 or shape[0] not in lengths or shape[1:] != rest:
+        raise UserError(f"is {found} {shape}; needed: {needed}")
+    numbers = contents[start:]
+    if len(numbers) != np.dtype(dtype).itemsize * math.prod(shape):
+        raise UserError(f"has {len(numbers)} bytes of numbers, not those of {dtype} {shape}")
+    if not np.isfinite(np.frombuffer(numbers, dtype)).all():
+        raise UserError("has numbers that are not finite")
+    return shape[0], member.offset, start, zlib.crc32(numbers)
+
+
+def find_layout(paths: list[Path], condition: str | None = None, num_classes: int | None = None) -> Layout:
+    """The layout of shards that no manifest describes: arrays are as the first of their kind is.
+
+    condition: None = as in the first shard with an array: labels, or else texts, or none.
+    """
+    found: dict[str, tuple] = {LABEL: ()}  # {extension: (shape, dtype, bytes of header)}
+    extensions = set()
     for path in paths:
         with open(path, "rb") as file:
             for member in members(file, []):
                 extension = split_name(member.name)[1]
-                if extension == LABEL:
-                    found[LABEL] = ()
-                elif extension in (ARRAY, TEXT) and extension not in found:
+                extensions.add(extension)
+                if extension in (ARRAY, TEXT) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
                         found[extension] = npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))
-                if found.keys() >= set(wanted):
+                if found.keys() & extensions >= set(PARTS[condition or "class"]):
                     break
         if ARRAY in found:
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
-    condition = known.get("condition") or next((c for c in ("class", "text") if PARTS[c][1] in found), "none")
-    layout = {"shape": shape, "dtype": dtype, "condition": condition, "num_classes": known.get("num_classes")}
-    if condition == "text":
-        text_shape, text_dtype, _ = found.get(TEXT, ((0, 0), dtype, 0))
-        layout |= {"text_width": text_shape[-1] if text_shape else 0, "text_dtype": text_dtype}
-    return layout
+    condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
+    layout = Layout(shape, dtype, condition, num_classes)
+    if condition != "text":
+        return layout
+    text_shape, text_dtype, _ = found.get(TEXT, ((0, 0), dtype, 0))
+    return replace(layout, text_width=text_shape[-1] if text_shape else 0, text_dtype=text_dtype)
 
 
 def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
@@ -312,14 +274,15 @@ def _is_read_error(fault: str) -> bool:
     return any(fault.endswith(f": {os.strerror(code)}") for code in errno.errorcode if code != errno.ENOENT)
 
 
+def sample_key(path: Path, offset: int) -> str:
+    """The key of the sample whose array begins at `offset`, read back from the shard; '?' if it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return split_name(member_name(file.fileno(), offset))[0]
+    return "?"
+
+
 def describe_sample(path: Path, offset: int) -> str:
-    """`shard: sample 'key' at byte offset`, with the key read back from the archive."""
-    try:
-        with open(path, "rb") as file:
-            key = split_name(member_name(file.fileno(), offset))[0]
-    except OSError:
-        key = "?"
-    return f"{path.name}: sample {key!r} at byte {offset}"
+    return f"{path.name}: sample {sample_key(path, offset)!r} at byte {offset}"
 
 
 def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
@@ -340,8 +303,7 @@ def _cache_paths(folder: Path, split: str) -> list[Path]:
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tread"
     path_hash, split_hash = (hashlib.sha256(name.encode()).hexdigest() for name in (str(folder.resolve()), split))
     # Without the split's name: CompVis's loader takes every file with "train" in its name for a shard.
-    beside = folder / f".{split_hash[:8]}.index.npz"
-    return [beside, user_cache / f"{path_hash[:16]}.{split}.index.npz"]
+    return [folder / f".{split_hash[:8]}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"]
 
 
 def _cache_path(folder: Path, split: str) -> Path:
@@ -355,18 +317,16 @@ def _cache_path(folder: Path, split: str) -> Path:
 
 def _write_cache(path: Path, index: Index, stamp: str) -> None:
     about = {"stamp": stamp, "shards": index.shards, "layout": asdict(index.layout), "faults": index.faults}
+    about = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with atomic_file(path) as file:
-        np.savez(
-            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), ends=index.ends, entries=index.entries
-        )
+        np.savez(file, about=about, ends=index.ends, entries=index.entries)
 
 
-def _read_cache(path: Path) -> tuple[Index | None, str]:
-    """(index, stamp) of a cached index; (None, '') if there is none or it cannot be read."""
-    try:
+def _read_cache(path: Path) -> tuple[Index, str] | None:
+    """(index, stamp) of a cached index; None if there is none or it cannot be read."""
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
             layout = Layout.of(about["layout"])
             return Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"]), about["stamp"]
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
-        return None, ""
+    return None

@@ -1,6 +1,7 @@
 """What is at a path: `python -m data inspect PATH`. Our shards are read whole; of other formats, a sample."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from data.archives import ARRAY, members, split_name
 from data.encoding import Channels, LatentEncoding, guess_kind, is_moments, model_shape
 from data.foreign import open_source
-from data.index import build_index, cached_index
+from data.index import build_index, cached_index, find_layout
 from data.latents import Latents, mean_and_std, spread_evenly
 from data.shards import SPLITS, read_encoding, read_manifest, split_shards
 from randomness import seeded_generator
@@ -22,9 +23,9 @@ def inspect(path: str | Path) -> dict:
     """A report on the latents at a path. Raises UserError if there are none.
 
     Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (C numbers each, of
-    the model's input; of the stored numbers if the scale is unknown), flip, condition, num_classes and labels (the
-    number of each class; of a sample if the format is not ours; None and [] but for classes), text_width, text_length
-    (None but for texts), wrong (a line for every fault), next (what to do with them).
+    the model's input; of the stored numbers if the scale is unknown), flip, condition, for classes num_classes and
+    labels (the number of each class; of a sample if the format is not ours), for texts text_width and text_length,
+    wrong (a line for every fault), next (what to do with them).
     """
     path = Path(path)
     if not path.exists():
@@ -46,11 +47,10 @@ def has_latent_shards(folder: Path) -> bool:
 
 def _inspect_shards(folder: Path) -> dict:
     manifest = read_manifest(folder)
-    shards = {split: split_shards(folder, split, manifest) for split in SPLITS}
+    shards = {split: names for split in SPLITS if (names := split_shards(folder, split, manifest))}
+    known = manifest or asdict(find_layout([folder / name for names in shards.values() for name in names]))
     indices = {
-        split: build_index(folder, names, manifest, before=cached_index(folder, split))
-        for split, names in shards.items()
-        if names
+        split: build_index(folder, names, known, before=cached_index(folder, split)) for split, names in shards.items()
     }
     wrong = [fault for index in indices.values() for fault in index.faults]
     index = next((index for index in indices.values() if len(index.entries)), None)
@@ -59,36 +59,31 @@ def _inspect_shards(folder: Path) -> dict:
     index.faults = []  # they are in the report
     latents = Latents(folder, manifest, index, read_encoding(folder, manifest), "stop", "none")
     raw = latents.read(spread_evenly(len(latents), MAX_ARRAYS))[0]
-    report = _describe(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias"))
-    entries, condition = [part.entries for part in indices.values()], index.layout.condition
-    is_class, is_text = condition == "class", condition == "text"
-    labels = np.concatenate([part["label"] for part in entries]) if is_class else None
-    num_classes = manifest.get("num_classes") or int(labels.max()) + 1 if is_class else None
-    channels, height, width = report["shape"]
-    settings = [
-        f"data.path={folder}",
-        f"data.channels={channels}",
-        f"data.input_size={height if height == width else f'[{height},{width}]'}",
-        f"data.num_classes={num_classes}" if is_class else f"data.condition={condition}",
-        *_codec_settings(manifest.get("codec")),
-    ]
-    ready = manifest or report["kind"] == "sample_scaled"
-    return {
+    report = {
         "path": str(folder),
         "format": "shards" if manifest else "shards without meta.json",
         "counts": {split: len(index.entries) for split, index in indices.items()},
-        **report,
+        **_describe(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias")),
         "flip": manifest.get("flip", "none"),
-        "condition": condition,
-        "num_classes": num_classes,
-        "labels": np.bincount(labels, minlength=num_classes).tolist() if is_class else [],
-        "text_width": index.layout.text_width,
-        "text_length": max(int(part["length"].max(initial=0)) for part in entries) if is_text else None,
+        "condition": index.layout.condition,
         "wrong": wrong,
-        "next": f"python train.py data=folder {shlex.join(settings)}"
-        if ready
-        else f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=...",
     }
+    channels, height, width = report["shape"]
+    settings = [f"data.path={folder}", f"data.channels={channels}"]
+    settings += [f"data.input_size={height if height == width else f'[{height},{width}]'}"]
+    entries = np.concatenate([part.entries for part in indices.values()])
+    if report["condition"] == "class":
+        num_classes = manifest.get("num_classes") or int(entries["label"].max()) + 1
+        report |= {"num_classes": num_classes, "labels": np.bincount(entries["label"], minlength=num_classes).tolist()}
+        settings += [f"data.num_classes={num_classes}"]
+    else:
+        settings += [f"data.condition={report['condition']}"]
+    if report["condition"] == "text":
+        report |= {"text_width": index.layout.text_width, "text_length": int(entries["length"].max())}
+    settings += _codec_settings(manifest.get("codec"))
+    if manifest or report["kind"] == "sample_scaled":
+        return report | {"next": f"python train.py data=folder {shlex.join(settings)}"}
+    return report | {"next": f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=..."}
 
 
 def _codec_settings(codec: dict | None) -> list[str]:
@@ -128,8 +123,6 @@ def _inspect_source(path: Path) -> dict:
         "condition": "class",
         "num_classes": max(labels) + 1,
         "labels": np.bincount(labels).tolist() if min(labels) >= 0 else [],
-        "text_width": None,
-        "text_length": None,
         "wrong": wrong + ([f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []),
         "next": f"python -m data convert {shlex.quote(str(path))} NEW_FOLDER format={source.format}{kind}{scale}",
     }
@@ -160,14 +153,15 @@ def _describe(raw: torch.Tensor, kind: str | None, why: str, scale: Channels | N
 def as_text(report: dict) -> str:
     """The report of `inspect` as text."""
     numbers = {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
-    labels = [n for n in report["labels"] if n]
-    histogram = " ".join(f"{label}:{n}" for label, n in enumerate(report["labels"]) if n)
-    conditions = {
-        "class": f"{len(labels)} of {report['num_classes']} classes, {min(labels, default=0)} to "
-        f"{max(labels, default=0)} each{': ' + histogram if len(labels) <= 20 else ''}",
-        "text": f"texts of up to {report['text_length']} tokens of width {report['text_width']}",
-        "none": "none: latents alone",
-    }
+    held = report["condition"]
+    if held == "class":
+        counts = [n for n in report["labels"] if n]
+        held = f"{len(counts)} of {report['num_classes']} classes, {min(counts, default=0)} to "
+        held += f"{max(counts, default=0)} each"
+        if len(counts) <= 20:
+            held += ": " + " ".join(f"{label}:{n}" for label, n in enumerate(report["labels"]) if n)
+    elif held == "text":
+        held = f"texts of up to {report['text_length']} tokens of width {report['text_width']}"
     lines = {
         "path": report["path"],
         "format": report["format"],
@@ -176,7 +170,7 @@ def as_text(report: dict) -> str:
         "stored": f"{report['dtype']} {tuple(report['stored_shape'])}; the model sees {tuple(report['shape'])}",
         "mean": numbers["mean"],
         "std": numbers["std"],
-        "condition": conditions[report["condition"]],
+        "condition": held,
         "wrong": "\n          ".join(report["wrong"]) or "nothing",
         "next": report["next"],
     }

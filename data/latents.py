@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from conditions import Condition, Text
-from data.archives import member_name, split_name
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
-from data.index import Index
+from data.index import Index, describe_sample, sample_key
 from randomness import Generators, seeded_generator
 from system import UserError
 
@@ -30,11 +29,11 @@ UNUSUAL = 2.5  # SD's latents have standard deviation 0.9 when scaled, 5 when no
 class Latents:
     """The samples of a split; several processes may read them at once.
 
-    condition: class, text or none: what `read` gives beside latents; none of what the shards hold where they hold more.
+    condition: what `read` gives beside latents: class, text or none, which ignores what else the shards hold.
     shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. meta: contents of meta.json, {}
-    without one. labels: (n,) int32, and num_classes: meta.json's, or the largest label + 1; None but for classes.
-    text_length, text_width: T and D of the texts, T being the longest; 0 but for texts. fingerprint: 16 hex digits that
-    change with any sample, label, text, scale or kind. faults: a line for everything that was left out.
+    without one. labels: (n,) int32; num_classes: meta.json's, or the largest label + 1; both None without classes.
+    text_length, text_width: the tokens of the longest text, and their width; both 0 without texts. fingerprint: 16 hex
+    digits that change with any sample, label, text, scale or kind. faults: a line for everything that was left out.
     Raises UserError for an encoding that does not fit the stored shape.
     """
 
@@ -66,9 +65,9 @@ class Latents:
         return len(self._index.entries)
 
     def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition]:
-        """raw (B, *stored_shape) of `dtype` and the condition of B rows; texts are padded with zeros to text_length.
+        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length.
 
-        Damage raises UserError or, skipped, is reported.
+        Damage raises UserError or, with on_error="skip", is reported.
         """
         raw, condition, faults = self.read_with_faults(indices)
         self.report(faults)
@@ -95,7 +94,7 @@ class Latents:
         return self.read(spread_evenly(len(self), count))[1]
 
     def _conditions(self, used: np.ndarray, texts: np.ndarray) -> Condition:
-        """The condition of the samples `used` (B,), their texts (B, T, bytes of a token) being read already."""
+        """The condition of the samples `used` (B,), whose texts (B, T, bytes of a token) have been read."""
         if self.condition == "class":
             return torch.from_numpy(self.labels[used].astype(np.int64))
         if self.condition == "none":
@@ -129,7 +128,7 @@ class Latents:
 
     def keys(self, indices: Sequence[int]) -> list[str]:
         """The names of samples, read back from their shards; '?' if a shard is damaged or gone."""
-        return [self._key(index) for index in indices]
+        return [sample_key(*self._place(index)) for index in indices]
 
     def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray) -> str | None:
         """Fills row (bytes,) and text (T, bytes of a token); returns a line saying what is wrong, or None."""
@@ -146,24 +145,18 @@ class Latents:
         try:
             count = os.preadv(self._file(self._shard(index)), [numbers], int(start))
         except OSError as error:
-            return f"{self._shard_name(index)}: {error.strerror}"
+            return f"{self._place(index)[0].name}: {error.strerror}"
         if count == len(numbers) and zlib.crc32(numbers) == crc:
             return None
         what = "is cut off" if count < len(numbers) else "has changed since it was indexed"
-        offset = self._index.entries["offset"][index]
-        return f"{self._shard_name(index)}: sample {self._key(index)!r} at byte {offset} {what}"
-
-    def _key(self, index: int) -> str:
-        try:
-            return split_name(member_name(self._file(self._shard(index)), int(self._index.entries["offset"][index])))[0]
-        except OSError:
-            return "?"
+        return f"{describe_sample(*self._place(index))} {what}"
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._index.ends, index, side="right"))
 
-    def _shard_name(self, index: int) -> str:
-        return self._index.shards[self._shard(index)]
+    def _place(self, index: int) -> tuple[Path, int]:
+        """The shard of a sample and the byte at which its array begins."""
+        return self.folder / self._index.shards[self._shard(index)], int(self._index.entries["offset"][index])
 
     def _file(self, shard: int) -> int:
         """The file descriptor of a shard. Reads carry their offsets, so forked processes may share it."""

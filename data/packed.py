@@ -55,7 +55,7 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
 
 
 def _split_in(name: str) -> str | None:
-    """train, val or test, as the last such word of a file's name or of its folders' says."""
+    """train, val or test: the last such word in a file's path."""
     return next((SPLITS[w] for w in reversed(re.findall("[a-z]+", name.lower())) if w in SPLITS), None)
 
 
@@ -83,7 +83,7 @@ def _open_tars(folder: Path, names: list[str]) -> Tree:
 
 
 def _open_parquet(folder: Path, names: list[str]) -> Tree:
-    """A row group is read whole, and the last ones are kept: rows are read fastest in order, or by `fetch`."""
+    """A row group is read whole, and the last two are kept: rows are read fastest in order, or by `fetch`."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -155,7 +155,7 @@ class IdxPair(NamedTuple):
 
 
 def find_idx(source: str | Path) -> dict[str, IdxPair]:
-    """{"train": files, "test": files}, of those that `source` has.
+    """{"train": files, "test": files}, or the one of them that `source` has.
 
     source: a folder, or `<folder>/<set>` where the files of several sets lie side by side, as EMNIST's do:
     `emnist-balanced` for emnist-balanced-train-images-idx3-ubyte.gz. Raises UserError where there are no such files, or

@@ -3,14 +3,14 @@
 meta.json is written last, so that where it exists the shards are complete. Its keys:
 
 kind, scale, bias     the latent encoding (encoding.py); scale and bias are null for sample_scaled
-codec                 what turns latents into pixels, as encoding recorded it; null if unknown
+codec                 what turns latents into pixels, as recorded at encoding; null if unknown
 codec_sha256          of its weights; null if unknown
 shape, dtype          of each stored array
 condition             "class", "text" or "none": what samples hold beside latents; class where the key is missing
-num_classes           labels are 0..num_classes-1; null but for class
-text_width            texts are (tokens, text_width), of
-text_dtype              this dtype, and have at most
-text_length             so many tokens; all three null but for text
+num_classes           labels are 0..num_classes-1; null without labels
+text_width            texts are (tokens, text_width); null without texts, as are the next two
+text_dtype            of each text
+text_length           tokens of the longest text
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
 counts                {split: entries}
 mean, std             of each channel of the model's input
@@ -39,7 +39,7 @@ from system.files import atomic_file, sha256_of, write_text_atomic
 SPLITS, FLIPS = ("train", "val"), ("none", "both")
 FILE_NAME = "meta.json"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
-UNLESS_SAID = {"condition": "class", "text_width": None, "text_dtype": None, "text_length": None}
+IMPLIED = {"condition": "class", "text_width": None, "text_dtype": None, "text_length": None}  # if absent
 SHARD_KEYS = "name split n sha256".split()
 
 
@@ -51,7 +51,7 @@ def open_latents(
     kind: one of encoding.KINDS; None takes meta.json's, and sample_scaled if there is no meta.json.
     on_error: "stop" raises at damage; "skip" leaves damaged shards and samples out, reports each in one line and counts
     it in `Latents.faults`; a sample found damaged later is replaced by the next good one.
-    condition: class, text or none, which leaves unread what the shards hold of the others.
+    condition: class, text or none, which ignores what else the shards hold.
     Raises UserError for a folder that is missing or has no shards, for damage, and for a kind or a condition that does
     not fit.
     """
@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> dict:
         if Path(shard["name"]).name != shard["name"]:
             raise UserError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")
     check_kind(manifest["kind"])
-    manifest = UNLESS_SAID | manifest
+    manifest = IMPLIED | manifest
     if manifest["condition"] not in KINDS:
         raise UserError(f"{path} says condition {manifest['condition']!r}; needed: one of {', '.join(KINDS)}")
     return manifest
@@ -234,7 +234,7 @@ def finalize(
     if not found:
         raise UserError(f"no shards train-*.tar in {folder}")
     paths = [folder / name for shards in found.values() for name in shards]
-    manifest = UNLESS_SAID | find_layout(paths, {"condition": condition, "num_classes": num_classes}) | {"shards": []}
+    manifest = asdict(find_layout(paths, condition, num_classes)) | {"shards": []}
     indices = {}
     for split, shards in found.items():
         indices[split] = index = build_index(folder, shards, manifest)
@@ -242,7 +242,7 @@ def finalize(
             raise UserError(f"damaged data in {folder}: {index.faults[0]}")
         manifest["shards"] += [
             {"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)}
-            for name, n in zip(shards, index.counts.tolist())
+            for name, n in zip(shards, np.diff(index.ends, prepend=0).tolist())
         ]
     entries = [index.entries for index in indices.values()]
     if manifest["condition"] == "class":

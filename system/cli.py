@@ -11,16 +11,16 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from functools import reduce
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from system import UserError
@@ -35,31 +35,20 @@ LITERAL = {
     "ckpt", "weak_ckpt", "init_from", "resume", "images", "from", "ref", "out", "path", "results_dir", "run_name",
     "digits", "fashion", "source", "vae", "extractor_weights",
 }  # fmt: skip
-# Whole numbers whose default is null.
-WHOLE_OR_NULL = {
-    "depth", "hidden_size", "num_heads", "micro_batch_size", "keep_every", "steps", "class_idx", "cfg_channels",
-    "num_classes", "workers", "features",
-}  # fmt: skip
-
-# What else a key may be whose default is a number.
-ALSO_ALLOWED = {
-    "train.grad_clip": "null", "data.codec.scale": "a list with one number per channel",
-    "data.codec.bias": "a list with one number per channel",
-}  # fmt: skip
-
-# Keys of earlier versions, and what does the same today.
-GONE = {"wandb.mode": "log=[jsonl,wandb], with WANDB_MODE=offline in the environment to stay offline"}
 
 
-def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
-    """configs/<name>.yaml with the command line's overrides; an unknown key or group is an error."""
+def load_config(name: str, overrides: Sequence[str]) -> dict:
+    """configs/<name>.yaml with the command line's overrides, as plain values. An unknown key or group is an error."""
     overrides = literal_paths(overrides)
     # Within train.py Hydra is at work already, on the same folder.
     at_work = GlobalHydra.instance().is_initialized()
     with contextlib.nullcontext() if at_work else initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose(name, overrides=overrides)
-        check_types(config, name, overrides)
-    return config
+        return plain(compose(name, overrides=overrides))
+
+
+def plain(config: DictConfig) -> dict:
+    """The values of a composed config; what must be given and is not, is "???"."""
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
@@ -81,6 +70,13 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     return [list(row) for row in itertools.product(*choices)]
 
 
+def swept_keys(argv: Sequence[str]) -> set[str]:
+    """The keys to which a command line of `train.py -m` gives several values."""
+    overrides = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {override.key_or_group for override in parsed if override.is_sweep_override()}
+
+
 def _literal_path(override: str, sweep: bool) -> str:
     key, _, value = override.partition("=")
     if key.lstrip("+").rpartition(".")[2] not in LITERAL or value in ("", "null", "???") or value[0] in "'\"":
@@ -97,40 +93,6 @@ def _quoted(value: str) -> str:
     """In Hydra's quotes, within which a backslash means something only before a quote and at the end."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
-
-
-def check_types(config: DictConfig, name: str, overrides: Sequence[str]) -> None:
-    """Makes 4e1 the whole number 40 where one is needed. Hydra must be initialized.
-
-    Raises UserError for unknown keys, for empty values, and for words, lists or null where configs/<name>.yaml has a
-    number.
-    """
-    groups = [o for o in overrides if (CONFIG_DIR / o.lstrip("+~").partition("=")[0].partition("@")[0]).is_dir()]
-    defaults = compose(name, overrides=groups)
-    known = set(flat_keys(defaults))
-    for key in flat_keys(config):
-        if key not in known and not key.startswith("hydra."):
-            raise UserError(f"unknown key '{key}'{_did_you_mean(key)}")
-    for key in known:
-        default, value = (OmegaConf.select(c, key, throw_on_missing=False) for c in (defaults, config))
-        if isinstance(value, str) and not value.strip():
-            raise UserError(f"{key}= is empty; needed: a value, or {key}=null for none")
-        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int, float)):
-            raise UserError(f"{key}={value}; needed: a value like {default}")
-        if isinstance(default, bool):
-            continue
-        if key in ALSO_ALLOWED and isinstance(value, ListConfig if "list" in ALSO_ALLOWED[key] else type(None)):
-            continue
-        nullable = default is None and key.rpartition(".")[2] in WHOLE_OR_NULL
-        if isinstance(default, int) or nullable and value is not None:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer():
-                raise UserError(f"{key}={value}; needed: a whole number{' or null' if nullable else ''}")
-            if isinstance(value, float):
-                OmegaConf.update(config, key, int(value))
-        elif isinstance(default, float) and not isinstance(value, (int, float)):
-            raise UserError(
-                f"{key}={value}; needed: a number{f' or {also}' if (also := ALSO_ALLOWED.get(key)) else ''}"
-            )
 
 
 def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, list[str]]:
@@ -209,46 +171,37 @@ def one_line(error: BaseException) -> str:
     return "; ".join(lines)[:600]
 
 
-def defaults_of(key: str) -> list:
-    """The values that the config files, other than experiments, give to a dotted key."""
-    return [values[key] for path, values in _config_files() if key in values and path.parent.name != "experiment"]
-
-
-def _config_files() -> Iterator[tuple[Path, dict]]:
-    """Every file of configs/ with its {dotted key: value}; races are no configs, and their names may have dots."""
+def _config_files() -> Iterator[tuple[Path, set[str]]]:
+    """Every file of configs/ with its dotted keys; races are no configs, and their names may have dots."""
     for path in CONFIG_DIR.rglob("*.yaml"):
         group = path.parent.relative_to(CONFIG_DIR).as_posix()
         if group == "race":
             continue
         at_root = group == "." or "# @package _global_" in path.read_text()
         prefix = "" if at_root else f"{group.replace('/', '.')}."
-        loaded = OmegaConf.load(path)
-        if isinstance(loaded, DictConfig):
-            plain = OmegaConf.to_container(loaded)
-            yield path, {prefix + key: reduce(dict.__getitem__, key.split("."), plain) for key in flat_keys(loaded)}
+        values = yaml.safe_load(path.read_text())
+        if isinstance(values, dict):
+            yield path, set(flat_keys(values, prefix))
 
 
 def _did_you_mean(key: str) -> str:
     """Where a refused key does belong (model.routes, given to model=maskdit; ckpt, given to train.py), or the keys
     nearest to a mistyped one."""
-    if key in GONE:
-        return f"; needed: {GONE[key]}"
     files = list(_config_files())
-    groups = [(f"{path.parent.name}={path.stem}", values) for path, values in files if path.parent != CONFIG_DIR]
-    owners = sorted(group for group, values in groups if key in values and not group.startswith("experiment="))
+    groups = [(f"{path.parent.name}={path.stem}", keys) for path, keys in files if path.parent != CONFIG_DIR]
+    owners = sorted(group for group, keys in groups if key in keys and not group.startswith("experiment="))
     if owners:
         return f" here; it belongs to {', '.join(owners)}"
-    if others := sorted(path.stem for path, values in files if path.parent == CONFIG_DIR and key in values):
+    if others := sorted(path.stem for path, keys in files if path.parent == CONFIG_DIR and key in keys):
         return f" here; other commands have it (configs/: {', '.join(others)})"
-    near = difflib.get_close_matches(key, {key for _, values in files for key in values}, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(key, set().union(*(keys for _, keys in files)), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else "; the keys are in configs/"
 
 
-def flat_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a config's values."""
-    for key in config:
-        value = config._get_node(key)
-        if isinstance(value, DictConfig) and len(value):
+def flat_keys(values: Mapping, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of the values in a nested dict."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
             yield from flat_keys(value, f"{prefix}{key}.")
         elif key not in ("defaults", "hydra"):
             yield f"{prefix}{key}"

@@ -1,47 +1,27 @@
-"""fp32 or bf16: what the launcher says, what is known of a GPU, or what a CPU is measured to be faster at."""
+"""fp32 or bf16: what the launcher says, or what is faster on this GPU or CPU."""
 
 import contextlib
-import hashlib
-import json
-import math
 import os
 import platform
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
-from system import UserError
-from system.files import write_text_atomic
 from system.launchers import launcher_arguments
 from system.processes import from_first, is_main
 
-Product = tuple[int, int, int, int]  # (pairs, rows, inner, columns): that many (rows, inner) @ (inner, columns)
-LARGEST = 2**27  # multiply-adds; larger products are measured on fewer rows
-SECONDS = 0.7  # of measuring
-ROUNDS = 3
 
-
-def decide_precision(
-    wanted: str, device: torch.device, products: Callable[[], Counter[Product]], *, backward: bool
-) -> str:
+def decide_precision(wanted: str, device: torch.device) -> str:
     """bf16 or fp32, the same on all processes, all of which must call this.
 
-    "auto" follows the launcher's --mixed_precision. Without it, it is bf16 on CUDA devices of capability 8.0 and newer,
-    on CPUs what takes less time for `products`, with those of their backward pass or without, and fp32 elsewhere.
-    Raises UserError for anything else.
+    "auto" follows the launcher's --mixed_precision. Without it, it is bf16 on CUDA devices of capability 8.0 and newer
+    and on CPUs whose bf16 products are faster (`cpu_precision`), and fp32 elsewhere. Raises UserError where auto fails
+    on the first process.
     """
     if wanted == "auto":
         wanted = launched_precision() or "auto"
-    if wanted == "auto":
-        return from_first(lambda: choose(device, products(), backward))
-    if wanted not in ("bf16", "fp32"):
-        raise UserError(
-            f"precision {wanted!r}; needed: auto, fp32 or bf16 (fp16 overflows in long runs and is not offered)"
-        )
-    return wanted
+    return from_first(lambda: choose(device)) if wanted == "auto" else wanted
 
 
 def launched_precision() -> str | None:
@@ -52,86 +32,43 @@ def launched_precision() -> str | None:
     return "fp32" if "--mixed_precision" in launcher_arguments() else None
 
 
-def choose(device: torch.device, products: Counter[Product], backward: bool) -> str:
+def choose(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type != "cpu":
         return "fp32"
-    seconds = measured(products, backward)
-    chosen = min(seconds, key=seconds.get)
+    chosen, reason = cpu_precision(cpu_flags(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
     if is_main():
-        figures = ", ".join(f"{name} {round(1e3 * s, 1):,g} ms" for name, s in seconds.items())
-        what = "forward and backward" if backward else "forward"
-        print(f"precision  auto is {chosen}: matrix products, {what}: {figures} (kept in {cache_folder()})")
+        print(f"precision  auto is {chosen}: {reason}")
     return chosen
 
 
-def measured(products: Counter[Product], backward: bool) -> dict[str, float]:
-    """Seconds of the products by precision, measured once per CPU, number of threads, torch version and shapes."""
-    about = [cpu(), torch.get_num_threads(), torch.__version__, backward, sorted(products.items())]
-    path = cache_folder() / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(path.read_text())
-        return {name: float(kept[name]) for name in ("fp32", "bf16")}
-    seconds = measure(products, backward)
-    with contextlib.suppress(OSError):  # measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(seconds) + "\n")
-    return seconds
+def cpu_precision(flags: Collection[str], max_isa: str = "") -> tuple[str, str]:
+    """(bf16 or fp32, why) for a CPU with these flags and vendor, as /proc/cpuinfo has them.
+
+    max_isa: ONEDNN_MAX_CPU_ISA, beyond which oneDNN, which multiplies the matrices, does not go. Measured: AMX tiles
+    are several times as fast in bf16, AVX-512's bf16 instructions twice as fast on AMD's cores, and on Intel's they are
+    half as fast as float32.
+    """
+    isa = max_isa.upper()
+    if "amx_bf16" in flags and ("AMX" in isa or isa in ("", "ALL", "DEFAULT")):
+        return "bf16", "this CPU has bf16 matrix units (AMX)"
+    if "avx512_bf16" in flags and (isa in ("", "ALL", "DEFAULT") or "BF16" in isa or "AMX" in isa or "FP16" in isa):
+        if "AuthenticAMD" in flags:
+            return "bf16", "this CPU multiplies bf16 numbers twice as fast (AVX-512)"
+        return "fp32", "without AMX, bf16 is slower on this CPU"
+    if not flags:
+        return "fp32", "nothing is known of this CPU"
+    return "fp32", "this CPU has no bf16 units that torch uses"
 
 
-def measure(products: Counter[Product], backward: bool) -> dict[str, float]:
-    """Seconds of all products in either precision, in turns, those with the most work first, until the time is up."""
-    seconds, started = {"fp32": 0.0, "bf16": 0.0}, time.perf_counter()
-    for product, scale in sorted(within(products).items(), key=lambda item: -item[1] * math.prod(item[0])):
-        if time.perf_counter() - started > SECONDS:
-            break
-        works = {"fp32": pass_of(product, torch.float32, backward), "bf16": pass_of(product, torch.bfloat16, backward)}
-        best = dict.fromkeys(works, math.inf)
-        for work in works.values():
-            work()
-        for _ in range(ROUNDS):
-            for name, work in works.items():
-                before = time.process_time()  # of this process alone: other load on the machine does not count
-                work()
-                best[name] = min(best[name], (time.process_time() - before) / torch.get_num_threads())
-        for name in seconds:
-            seconds[name] += scale * best[name]
-    return seconds
-
-
-def within(products: Counter[Product]) -> dict[Product, float]:
-    """{product to measure: how often it counts}: those with too much work on fewer rows or pairs, which count more."""
-    scaled: dict[Product, float] = {}
-    for (pairs, rows, inner, columns), count in products.items():
-        share = min(1.0, LARGEST / (pairs * rows * inner * columns))
-        fewer = (max(1, int(pairs * share)), rows) if pairs > 1 else (1, max(1, int(rows * share)))
-        product = (*fewer, inner, columns)
-        scaled[product] = scaled.get(product, 0) + count * pairs * rows / math.prod(fewer)
-    return scaled
-
-
-def pass_of(product: Product, dtype: torch.dtype, backward: bool) -> Callable[[], object]:
-    pairs, rows, inner, columns = product
-    a, b = torch.randn(pairs, rows, inner, dtype=dtype), torch.randn(pairs, inner, columns, dtype=dtype)
-    if pairs == 1:
-        a, b = a[0], b[0].T.contiguous().T  # as a linear layer holds its weights
-    if not backward:
-        return lambda: a @ b
-    grad = torch.randn(*a.shape[:-1], columns, dtype=dtype)
-    return lambda: (a @ b, grad @ b.mT, a.mT @ grad)
-
-
-def cpu() -> str:
-    """The name and the instructions of this CPU."""
+def cpu_flags() -> set[str]:
+    """The instructions and the vendor of this CPU; empty where the system does not tell."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "; ".join(dict.fromkeys(s for s in lines if s.startswith(("model name", "flags", "Features"))))
-    return f"{platform.machine()} {platform.processor()}"
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tread" / "precision"
+        told = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features", "vendor_id")))
+        return set(" ".join(told).split())
+    return {platform.machine()} - {""}
 
 
 @contextlib.contextmanager

@@ -19,10 +19,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from system import UserError
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 MISSING = "???"  # in a YAML file: the key must be given
+DEEPEST = 20  # levels of a config
 
 
 @dataclass(frozen=True)
@@ -175,3 +178,16 @@ def refuse_interpolations(values: Any, source: str) -> None:
     for key, value in nested(values):
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{source}: {key} refers to something else (${{...}}); needed: a plain value")
+
+
+def read_yaml(text: str | bytes, source: str) -> Any:
+    """The plain values of YAML that came with a file. Raises UserError where it is damaged, or written to take long."""
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+                raise UserError(f"it has aliases, or more than {DEEPEST} levels")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{source}: its config is damaged ({' '.join(str(error).split()):.200})") from None

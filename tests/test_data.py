@@ -219,10 +219,10 @@ def test_compvis_shards_without_a_manifest(tmp_path):
 def test_index_is_built_once(tmp_path, monkeypatch):
     folder = write_set(tmp_path / "set")
 
-    def read_again(self, path):
+    def read_again(path, layout):
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(data.index.ShardValidator, "read_samples", read_again)
+    monkeypatch.setattr(data.index, "read_samples", read_again)
     assert len(open_latents(folder)) == TOTAL
     os.utime(folder / shard_name("train", 1))
     with pytest.raises(AssertionError, match="read again"):

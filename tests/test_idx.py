@@ -37,6 +37,18 @@ def test_shards_hold_the_pictures_and_the_test_split_is_val(tmp_path, compress):
         np.testing.assert_array_equal(y, labels[numbers])
 
 
+def test_pictures_need_not_be_square(tmp_path):
+    (tmp_path / "files").mkdir()
+    images, labels = np.random.default_rng(0).integers(0, 256, (9, 20, 28), np.uint8), np.arange(9, dtype=np.uint8)
+    for split in ("train", "t10k"):
+        for what, array in (("images-idx3", images), ("labels-idx1", labels)):
+            (tmp_path / "files" / f"{split}-{what}-ubyte").write_bytes(idx(array))
+    with pytest.raises(UserError, match="pictures of 20x28 pixels; data.input_size says 28x20"):
+        prepare("idx", tmp_path / "made", tmp_path / "files", [28, 20])
+    prepare("idx", tmp_path / "made", tmp_path / "files", [20, 28])
+    assert open_latents(tmp_path / "made").shape == (1, 20, 28)
+
+
 def test_made_shards_are_made_again_only_when_damaged(tmp_path, capsys):
     write_idx(tmp_path / "files")
     keys = ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"]

@@ -186,8 +186,8 @@ HOSTILE = [
     "made_network.Base", "made_network.Other", "made_network.Within", "made_network.Net.__init__", "package.Net",
     "package.__init__.Net", "imported.JSONDecoder", "json.JSONDecoder", "tests.test_settings.Base", ".Net",
     "../made_network.Net", "functools.partial", "torch.nn.Linear", "hydra.utils.get_method", "", None, 3,
-    ["made_network.Net"], {"_target_": "made_network.Net"}, "made_network.Net\n", " made_network.Net", "MADE_NETWORK.Net",
-    "made_network.", "made_network\0.Net",
+    ["made_network.Net"], {"_target_": "made_network.Net"}, "made_network.Net\n", " made_network.Net",
+    "MADE_NETWORK.Net", "made_network.", "made_network\0.Net",
 ]  # fmt: skip
 
 
@@ -293,7 +293,7 @@ RUNS = [
     ("eval", "seeds", "5-1", "eval: seeds=5-1; needed: numbers and ranges, such as 0-63 or [1,5,9-12]"),
     ("eval", "weights", "raw", "eval: weights=raw; needed: ema, which is what training scores"),
     ("eval", "precision", "bf16", "eval.precision=bf16; needed: auto, as train.precision"),
-    ("eval", "metrics", "fd", "eval.metrics=fd; needed: a list, each fd, sfid, is, pr, kid or null"),
+    ("eval", "metrics", "fd", "eval.metrics=fd; needed: a list, each fd, sfid, is, pr or kid or null"),
     ("hardware", "mfu", 1.5, "hardware.mfu=1.5; needed: a number above 0 and of at most 1"),
     ("data", "input_size", [4], "data.input_size=[4]; needed: a whole number of at least 1 or a list of 2, each a "
                                 "whole number of at least 1"),

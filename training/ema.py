@@ -1,11 +1,12 @@
-"""Power-function averages of the weights, and any other width of them after training (EDM2, arXiv 2312.02696).
+"""Averages of the weights: with a fixed decay, and power functions, of any width after training (EDM2, 2312.02696).
 
-The average of relative width s at step t gives the weights of step i the weight i^gamma: its standard deviation is s t.
-Training keeps two; every save stores them, as a snapshot. A mix of snapshots approximates any other width. Times enter
-as ratios alone, so they are steps here, where the paper counts images. Numbers of equations and algorithms are the
-paper's.
+The power average of relative width s at step t gives the weights of step i the weight i^gamma: its standard deviation
+is s t. Training keeps two; every save stores them, as a snapshot. A mix of snapshots approximates any other width.
+Times enter as ratios alone, so they are steps here, where the paper counts images. Numbers of equations and algorithms
+are the paper's.
 """
 
+import copy
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -13,12 +14,46 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from checkpoints.run_folder import average_files, read_tensors, snapshots_until, step_of, verify_checkpoint
+from checkpoints.config import MAX_WIDTH
+from checkpoints.run_folder import (
+    average_files,
+    average_name,
+    read_tensors,
+    snapshots_until,
+    step_of,
+    verify_checkpoint,
+)
 from system import UserError
 
-MAX_WIDTH = 0.28  # gamma = 0, the plain mean of all steps, has width 0.2887
 POOR_FIT = 0.1  # error, relative to the wanted profile, from which on a reconstruction is warned of
+
+
+def make_averages(model: nn.Module, widths: Sequence[float]) -> dict[str, nn.Module]:
+    """The averages of a run before its first step, by file: "ema", and a power average for each width."""
+    return {name: copy.deepcopy(model).eval().requires_grad_(False) for name in ["ema", *map(average_name, widths)]}
+
+
+@torch.no_grad()
+def update_averages(
+    averages: dict[str, nn.Module], model: nn.Module, step: int, ema_decay: float, ema_ramp: bool
+) -> None:
+    """Takes the weights of `step` into each average."""
+    for name, average in averages.items():
+        decay = decay_at(step, ema_decay, ema_ramp) if name == "ema" else beta(float(name.removeprefix("power_")), step)
+        update_ema(average, model, decay)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def decay_at(step: int, ema_decay: float, ema_ramp: bool) -> float:
+    """ema_decay, from the first step on or, with ema_ramp, approached from below while the EMA is young."""
+    return min(ema_decay, (1 + step) / (10 + step)) if ema_ramp else ema_decay
 
 
 @cache

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from omegaconf import DictConfig
 from tqdm import tqdm
 
+from checkpoints.config import Settings
+from checkpoints.curves import log_lines
 from system import UserError, cli
 from system.processes import Elsewhere, Preempted
-from training.guard import FiniteGuard
+from training.prepare import TrainState
 from training.trackers import TRACKERS
 
 
@@ -41,20 +42,25 @@ class TimedBatches:
 class Log:
     """Written by the main process; the others take part in the mean of the loss alone."""
 
-    def __init__(self, cfg: DictConfig, run_folder: Path, start_step: int, dist: PartialState):
-        self.cfg, self.dist, self.path = cfg.train, dist, run_folder / "metrics.jsonl"
+    def __init__(self, settings: Settings, run_folder: Path, start_step: int, dist: PartialState):
+        self.settings, self.dist, self.path = settings.train, dist, run_folder / "metrics.jsonl"
+        self.resumed_at, self.there = start_step, names_at(self.path, start_step)
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
         self.started, self.paused, self.waited = clocks(), 0.0, 0.0
         self.skipped, self.unwritten, self.warned = 0.0, "", set()
         self.trackers = []
-        for name in cfg.log if dist.is_main_process else ():
+        for name in settings.log if dist.is_main_process else ():
             with self.survive(name):
                 if name != "jsonl":
-                    self.trackers.append(TRACKERS[name](cfg, run_folder, start_step))
+                    self.trackers.append(TRACKERS[name](settings, run_folder, start_step))
         self.bar = tqdm(
-            total=cfg.train.max_steps, initial=start_step, unit="step", dynamic_ncols=True,
+            total=settings.train.max_steps, initial=start_step, unit="step", dynamic_ncols=True,
             disable=not (dist.is_main_process and sys.stderr.isatty()),
         )  # fmt: skip
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether the log had such values of this step when the run was resumed."""
+        return step == self.resumed_at and any(name.startswith(prefix) for name in self.there)
 
     def say(self, text: str) -> None:
         if self.dist.is_main_process:
@@ -66,14 +72,13 @@ class Log:
         self.steps += 1
         self.bar.update()
 
-    def train(
-        self, step: int, grad_norm: torch.Tensor, lr: float, guard: FiniteGuard, waited: float, left_out: int
-    ) -> int:
+    def train(self, state: TrainState, grad_norm: torch.Tensor, waited: float, left_out: int) -> int:
         """One line on the steps since the last one -> the first non-finite step, where it ends the run, else 0.
 
         waited: seconds spent waiting for data so far. left_out: this process's damaged samples (data.on_error=skip).
         The only place where training waits for the device.
         """
+        guard, lr = state.guard, state.optimizer.param_groups[0]["lr"]
         totals = torch.stack([self.losses, torch.full_like(self.losses, left_out)])
         if self.dist.num_processes > 1:
             torch.distributed.all_reduce(totals)
@@ -87,15 +92,15 @@ class Log:
             "train/grad_norm": norm if math.isfinite(norm) else None,
             "train/lr": lr, "train/skipped": int(skipped), "data/left_out": int(left_out),
             "perf/step_s": seconds / self.steps, "perf/cpu_s": cpu_seconds / self.steps,
-            "perf/img_per_s": self.steps * self.cfg.global_batch_size / seconds,
+            "perf/img_per_s": self.steps * self.settings.global_batch_size / seconds,
             "perf/data_wait": (waited - self.waited) / seconds,
         }  # fmt: skip
-        self.write(step, values)
+        self.write(state.step, values)
         self.bar.set_postfix(loss=values["train/loss"], refresh=False)
         self.losses.zero_()
         self.skipped, self.steps = skipped, 0
         self.started, self.paused, self.waited = clocks(), 0.0, waited
-        return int(first_bad) if skipped > (0 if guard.mode == "stop" else self.cfg.max_skipped) else 0
+        return int(first_bad) if skipped > (0 if guard.mode == "stop" else self.settings.max_skipped) else 0
 
     @contextmanager
     def survive(self, what: str, once: bool = False) -> Iterator[None]:
@@ -153,6 +158,12 @@ class Log:
         for tracker in self.trackers:
             with self.survive(tracker.name):
                 tracker.finish()
+
+
+def names_at(log: Path, step: int) -> set[str]:
+    """The names of the values that a run's log has of a step."""
+    lines = log_lines(log) if log.is_file() else ()
+    return {name for _, _, values in lines if values is not None and values["step"] == step for name in values}
 
 
 def clocks() -> np.ndarray:

@@ -5,55 +5,41 @@ five Newton-Schulz iterations. Scaled by 0.2 sqrt(max(rows, columns)) its update
 2502.16982, section 2.2), so both share one learning rate.
 """
 
-import re
-
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
+from checkpoints.config import Optimizer
+from contracts import Network, muon_matrices
 from system import UserError
 
-# Weights of attention and MLP, in whatever stack of blocks: not adaLN, embeddings, time MLP and output.
-IN_BLOCKS = re.compile(r"blocks\.\d+\.(attn|mlp)\.")
 
-
-def check_optimizer(settings: DictConfig) -> None:
-    """Raises UserError for an optimizer that is unknown or that this torch does not have."""
-    if settings.name not in ("adamw", "muon"):
-        raise UserError(f"optimizer.name={settings.name}; needed: optimizer=adamw or optimizer=muon")
-    if settings.name == "muon" and not hasattr(torch.optim, "Muon"):
+def make_optimizer(net: Network, settings: Optimizer, lr: float) -> torch.optim.Optimizer:
+    """lr: the first step's. Raises UserError where this torch lacks the optimizer."""
+    if settings.name == "adamw":
+        return adamw(net.parameters(), settings, lr)
+    if not hasattr(torch.optim, "Muon"):
         raise UserError(f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}; or optimizer=adamw")
-    if settings.name == "muon" and not (0 <= settings.momentum < 1 and 1 <= settings.ns_steps < 100):
-        found = f"{settings.momentum} and {settings.ns_steps}"
-        raise UserError(f"needed: optimizer.momentum in [0, 1), optimizer.ns_steps from 1 to 99; got {found}")
+    return MuonAdamW(net, settings, lr)
 
 
-def make_optimizer(model: nn.Module, settings: DictConfig, lr: float) -> torch.optim.Optimizer:
-    """settings: configs/optimizer/. lr: the first step's. Raises UserError where torch lacks the optimizer."""
-    check_optimizer(settings)
-    if settings.name == "muon":
-        return MuonAdamW(model, settings, lr)
-    return adamw(model.parameters(), settings, lr)
-
-
-def adamw(parameters, settings: DictConfig, lr: float) -> torch.optim.AdamW:
+def adamw(parameters, settings: Optimizer, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameters, lr=lr, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay, fused=True
     )
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for the 2-D weights of the blocks' attention and MLP, fused AdamW for all other parameters.
+    """torch.optim.Muon for the matrices of the blocks, fused AdamW for all other parameters.
 
     Like fused AdamW, `step` divides the gradients by `grad_scale` and changes neither weights nor state where
     `found_inf` is 1, and the host waits for neither. The processes share the work: each orthogonalizes some of the
     matrices and sends the others the new weights, so that all of them hold the same bits.
     """
 
-    def __init__(self, model: nn.Module, settings: DictConfig, lr: float):
-        matrices, others = [], []
-        for name, parameter in model.named_parameters():
-            (matrices if IN_BLOCKS.search(name) and parameter.ndim == 2 else others).append(parameter)
+    def __init__(self, net: Network, settings: Optimizer, lr: float):
+        matrices = muon_matrices(net)
+        chosen = set(map(id, matrices))
+        others = [p for p in net.parameters() if id(p) not in chosen]
         self.muon = torch.optim.Muon(
             matrices, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum, nesterov=settings.nesterov,
             ns_steps=settings.ns_steps, adjust_lr_fn="match_rms_adamw",

@@ -1,36 +1,42 @@
 """Everything before the first training step. What cannot run is refused here, before anything slow or written."""
 
-import copy
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 import data
-from checkpoints import power_ema
-from checkpoints.load import load_run
-from checkpoints.run_folder import average_name, find_checkpoint, load_strictly, read_config
-from cost import cost_table, memory_table, step_products
+from autoencoder import Codec
+from checkpoints.config import Settings, Train
+from checkpoints.load import Run, build_network, load_run
+from checkpoints.run_folder import find_checkpoint, load_strictly, read_config
+from conditions import Condition
+from contracts import Network, Objective
+from cost import cost_table, memory_table
 from data import BatchPlan
-from guidance import check_networks, guidance_from
 from system import UserError, hub
-from system.instantiate import instantiate
+from system.building import build
 from system.precision import decide_precision, launched_precision
+from training.ema import make_averages
 from training.guard import FiniteGuard
-from training.optimizer import check_optimizer, make_optimizer
-from training.trackers import check_log
+from training.optimizer import make_optimizer
+from training.stopping import PreemptionHandler
 
-AT_LEAST = {
-    "train.max_steps": 1, "train.global_batch_size": 1, "train.micro_batch_size": 1, "train.lr": 0,
-    "train.warmup_steps": 0, "train.decay_steps": 0, "train.log_every": 1, "train.val_every": 0, "train.val_samples": 1,
-    "train.save_every": 0, "train.keep_last": 1, "train.max_hours": 0, "train.timeout_s": 1, "train.max_skipped": 0,
-    "train.check_replicas_every": 0, "train.keep_every": 1, "preview.every": 0, "eval.every": 0,
-    "preview.num_images": 1, "data.num_workers": 0,
-}  # fmt: skip
+KEPT = 64  # texts of the validation set that a run keeps, to sample and score with
+
+
+@dataclass
+class TrainedEma(Run):
+    """The EMA of a run in training, as sampling and evaluation take it: before each call it may be asked to stop."""
+
+    preemption: PreemptionHandler | None = None
+
+    def predict(self, *arguments) -> torch.Tensor:
+        if self.preemption is not None:
+            self.preemption.poll()
+        return super().predict(*arguments)
 
 
 @dataclass
@@ -38,75 +44,51 @@ class TrainState:
     """What a training step changes. `net` is `model`, wrapped in DDP for several processes."""
 
     net: nn.Module
-    model: nn.Module
-    ema: nn.Module
+    model: Network
+    averages: dict[str, Network]  # by file: "ema", and power averages
     optimizer: torch.optim.Optimizer
     guard: FiniteGuard
-    power: dict[float, nn.Module] = field(default_factory=dict)  # power averages by width
+    objective: Objective
+    ema: TrainedEma  # averages["ema"], ready to sample
+    step: int = 0  # the last that was taken
 
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint has of weights, by file."""
-        averages = {average_name(width): average for width, average in self.power.items()}
-        return {"model": self.model, "ema": self.ema, **averages}
+        return {"model": self.model, **self.averages}
 
 
-def resolve_config(cfg: DictConfig, dist: PartialState) -> DictConfig:
-    """The config with interpolations and automatic choices resolved. Raises UserError for what cannot run."""
-    OmegaConf.resolve(cfg)
-    train = cfg.train
-    for key, least in AT_LEAST.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not (isinstance(value, (int, float)) and value >= least):
-            raise UserError(f"{key}={value}; needed: at least {least}")
-    check_log(cfg.log)
-    clips = train.grad_clip is None or train.grad_clip > 0
-    if not 0 <= train.label_dropout < 1 or not 0 <= train.ema_decay < 1 or not clips:
-        raise UserError("needed: train.label_dropout and train.ema_decay in [0, 1), train.grad_clip > 0 or null")
-    if cfg.resume is not None and not isinstance(cfg.resume, str):
-        raise UserError(f"resume={cfg.resume}; needed: auto, null, a run or one of its checkpoints")
-    betas = cfg.optimizer.betas
-    if not (OmegaConf.is_list(betas) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
-        raise UserError(f"optimizer.betas={betas}; needed: two numbers in [0, 1)")
-    if train.save not in ("sync", "async"):
-        raise UserError(f"train.save={train.save}; needed: sync or async")
-    if train.compile not in ("blocks", "off", False):  # YAML reads a bare off as false
-        raise UserError(f"train.compile={train.compile}; needed: blocks or off")
-    micro = train.micro_batch_size or train.global_batch_size // dist.num_processes
-    if cfg.objective.get("contrastive") and micro % 2:
-        raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
-    train.compile = "blocks" if train.compile == "blocks" else "off"
-    check_optimizer(cfg.optimizer)
-    if not isinstance(cfg.ema.widths, ListConfig | None):
-        raise UserError(f"ema.widths={cfg.ema.widths}; needed: a list, as in ema=power")
-    for width in cfg.ema.widths or ():
-        power_ema.check_width(width)
-    guidance_from(cfg.preview)
-    guidance_from(cfg.eval)
-    return cfg
+@dataclass
+class TrainingData:
+    """Latents to train on and to validate with, and how a global batch of them is divided."""
+
+    train: data.Latents
+    val: data.Latents
+    plan: BatchPlan
+
+    @property
+    def kept(self) -> Condition:
+        """The texts that a run keeps; None = the condition is none, or classes, which need no keeping."""
+        return self.val.conditions(KEPT) if self.val.condition == "text" else None
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def settle_precision(cfg: DictConfig, dist: PartialState, micro_batch: int, resumed: Path | None = None) -> None:
-    """Puts bf16 or fp32 in the place of auto; all processes must call this. Raises UserError.
+def settle_precision(settings: Settings, dist: PartialState, resumed: Path | None = None) -> Settings:
+    """With bf16 or fp32 in the place of auto; all processes must call this. Raises UserError.
 
     A resumed run keeps its own, whatever this machine would choose; only the launcher's word comes before that.
     """
-    wanted = cfg.train.precision
+    wanted = settings.train.precision
     if wanted == "auto" and resumed is not None and launched_precision() is None:
         wanted = read_config(resumed).train.precision
+    train = replace(settings.train, precision=decide_precision(wanted, dist.device))
+    return replace(settings, train=train, eval=replace(settings.eval, precision="auto"))  # which follows train's
 
-    products = partial(step_products, cfg, micro_batch)
-    cfg.train.precision = cfg.eval.precision = decide_precision(wanted, dist.device, products, backward=True)
 
-
-def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
+def batch_plan(train: Train, dist: PartialState) -> BatchPlan:
     """How the global batch splits over processes and accumulation. Raises UserError where it does not."""
     world, total = dist.num_processes, train.global_batch_size
     micro = train.micro_batch_size or total // world
-    if total < 1 or total % (world * max(micro, 1)):
+    if total % (world * max(micro, 1)):
         raise UserError(
             f"train.global_batch_size={total} is not "
             f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
@@ -114,54 +96,65 @@ def batch_plan(train: DictConfig, dist: PartialState) -> BatchPlan:
     return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)
 
 
-def open_data(cfg: DictConfig, dist: PartialState) -> tuple[data.Latents, data.Latents]:
-    """(train, validation) latents. Raises UserError where their shape or classes are not the model's."""
-    made = {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"}
-    if name := cfg.data.prepare:
-        if dist.is_main_process and name in made and not Path(cfg.data.path).exists():  # a mistyped one?
-            print(f"data       {cfg.data.path} does not exist: {made[name]} made there; data=folder reads your own")
+def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> TrainingData:
+    """Raises UserError where the latents' shape or conditions are not the model's."""
+    wanted, made = settings.data, {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "its pictures are"}
+    if wanted.path is None:
+        raise UserError("data.path is missing; needed: a folder of latents (docs/data.md)")
+    if wanted.prepare is not None:
+        if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
+            print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
         with dist.local_main_process_first():
-            data.prepare(name, cfg.data.path, cfg.data.get("source"), cfg.data.input_size, cfg.data.num_classes)
+            size = wanted.latent_shape[1:]
+            data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes)
     with dist.local_main_process_first():
-        folder = hub.local(cfg.data.path, "dataset")
-    train = data.open_latents(folder, kind=cfg.data.kind, on_error=cfg.data.on_error)
-    wanted = (cfg.data.channels, cfg.data.input_size, cfg.data.input_size)
-    if tuple(train.shape) != wanted:
+        folder = hub.local(wanted.path, "dataset")
+    how = dict(kind=wanted.kind, on_error=wanted.on_error, condition=wanted.condition)
+    train = data.open_latents(folder, **how)
+    if tuple(train.shape) != wanted.latent_shape:
         raise UserError(
-            f"{cfg.data.path} holds latents of shape {tuple(train.shape)}, the model is for {wanted}: "
+            f"{wanted.path} holds latents of shape {tuple(train.shape)}, the model is for {wanted.latent_shape}: "
             f"set data.channels and data.input_size, or data.path"
         )
-    if train.num_classes > cfg.data.num_classes:
+    if wanted.condition == "class" and train.num_classes > wanted.num_classes:
         raise UserError(
-            f"{cfg.data.path} has {train.num_classes} classes, the model has data.num_classes={cfg.data.num_classes}"
+            f"{wanted.path} has {train.num_classes} classes, the model has data.num_classes={wanted.num_classes}"
         )
-    if not data.has_split(folder, "val"):
-        return train, train
-    return train, data.open_latents(folder, split="val", kind=cfg.data.kind, on_error=cfg.data.on_error)
+    if wanted.condition == "text" and train.text_width != wanted.text_width:
+        raise UserError(f"{wanted.path} has texts of width {train.text_width}, not data.text_width={wanted.text_width}")
+    has_val = data.has_split(folder, "val")
+    return TrainingData(train, data.open_latents(folder, split="val", **how) if has_val else train, plan)
 
 
-def build(cfg: DictConfig, dist: PartialState, new: bool) -> tuple[TrainState, object]:
-    """(state, objective) before the first step; a `new` run starts from cfg.init_from, if set. Raises UserError."""
-    starts_elsewhere = new and cfg.init_from is not None
+def build_objective(settings: Settings, micro_batch: int) -> Objective:
+    """Raises UserError where it cannot be trained in micro-batches of this size."""
+    objective = build(settings.objective, Objective, "objective")
+    if getattr(objective, "contrastive", 0) and micro_batch % 2:
+        found = f"an even size, got {micro_batch}"
+        raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: {found}")
+    return objective
+
+
+def build_state(settings: Settings, dist: PartialState, objective: Objective, new: bool) -> TrainState:
+    """The state before the first step; a `new` run starts from init_from, if set. Raises UserError."""
+    starts_elsewhere = new and settings.init_from is not None
     if starts_elsewhere:
-        find_checkpoint(cfg.init_from, "init_from")
-    torch.manual_seed(cfg.seed)  # for the initial weights; training itself never uses the global generator
-    model = instantiate(cfg.model).to(dist.device)
-    objective = instantiate(cfg.objective)
-    for part in ("preview", "eval"):
-        if cfg[part].every and cfg[part].weak_ckpt is None:
-            check_networks(guidance_from(cfg[part]), model, model)
+        find_checkpoint(settings.init_from, "init_from")
+    torch.manual_seed(settings.seed)  # for the initial weights; training itself never uses the global generator
+    model = build_network(settings).to(dist.device)
     if starts_elsewhere:
-        start_from(cfg.init_from, model, objective)
-    model.gradient_checkpointing = cfg.train.gradient_checkpointing
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, cfg.optimizer, cfg.train.lr)
-    guard = FiniteGuard(optimizer, dist.device, cfg.train.on_nonfinite)
-    power = {width: copy.deepcopy(ema) for width in cfg.ema.widths or ()}
-    return TrainState(model, model, ema, optimizer, guard, power), objective
+        start_from(settings.init_from, model, objective)
+    averages = make_averages(model, settings.ema.widths or ())
+    for block in model.all_blocks:
+        block.recompute = settings.train.gradient_checkpointing
+    optimizer = make_optimizer(model, settings.optimizer, settings.train.lr)
+    guard = FiniteGuard(optimizer, dist.device, settings.train.on_nonfinite)
+    codec = build(settings.data.codec, Codec, "data.codec").to(dist.device)
+    ema = TrainedEma(averages["ema"], objective, codec, settings, dist.device, settings.train.precision)
+    return TrainState(model, model, averages, optimizer, guard, objective, ema)
 
 
-def start_from(ckpt: str, model: nn.Module, objective) -> None:
+def start_from(ckpt: str, model: Network, objective: Objective) -> None:
     """Loads the EMA weights of `ckpt`. Raises UserError where its model or objective is another."""
     source = load_run(ckpt, "ema", device="cpu")
     if type(source.objective) is not type(objective):
@@ -171,20 +164,20 @@ def start_from(ckpt: str, model: nn.Module, objective) -> None:
 
 
 def describe(
-    cfg: DictConfig, model: nn.Module, latents: data.Latents, plan: BatchPlan, resumed: Path | None,
-    compiled: str, why_not: str,
-) -> str:  # fmt: skip
+    settings: Settings, model: Network, loaded: TrainingData, resumed: Path | None, compiled: str, why_not: str
+) -> str:
     """The first lines of a run's output. Memory is told where it is a device's own, or was asked for."""
-    on = model.pos_embed.device.type
-    told = on == "cuda" or cfg.hardware.memory_gb is not None
+    on, latents, plan = next(model.parameters()).device.type, loaded.train, loaded.plan
+    told = on == "cuda" or settings.hardware.memory_gb is not None
+    held = {"class": f", {latents.num_classes} classes", "text": ", with texts", "none": ""}[latents.condition]
     lines = [
-        f"run        {Path(cfg.results_dir) / cfg.run_name}" + (f", from {resumed}" if resumed else ""),
-        f"model      {cfg.model.size}",
-        cost_table(model, cfg),
-        f"data       {cfg.data.path}: {len(latents)} samples of {tuple(latents.shape)}, {latents.num_classes} classes",
+        f"run        {Path(settings.results_dir) / settings.run_name}" + (f", from {resumed}" if resumed else ""),
+        f"model      {type(model).__name__} {model.name}",
+        cost_table(model, settings),
+        f"data       {settings.data.path}: {len(latents)} samples of {tuple(latents.shape)}{held}",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated",
-        *([memory_table(cfg, plan.micro_batch_size, device=on, processes=plan.world_size)] if told else []),
-        f"precision  {cfg.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
+        *([memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size)] if told else []),
+        f"precision  {settings.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
     ]
     return "\n".join(lines)

@@ -18,7 +18,6 @@ from system.processes import Elsewhere, Preempted, failed_elsewhere, several, st
 EXIT_START_AGAIN = 75  # stopped and saved; the same command continues (EX_TEMPFAIL)
 EXIT_NOT_FINITE = 3  # a gradient was not finite; the last checkpoint is from before it
 EXIT_NOW = 130  # a second SIGINT
-START_AGAIN = "start_again"  # the file in the run folder that says the same, until the command is given again
 KEY = "tread_stop_after_step"
 POLL_S = 0.2  # seconds between two looks into the store
 

@@ -2,16 +2,14 @@
 
 import importlib.util
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
+from checkpoints.config import Settings
+from checkpoints.run_folder import TRACKER_ID
 from system import UserError
 from system.files import write_text_atomic
-
-TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio is this run's
 
 
 @dataclass
@@ -21,7 +19,7 @@ class Tracker:
     finish: Callable[[], None]
 
 
-def tensorboard(cfg: DictConfig, run_folder: Path, start_step: int) -> Tracker:
+def tensorboard(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
     """Event files in <run folder>/tensorboard. Steps that are trained again replace what was written of them."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -35,40 +33,33 @@ def tensorboard(cfg: DictConfig, run_folder: Path, start_step: int) -> Tracker:
     return Tracker("tensorboard", log, writer.close)
 
 
-def wandb(cfg: DictConfig, run_folder: Path, start_step: int) -> Tracker:
+def wandb(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
     """A run at wandb, which a resume continues; WANDB_MODE=offline writes it to <run folder>/wandb alone."""
     import wandb
 
-    name = cfg.run_name.replace("/", "-")
-    # Earlier versions made the id of the name.
-    earlier = (run_folder / "wandb").is_dir() and not (run_folder / TRACKER_ID).exists()
+    name = settings.run_name.replace("/", "-")
     run = wandb.init(
-        project=cfg.wandb.project, name=name, id=name if earlier else tracker_id(run_folder), resume="allow",
-        dir=run_folder, config=OmegaConf.to_container(cfg), settings=wandb.Settings(init_timeout=60),
+        project=settings.wandb.project, name=name, id=tracker_id(run_folder), resume="allow",
+        dir=run_folder, config=asdict(settings), settings=wandb.Settings(init_timeout=60),
     )  # fmt: skip
     run.define_metric("*", step_metric="train/step")  # wandb's own count takes no step twice
     return Tracker("wandb", lambda step, values: run.log({"train/step": step, **values}), run.finish)
 
 
-def trackio(cfg: DictConfig, run_folder: Path, start_step: int) -> Tracker:
+def trackio(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
     """A run in trackio's local database, named <run name>-<id>, which a resume continues."""
     import trackio
 
-    name = f"{cfg.run_name.replace('/', '-')}-{tracker_id(run_folder)}"
-    run = trackio.init(project=cfg.wandb.project, name=name, resume="allow", config=OmegaConf.to_container(cfg))
+    name = f"{settings.run_name.replace('/', '-')}-{tracker_id(run_folder)}"
+    run = trackio.init(project=settings.wandb.project, name=name, resume="allow", config=asdict(settings))
     return Tracker("trackio", lambda step, values: run.log(values, step=step), run.finish)
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
 
 
-def check_log(log) -> None:
-    """Raises UserError where `log` is not a list of jsonl and trackers that are installed."""
-    if not OmegaConf.is_list(log) or (unknown := set(log) - {"jsonl", *TRACKERS}):
-        found = log if not OmegaConf.is_list(log) else ", ".join(map(str, sorted(unknown, key=str)))
-        raise UserError(f"log={found}; needed: a list of jsonl, {', '.join(TRACKERS)}, as in log=[jsonl,tensorboard]")
-    if "jsonl" not in log:
-        raise UserError(f"log leaves out jsonl, which resuming reads; needed: log=[{','.join(['jsonl', *log])}]")
+def check_installed(log: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is not installed."""
     for name in TRACKERS:
         # A folder of that name, as wandb makes one, is found too, but has no file to import.
         if name in log and getattr(importlib.util.find_spec(name), "origin", None) is None:
@@ -78,9 +69,5 @@ def check_log(log) -> None:
 def tracker_id(run_folder: Path) -> str:
     """Made at a run's first start: one that is deleted and starts anew is another curve."""
     if not (run_folder / TRACKER_ID).exists():
-        start_new_curve(run_folder)
+        write_text_atomic(run_folder / TRACKER_ID, secrets.token_hex(4) + "\n")
     return (run_folder / TRACKER_ID).read_text().strip()
-
-
-def start_new_curve(run_folder: Path) -> None:
-    write_text_atomic(run_folder / TRACKER_ID, secrets.token_hex(4) + "\n")

@@ -14,7 +14,7 @@ What each project's own scripts write, and how its training reads it (K = kind, 
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -89,11 +89,12 @@ def _maskdit_lmdb(path: Path) -> Source | None:
     count = parse_number(get("length"), f"{folder}/data.mdb: length")
     half = count // 2
     mirrored = count >= 2 and count % 2 == 0 and _is_mirrored(array, label, half)
-    images = half if mirrored else count
-    source = Source("maskdit_lmdb", images, lambda i, flip: array(i + half if flip else i), label)
-    source.kind, source.scale, source.codec = "moments_logvar", SD_SCALE, _sd_codec("ema")
-    source.flip = "both" if mirrored else "none"
-    return source
+    source = _of_moments("maskdit_lmdb", count, lambda i, flip: array(i + half if flip else i), label)
+    return replace(source, count=half, flip="both") if mirrored else source
+
+
+def _of_moments(format: str, count: int, array: Callable, label: Callable) -> Source:
+    return Source(format, count, array, label, "moments_logvar", SD_SCALE, codec=_sd_codec("ema"))
 
 
 @lru_cache(maxsize=1)  # lmdb refuses to open a folder twice in a process
@@ -146,37 +147,29 @@ def _maskdit_wds(path: Path) -> Source | None:
         except UserError as error:
             raise UserError(f"{path}: {keys[i]}.latent: {error}") from None
 
-    source = Source("maskdit_wds", len(keys), array, lambda i: parse_number(read(i, "cls"), f"{path}: {keys[i]}.cls"))
-    source.kind, source.scale, source.codec = "moments_logvar", SD_SCALE, _sd_codec("ema")
-    return source
+    return _of_moments(
+        "maskdit_wds", len(keys), array, lambda i: parse_number(read(i, "cls"), f"{path}: {keys[i]}.cls")
+    )
 
 
 def _repa(path: Path) -> Source | None:
     root = path if path.name == "vae-sd" else path / "vae-sd"
     if not root.is_dir():
         return None
-    source = _numbered(root, "img-mean-std-", "repa")
-    source.kind, source.scale, source.codec = "mean_std", SD_SCALE, _sd_codec("mse")
-    return source
+    return replace(_numbered(root, "img-mean-std-", "repa", "mean_std", SD_SCALE), codec=_sd_codec("mse"))
 
 
 def _edm2(path: Path) -> Source | None:
     if not _holds(path, "img-mean-std-"):
         return None
-    source = _numbered(path, "img-mean-std-", "edm2")
-    source.kind = "mean_std"
-    source.scale = [EDM2_FINAL_STD / std for std in EDM2_STD]
-    source.bias = [-mean * EDM2_FINAL_STD / std for mean, std in zip(EDM2_MEAN, EDM2_STD)]
-    return source
+    scale = [EDM2_FINAL_STD / std for std in EDM2_STD]
+    bias = [-mean * EDM2_FINAL_STD / std for mean, std in zip(EDM2_MEAN, EDM2_STD)]
+    return replace(_numbered(path, "img-mean-std-", "edm2", "mean_std", scale), bias=bias)
 
 
 def _speedrundit(path: Path) -> Source | None:
     root = path if path.name == "vae-in" else path / "vae-in"
-    if not root.is_dir():
-        return None
-    source = _numbered(root, "", "speedrundit")
-    source.kind, source.scale = "sample_raw", INVAE_SCALE
-    return source
+    return _numbered(root, "", "speedrundit", "sample_raw", INVAE_SCALE) if root.is_dir() else None
 
 
 def _holds(path: Path, prefix: str) -> bool:
@@ -186,7 +179,7 @@ def _holds(path: Path, prefix: str) -> bool:
     return path.suffix == ".zip" and any(Path(name).name.startswith(prefix) for name in open_tree(path).names)
 
 
-def _numbered(root: Path, prefix: str, format: str) -> Source:
+def _numbered(root: Path, prefix: str, format: str, kind: str, scale: Channels) -> Source:
     """`.npy` files with a dataset.json beside them; without labels in it every class is 0."""
     tree = open_tree(root)
     names = [n for n in tree.names if n.endswith(".npy") and n.rpartition("/")[2].startswith(prefix)]
@@ -194,7 +187,9 @@ def _numbered(root: Path, prefix: str, format: str) -> Source:
     unlabelled = next((name for name in names if name not in labels), None)
     if unlabelled is not None:
         raise UserError(f"{root}/dataset.json has no label for {unlabelled}")
-    return Source(format, len(names), lambda i, mirrored: _npy(root, names[i], tree.read), lambda i: labels[names[i]])
+    return Source(
+        format, len(names), lambda i, mirrored: _npy(root, names[i], tree.read), lambda i: labels[names[i]], kind, scale
+    )
 
 
 def _fastdit(path: Path) -> Source | None:
@@ -209,9 +204,8 @@ def _fastdit(path: Path) -> Source | None:
     def label(i: int) -> int:
         return int(_load_npy(labels / names[i], (labels / names[i]).read_bytes()).reshape(()))
 
-    source = Source("fastdit", len(names), lambda i, mirrored: _npy(features, names[i]), label)
-    source.kind, source.codec = "sample_scaled", _sd_codec("ema")
-    return source
+    source = Source("fastdit", len(names), lambda i, mirrored: _npy(features, names[i]), label, "sample_scaled")
+    return replace(source, codec=_sd_codec("ema"))
 
 
 def _lightningdit(path: Path) -> Source | None:

@@ -1,0 +1,136 @@
+"""A run, scored: images are generated and scored on all processes, batch by batch."""
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import conditions
+from checkpoints.config import Scoring
+from checkpoints.generate import count_calls, generate, load_weak
+from checkpoints.load import Run
+from checkpoints.naming import settings_name
+from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
+from evaluation.reference import Reference, read_reference, shipped_reference
+from evaluation.score import describe_scoring, distance_name, read_part, score, shard_range, with_progress, write_part
+from system import UserError
+from system.processes import start_processes
+
+# Of folders' names: what changes no score, or is told otherwise.
+UNNAMED = ("ckpt", "images", "out", "batch_size", "digits", "fashion", "every", "extractor")
+
+
+def extractor_and_reference(settings: Scoring) -> tuple[Extractor, Reference]:
+    """The extractor and the reference of a row, loaded once for all rows. Raises UserError."""
+    extractor = cached_extractor(settings.extractor, settings.extractor_weights, settings.extractor_sha256)
+    if settings.ref is not None:
+        return extractor, cached_reference(settings.ref)
+    if extractor.name not in CLASSIFIERS:
+        raise UserError(f"extractor={extractor.name} needs ref=FILE.npz, made by `python fid.py ref`")
+    return extractor, cached_shipped_reference(
+        extractor, settings.digits if extractor.name == "mnist" else settings.fashion
+    )
+
+
+@functools.cache
+def cached_extractor(name: str, weights: str | None, sha256: str | None) -> Extractor:
+    with start_processes().main_process_first():  # one download
+        return load_extractor(name, weights, sha256, device=start_processes().device)
+
+
+cached_reference = functools.cache(read_reference)
+
+
+@functools.cache
+def cached_shipped_reference(extractor: Extractor, path: str) -> Reference:
+    with start_processes().main_process_first():  # the others read what it has made
+        return shipped_reference(extractor, path)
+
+
+def evaluate(
+    run: Run, settings: Scoring, extractor: Extractor, reference: Reference, parts: Path | None = None
+) -> dict:
+    """Generates images with a run and scores them -> metrics.json; an empty dict on every process but the first.
+
+    parts: a folder for the features of each finished batch, from which an interrupted call continues.
+    """
+    started, seeds = time.time(), settings.all_seeds
+    condition = conditions.choose(settings.labels, seeds, run.pool)
+    about = describe_run(run, settings)
+    if parts is not None:
+        asked = json.dumps([about, str(settings.seeds), extractor.name, extractor.sha256], sort_keys=True)
+        parts = parts / hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+    def images(chosen: list[int]) -> Iterator[torch.Tensor]:
+        size, steps = settings.batch_size, settings.steps
+        some = conditions.rows(condition, chosen)
+        return generate(run, settings, [seeds[i] for i in chosen], some, size, steps=steps)
+
+    rows = shard_range(len(seeds))
+    batches = generate_features(run, images, rows, settings.batch_size, extractor, parts)
+    labels, metrics = conditions.labels_of(condition), settings.metrics
+    scores = score(with_progress(batches, len(rows)), len(seeds), extractor, reference, labels=labels, metrics=metrics)
+    seconds = time.time() - started
+    calls, macs = count_calls(run, settings, settings.steps)
+    return scores and {
+        **scores,
+        "n": len(seeds), "seeds": str(settings.seeds), **about,
+        "network_calls": calls, "gmacs_per_image": macs / 1e9,
+        "seconds": round(seconds, 3), "images_per_s": round(len(seeds) / seconds, 3),
+        **describe_scoring(extractor, reference),
+        "config": asdict(run.settings),
+    }  # fmt: skip
+
+
+def generate_features(
+    run: Run,
+    images: Callable,  # indices of images -> batches of uint8 (B, 3, H, W)
+    rows: range,
+    batch_size: int,
+    extractor: Extractor,
+    parts: Path | None,
+) -> Iterator[Features]:
+    """Features of the images `rows`, batch by batch; those in the folder `parts` are read back."""
+    batches = [range(start, min(start + batch_size, rows.stop)) for start in range(rows.start, rows.stop, batch_size)]
+    files = [parts and parts / f"{batch.start:07d}-{batch.stop:07d}.safetensors" for batch in batches]
+    made = images([i for batch, file in zip(batches, files) if not (file and file.is_file()) for i in batch])
+    for file in files:
+        if file and file.is_file():
+            features = read_part(file, extractor.device)
+        else:
+            features = extractor(next(made))
+            if file:
+                write_part(file, features)
+        yield features
+
+
+def describe_run(run: Run, settings: Scoring) -> dict:
+    """Everything that an image depends on besides its seed."""
+    weak = load_weak(run, settings)
+    return {
+        "labels": settings.labels,
+        "objective": run.settings.objective["_target_"],
+        "sampler": run.settings.sampler | ({"num_steps": settings.steps} if settings.steps else {}),
+        **asdict(settings.alone),
+        "step": run.step, "weights": run.weights, **({} if run.ema_width is None else {"ema_width": run.ema_width}),
+        "dtype": run.precision,  # "precision" is a score
+        "compile": run.compile,
+        "checkpoint": str(run.checkpoint) if run.checkpoint else None,
+        "checkpoint_sha256": run.sha256 if run.checkpoint else None,
+        "weak_sha256": weak.sha256 if weak is not run else None,
+        "codec": run.settings.data.codec, "rounding": "nearest",
+    }  # fmt: skip
+
+
+def score_name(settings: Scoring, extractor: Extractor, n: int, precision: str = "fp32") -> str:
+    """<distance>-<settings>: equal names, equal scores. precision: what `auto` came to."""
+    settings = replace(settings, precision="auto" if precision == "fp32" else precision)
+    parts = [distance_name(extractor, n), settings_name(settings, UNNAMED)]
+    parts += [extractor.sha256[:6]] if settings.extractor_weights is not None else []
+    parts += [cached_reference(settings.ref).sha256[:6]] if settings.ref is not None else []
+    return "-".join(parts)

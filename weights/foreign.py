@@ -1,0 +1,208 @@
+"""Weights files as ckpt= takes them: other projects', and our own exports. Reading them runs no code.
+
+    family   files                          the network's output                  loaded as
+    dit      DiT, fast-DiT                  noise of 1000 linear-beta steps       ddpm.DDPM
+    sit      SiT, LightningDiT              velocity, t = 1 is data               rf.RectifiedFlow, time reversed
+    repa     REPA                           velocity, t = 1 is noise              rf.RectifiedFlow
+    tread    TREAD                          EDM's F                               edm.EDM
+    maskdit  MaskDiT                        EDM's F                               edm.EDM
+    sprint   SPRINT                         velocity, t = 1 is noise              rf.RectifiedFlow, renamed
+
+A file's family follows from its layout, its arguments or its name (DiT-..., SiT-...); for any other, `ckpt=sit:FILE`
+states it. What is reversed and renamed, and how, is in weights/layouts.py. A SPRINT does not say its latents' side: 32,
+for 256 pixels; `ckpt=sprint64:FILE` states another.
+"""
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from contracts import Network
+from dit import SIZES, TIME_WIDTH
+from system import UserError
+from system.building import build
+from system.settings import read_yaml
+from weights import layouts
+from weights.layouts import Tensors, network_of, num_blocks
+
+OBJECTIVES = {
+    "dit": {"_target_": "ddpm.DDPM"},
+    "sit": {"_target_": "rf.RectifiedFlow", "timesteps": "uniform"},
+    "repa": {"_target_": "rf.RectifiedFlow", "timesteps": "uniform"},
+    "tread": {"_target_": "edm.EDM"},
+    "maskdit": {"_target_": "edm.EDM"},
+    "sprint": {"_target_": "rf.RectifiedFlow", "timesteps": "logit_normal"},
+}
+WEIGHTS_KEYS = {"ema": ("ema", "ema_state_dict"), "raw": ("model", "model_state_dict")}
+CONFIG_KEY = "tread_config"  # the key of our exports' config, as YAML
+# REPA's training heads; LightningDiT's and SPRINT's rotary angles, which we compute.
+UNUSED = ("projectors.", "feat_rope.", "rel_pos_embed.")
+
+
+def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[Any, Tensors, int]:
+    """(values, tensors, step) of a .pt or .safetensors file; values is a config for `checkpoints.config.from_file`.
+
+    Of our exports, which may hold a network of any class, it is the config that they carry; for files of other
+    projects it has model, objective, sampler and data. weights: "ema" or "raw", where the file has both. family: None =
+    as the file says, which our exports always do. Raises UserError for a file that is damaged, needs code to load, has
+    another architecture, or does not say what its network predicts.
+    """
+    if weights not in WEIGHTS_KEYS:
+        raise UserError(f"weights={weights!r}; needed: ema or raw")
+    found, args, step = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path, weights)
+    if CONFIG_KEY in args:
+        values, tensors, family = read_yaml(str(args[CONFIG_KEY]), str(path)), found, "ours"
+        if args.get("layout") == "sit":
+            check_keys(tensors, path)
+            family = "sit"
+    else:
+        found = layouts.our_names(found)
+        tensors, family = renamed({k: v for k, v in found.items() if not k.startswith(UNUSED)}, family, path)
+        check_keys(tensors, path)
+        family = family or family_of(found, args, path)
+        values = config_of(family, tensors, path)
+    return values, layouts.reverse_time(tensors) if family == "sit" else tensors, step
+
+
+def read_safetensors(path: Path) -> tuple[Tensors, dict, int]:
+    """(tensors, what the file says about itself, step); our exports carry their config in its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({' '.join(str(error).split())})") from None
+    step = metadata.get("step", "")
+    return tensors, metadata, int(step) if step.isdecimal() else 0
+
+
+def read_pt(path: Path, weights: str) -> tuple[Tensors, dict, int]:
+    """As read_safetensors, of {model, ema, args}, TREAD's {model_state_dict, ema_state_dict}, or bare tensors."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what official files have in `args`
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises a dozen kinds for files that are not its own
+        asked = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
+        if asked:
+            raise UserError(f"{path} needs code to load ({asked.group(1)}), which is never run") from None
+        raise UserError(f"{path} is damaged or not a file of weights") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}; needed: a state dict or a checkpoint with one")
+    known = [key for keys in WEIGHTS_KEYS.values() for key in keys if isinstance(loaded.get(key), dict)]
+    chosen = next((key for key in WEIGHTS_KEYS[weights] if key in known), None)
+    if known and chosen is None:
+        other = "raw" if weights == "ema" else "ema"
+        raise UserError(f"{path} has {', '.join(known)}, not {weights}; needed: weights={other}")
+    tensors = loaded[chosen] if chosen else loaded
+    if not tensors or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
+        names = ", ".join(map(str, list(loaded)[:6])) or "nothing"
+        raise UserError(f"{path} has no weights under a name that is known; it has {names}")
+    if not known:
+        return tensors, {}, 0
+    args = loaded.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    if chosen.endswith("_state_dict"):  # TREAD's name
+        args = {"layout": "tread", **args}
+    step = next((loaded[key] for key in ("step", "steps") if isinstance(loaded.get(key), int)), 0)
+    return tensors, args, step
+
+
+def renamed(tensors: Tensors, family: str | None, path: Path) -> tuple[Tensors, str | None]:
+    """A SPRINT's tensors under our names, and its family; others as they are. UserError for a family that is wrong."""
+    side = re.fullmatch(r"sprint(\d*)", family or "sprint")
+    if not any(key.startswith("encoder_blocks.") for key in tensors):
+        if family and side:
+            raise UserError(f"{path} is not a SPRINT; needed: ckpt=FILE, or another family in front")
+        return tensors, family
+    if not side or int(side.group(1) or 32) % layouts.SPRINT_PATCH:
+        raise UserError(f"{path} is a SPRINT, whose latents have an even side; needed: ckpt=sprint64:FILE for 64 x 64")
+    return layouts.from_sprint(tensors, int(side.group(1) or 32)), "sprint"
+
+
+def family_of(tensors: Tensors, args: dict, path: Path) -> str:
+    """The project whose convention the output follows. Raises UserError where nothing says it."""
+    if str(args.get("layout")) in OBJECTIVES:
+        return args["layout"]
+    network = network_of(tensors)["_target_"]
+    if network == "maskdit.MaskDiT":
+        return "maskdit"
+    if "enc_type" in args or any(key.startswith("projectors.") for key in tensors):
+        return "repa"
+    if "path_type" in args:
+        path_type, prediction = str(args["path_type"]).lower(), str(args.get("prediction")).lower()
+        if (path_type, prediction) != ("linear", "velocity"):
+            raise UserError(f"{path} has path_type {path_type}, prediction {prediction}; needed: linear, velocity")
+        return "sit"
+    if network == "lightningdit.LightningDiT":
+        return "sit"
+    if named := re.match(r"(dit|sit)\b", str(args.get("model", path.name)).lower().replace("_", "-")):
+        return named.group(1)
+    raise UserError(
+        f"{path} does not say what its network predicts; needed: its family as a prefix, ckpt=dit:FILE (DDPM's noise), "
+        f"sit:FILE (velocity, t = 1 is data), repa:FILE (velocity, t = 1 is noise) or tread:FILE (EDM)"
+    )
+
+
+def check_keys(tensors: Tensors, path: Path) -> None:
+    """Raises UserError, with the keys that differ, for anything but our networks.
+
+    Of the shapes it checks only those that this file relies on; `load_strictly` compares all of them.
+    """
+    network = network_of(tensors)
+    network["depth"] = max(num_blocks(tensors), 5 if network["_target_"] == "sprint.Sprint" else 1)
+    with torch.device("meta"):
+        wanted = build(network, Network, "model").state_dict()
+    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unknown:
+        lists = {"missing": missing, "unknown": unknown}
+        told = [f"{len(keys)} {what}: {', '.join(keys[:6])}" for what, keys in lists.items() if keys]
+        raise UserError(f"{path} is of another architecture than DiT; {'; '.join(told)}")
+    for key, like in wanted.items():
+        found = tuple(tensors[key].shape)
+        if len(found) != like.ndim or key == "t_embedder.mlp.0.weight" and found[1] != TIME_WIDTH:
+            raise UserError(f"{path} is of another architecture than DiT; {key} has the shape {found}")
+
+
+def config_of(family: str, tensors: Tensors, path: Path) -> dict:
+    """The config that builds the network of these tensors, with the objective and the sampler of its family."""
+    width, channels, patch = tensors["x_embedder.proj.weight"].shape[:3]
+    tokens = math.isqrt(tensors["pos_embed"].shape[1])  # of a side
+    outputs = tensors["final_layer.linear.weight"].shape[0] / patch**2
+    sizes = {shape["hidden_size"]: name for name, shape in SIZES.items()}
+    if width not in sizes or outputs not in (channels, 2 * channels):
+        raise UserError(
+            f"{path} has width {width} and {outputs:g} outputs for {channels} channels, patch {patch}; needed: one of "
+            f"DiT's widths ({', '.join(map(str, sizes))}), which tell the heads, and one or two outputs a channel"
+        )
+    model, labels = network_of(tensors), tensors["y_embedder.embedding_table.weight"].shape
+    network, num_classes = model["_target_"], labels[0] - 1
+    if network == "maskdit.MaskDiT":  # 16 heads at every width, as in its own code
+        model |= {"decoder_hidden_size": tensors["mask_token"].shape[-1], "decoder_num_heads": 16}
+        num_classes = labels[1]
+    else:
+        model["learn_sigma"] = outputs == 2 * channels
+    if network == "sprint.Sprint":
+        inner, ratio = ("mlp.w3", 1.5) if model["mlp"] == "swiglu" else ("mlp.fc2", 1)
+        model["mlp_ratio"] = tensors[f"blocks.0.{inner}.weight"].shape[1] / width * ratio
+        model |= {"rotary": True, "sincos": False, "selection": "random" if tokens % 2 else "structured"}
+    if network == "dit.DiT" and family == "tread":
+        model["routes"] = [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -4}]
+    model |= {"size": f"DiT-{sizes[width]}/{patch}", "depth": num_blocks(tensors), "input_size": tokens * patch}
+    model |= {"in_channels": channels, "num_classes": num_classes}
+    codec = {"_target_": "autoencoder.VAECodec"}  # with the defaults of SD's, for 4 channels
+    if channels in (1, 3):
+        codec = {"_target_": "autoencoder.PixelCodec"}
+    elif channels != 4:  # latents of an autoencoder that nobody names
+        codec |= {"path": None, "scale": 1.0}
+    data = {"name": "pixels" if channels in (1, 3) else "latents", "channels": channels, "input_size": tokens * patch}
+    data |= {"num_classes": num_classes, "codec": codec}
+    objective = dict(OBJECTIVES[family])
+    takes = "velocity" if objective["_target_"] == "rf.RectifiedFlow" else "denoised"
+    # The format is that of checkpoints/config.py, which refuses any other.
+    return {"format": 1, "model": model, "objective": objective, "sampler": {"takes": takes}, "data": data}
