@@ -104,13 +104,3 @@ def check_members(net: Network) -> None:
     lacking += [name for name in ("forward", "macs") if getattr(type(net), name) is getattr(Network, name)]
     if lacking:
         raise ValueError(f"{type(net).__name__} lacks {', '.join(lacking)}; needed: every member of contracts.Network")
-
-
-def muon_matrices(net: Network) -> list[nn.Parameter]:
-    """The weights that Muon takes, in the order of net.parameters()."""
-    left = [
-        m for block in net.all_blocks for name in getattr(block, "left_to_adamw", ()) for m in [getattr(block, name)]
-    ]
-    excluded = {id(p) for module in left for p in module.parameters()}
-    inside = {id(p) for block in net.all_blocks for p in block.parameters()} - excluded
-    return [p for p in net.parameters() if p.ndim == 2 and id(p) in inside]

@@ -70,9 +70,9 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepMemory:
-    """Of an uncompiled step on a type of device, "cuda" or "cpu"."""
-    bf16 = settings.train.precision == "bf16" or settings.train.precision == "auto" and device == "cuda"
-    with FakeTensorMode() as fake, LiveBytes() as made:  # on the CPU: CUDA has no backward pass without a driver
+    """Of an uncompiled step on a device of type "cuda" or "cpu". All is counted on the CPU: CUDA would need a driver."""
+    bf16 = settings.train.precision in ("bf16", "auto" if device == "cuda" else "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as made:
         net, objective = build_network(settings), build(settings.objective, Objective, "objective")
         state, update = count_update(net, settings, processes, made)
     gradients = sum(p.nbytes for p in net.parameters() if p.requires_grad)
@@ -118,7 +118,8 @@ def count_backward(net: Network, objective: Objective, dense: bool, bf16: bool, 
         hooks = [p.register_post_accumulate_grad_hook(live.set_aside) for p in net.parameters() if p.requires_grad]
         routing = None if dense else net.training_routing(COUNTED, None, x.device)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = net.reduce(*objective.errors(partial(net, routing=routing), x, condition), routing).mean()
+            errors = objective.errors(partial(net, routing=routing), x, condition)
+            loss = net.reduce(*errors, routing).mean()
         loss.backward()
     for hook in hooks:
         hook.remove()
@@ -145,7 +146,6 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def set_aside(self, parameter: torch.nn.Parameter) -> None:
-        """Drops a gradient that is complete."""
         nbytes, parameter.grad = parameter.grad.nbytes, None
         self.events.append((0, 0, nbytes))
 
@@ -181,7 +181,7 @@ def main(overrides: list[str]) -> None:
     settings = parse(Settings, cli.load_config("config", overrides))
     with torch.device("meta"):  # shapes without memory
         model = build_network(settings)
-    print(f"model      {model.name}\n{cost_table(model, settings)}")
+    print(f"model      {type(model).__name__} {model.name}\n{cost_table(model, settings)}")
     print(memory_table(settings, settings.train.micro_batch_size or settings.train.global_batch_size, device="cuda"))
 
 
