@@ -1,17 +1,22 @@
 """Every test runs from the repository root, on few threads, without the network."""
 
+import contextlib
+import errno
 import io
 import json
 import os
+import socket
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # on a free port
 COMPARED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 sys.path.insert(0, str(ROOT))
 if "PYTEST_XDIST_WORKER" in os.environ:  # which inherits what its controller set below
@@ -20,6 +25,42 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
 cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = cache.name  # what precision=auto has measured
+
+
+def free_port() -> int:
+    """One that nothing listens on at the moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Canary:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@contextlib.contextmanager
+def failing_reads() -> Iterator[Callable[[str, int], None]]:
+    """Yields fail(name, times): the next reads of a file fail so often, as those of a network file system do."""
+    real, left = os.pread, {}
+
+    def pread(fd: int, count: int, offset: int) -> bytes:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        if left.get(name, 0) > 0:
+            left[name] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, count, offset)
+
+    os.pread = pread
+    try:
+        yield lambda name, times: left.update({name: times})
+    finally:
+        os.pread = real
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,30 @@
 """Run folders of random weights: what sampling reads, without the training."""
 
 import torch
-from omegaconf import OmegaConf
 
-from checkpoints.load import instantiate
-from checkpoints.run_folder import save_checkpoint
+import conditions
+from checkpoints.config import Settings, to_yaml
+from checkpoints.load import build_network
+from checkpoints.run_folder import CONDITIONS_FILE, checkpoint_tensors, write_checkpoint
 from system import cli
+from system.settings import parse
 
 
-def make_run(folder, overrides, steps=(1,)):
+def made_settings(overrides):
+    """Settings of the command line `python train.py <overrides>`."""
+    return parse(Settings, cli.load_config("config", overrides))
+
+
+def make_run(folder, overrides, steps=(1,), kept=None):
     """A run folder with a checkpoint at each of `steps`, each of other weights; overrides as for train.py."""
-    config = cli.load_config("config", [*overrides, f"run_name={folder.name}"])
-    OmegaConf.resolve(config)
+    settings = made_settings([*overrides, f"run_name={folder.name}"])
     torch.manual_seed(0)
-    net = instantiate(config.model)
+    net = build_network(settings)
     for step in steps:
         for parameter in net.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
-        optimizer = torch.optim.AdamW(net.parameters())
-        save_checkpoint(
-            folder,
-            step,
-            modules={"model": net, "ema": net},
-            optimizer=optimizer,
-            state={},
-            config=OmegaConf.to_yaml(config),
-        )
+        tensors = checkpoint_tensors({"model": net, "ema": net}, torch.optim.AdamW(net.parameters()))
+        if kept is not None:
+            tensors[CONDITIONS_FILE] = conditions.save(kept)
+        write_checkpoint(folder, step, tensors, {}, to_yaml(settings))
     return folder

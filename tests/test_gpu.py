@@ -1,17 +1,14 @@
-"""What only a GPU can show, marked gpu and skipped without one; and scripts/gpu_check.py, which also runs on a CPU."""
+"""What only a GPU can show, marked gpu and skipped without one; and scripts/gpu_check.sh, which also runs on a CPU."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import train as training
 from checkpoints.load import Run
@@ -158,7 +155,7 @@ def test_routed_training_is_as_on_the_cpu():
 
 def test_the_small_check_runs_anywhere_and_ends_with_a_table(tmp_path):
     out = tmp_path / "check.json"
-    command = [sys.executable, "scripts/gpu_check.py", "--small", f"out={out}"]
+    command = [sys.executable, "-m", "tests.gpu_check", "--small", f"out={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
@@ -174,7 +171,7 @@ def test_the_small_check_runs_anywhere_and_ends_with_a_table(tmp_path):
 def test_without_a_gpu_the_full_check_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "scripts/gpu_check.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.gpu_check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: no GPU; needed")
 
 

@@ -5,22 +5,23 @@ import argparse
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import sample
-import train
-from checkpoints.load import load_run
+import export
+from checkpoints.generate import generate_latents
+from checkpoints.load import build_network, load_run
 from ddpm import DDPM
 from edm import EDM
 from guidance import Guidance
 from maskdit import MaskDiT
 from randomness import seeded_generator
 from rf import RectifiedFlow
+from routing_blocks import block_tokens
 from routing_module import Routing, draw_keep_ids
 from system import UserError, cli
-from system.instantiate import instantiate
+from tests.made_runs import made_settings
+from training.prepare import start_from
 
 SMALL = dict(input_size=16, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2, num_classes=3)
 DECODER = dict(decoder_hidden_size=16, decoder_depth=2, decoder_num_heads=4)
@@ -314,26 +315,21 @@ def test_an_official_file_computes_what_it_did(official):
 
 
 def test_an_official_file_is_sampled_exported_and_trained_on(official, tmp_path):
-    import export
-
     net, path = official
     run = load_run(path, device="cpu")
     sampler = dict(takes="denoised", num_steps=2)
     for guidance in (Guidance(2.0), Guidance(1.5, None, 0.2, 0.7, "same")):
-        latents = sample.generate_latents(run, guidance, range(2), torch.tensor([0, 2]), sampler)
+        latents = generate_latents(run, guidance, range(2), torch.tensor([0, 2]), sampler)
         assert latents.shape == (2, 4, 8, 8) and latents.isfinite().all()
     export.main([f"ckpt={path}", f"out={tmp_path / 'out'}"])
     back = load_run(tmp_path / "out", device="cpu").model
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), net.state_dict().values()))
     with pytest.raises(UserError, match="needed: safetensors"):
         export.main([f"ckpt={path}", f"out={tmp_path / 'out.pt'}", "format=dit"])
-    shape = ["data=folder", "data.input_size=8", "data.num_classes=3", "model.size=DiT-S/2", "model.depth=2"]
-    cfg = cli.load_config(
-        "config", ["model=maskdit", "model.selection_ratio=0", *shape, f"init_from={path}", "objective.P_mean=-1.2"]
-    )
-    OmegaConf.resolve(cfg.model)
-    state, _ = train.build(cfg, train.start_processes(), new=True)
-    assert all(torch.equal(a, b) for a, b in zip(state.model.state_dict().values(), net.state_dict().values()))
+    shape = ["data.input_size=8", "data.channels=4", "data.num_classes=3", "model.size=DiT-S/2", "model.depth=2"]
+    tuned = build_network(made_settings(["model=maskdit", "model.selection_ratio=0", *shape]))
+    start_from(str(path), tuned, run.objective)
+    assert all(torch.equal(a, b) for a, b in zip(tuned.state_dict().values(), net.state_dict().values()))
 
 
 def test_other_official_variants_are_refused_with_their_keys(official, tmp_path):
@@ -352,8 +348,9 @@ def test_other_official_variants_are_refused_with_their_keys(official, tmp_path)
 
 
 def test_a_config_builds_it():
-    net = instantiate(cli.load_config("config", ["model=maskdit"]).model)
-    assert type(net) is MaskDiT and net.block_tokens(Routing()) == [25] * 12 + [49] * 4
-    published = instantiate(cli.load_config("config", ["model=maskdit", "model.size=DiT-S/2"]).model)
+    net = build_network(made_settings(["model=maskdit"]))
+    assert type(net) is MaskDiT and len(net.decoder_blocks) == 4
+    assert block_tokens(net.routes, Routing(), 12, net.num_tokens) == [25] * 12
+    published = build_network(made_settings(["model=maskdit", "model.size=DiT-S/2"]))
     assert len(published.decoder_blocks) == 8 and published.mask_token.shape[-1] == 512
     assert published.decoder_blocks[0].attn.num_heads == 16

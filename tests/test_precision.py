@@ -21,7 +21,7 @@ from routing_module import Routing
 from scripts.bench import OpCounter
 from sprint import Sprint
 from system import precision
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TORCHRUN
 from tests.made_runs import make_run
 
 CPU = torch.device("cpu")
@@ -166,9 +166,8 @@ def test_all_processes_take_the_firsts_answer(tmp_path):
         "open(f'{os.path.dirname(__file__)}/said{rank}', 'w').write(found)\n"
         "end_processes()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29657"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([*command, str(tmp_path / "ask.py")], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*TORCHRUN, str(tmp_path / "ask.py")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["bf16", "bf16"]
     assert done.stdout.count("auto is bf16") == 1

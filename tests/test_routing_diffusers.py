@@ -3,7 +3,6 @@
 import copy
 import inspect
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from randomness import BatchSlice
 from routing_diffusers import FAMILIES, ListedBlocks, route, unroute
 from routing_module import draw_keep_ids, routing
+from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 B, T, CHANNELS, TEXT = 2, 6, 4, 8  # samples, text tokens, latent channels, width of the text's embeddings
@@ -500,10 +500,7 @@ def gradients_of_a_rank(rank, port, folder):
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(gradients_of_a_rank, args=(port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(gradients_of_a_rank, args=(free_port(), tmp_path), nprocs=2)
     for case in FAMILY:
         class_name, arguments, start, end = CASES[case]
         model = route(make(class_name), start, end, 0.5)

@@ -32,7 +32,7 @@ from sprint import Sprint
 from system import UserError, cli
 from system.compiling import compile_blocks
 from system.instantiate import instantiate
-from tests.conftest import COMPARED, ROOT, assert_same_run, numbers
+from tests.conftest import COMPARED, ROOT, TORCHRUN, assert_same_run, numbers
 from tests.made_runs import make_run
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
@@ -67,9 +67,7 @@ def test_resume_is_exact_and_checkpointing_changes_no_number(run, method):
 def test_two_processes_train_the_run_of_one(method, run, tiny_overrides, tmp_path):
     settings = [*METHODS[method], "train.max_steps=4", "train.val_every=4", "train.check_replicas_every=1"]
     run("one", *settings)
-    port = 29700 + list(METHODS).index(method)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command += ["train.py", *tiny_overrides, *settings, f"results_dir={tmp_path}", "run_name=two"]
+    command = [*TORCHRUN, "train.py", *tiny_overrides, *settings, f"results_dir={tmp_path}", "run_name=two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -210,10 +208,9 @@ def test_show_routes_shows_the_tokens_that_sampling_keeps(model, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["sprint", "maskdit"])
-def test_the_bench_knows_it(model, monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", 2)
+def test_the_bench_knows_it(model):
     settings = ["train.global_batch_size=8", "train.compile=off", "train.precision=fp32", "train.micro_batch_size=4"]
-    report = bench.bench(cli.load_config("config", [f"model={model}", *SMALL[:3], *settings]), compare=False)
+    report = bench.bench(cli.load_config("config", [f"model={model}", *SMALL[:3], *settings]), compare=False, rounds=2)
     dense, routed = (report["kinds"][f"ours {way}"] for way in ("dense", "routed"))
     for row in (dense, routed):
         assert row["gmacs_counted"] == pytest.approx(row["gmacs"], rel=0.02) and row["host_waits"] == 0

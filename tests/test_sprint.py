@@ -9,24 +9,25 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import sample
+import export
 import sprint
-from checkpoints.load import Run, load_run
+from checkpoints.generate import generate_latents
+from checkpoints.load import Run, build_network, load_run
 from dit import DiT
 from guidance import Guidance
 from randomness import BatchSlice, seeded_generator
 from rf import RectifiedFlow
+from routing_blocks import block_tokens
 from routing_module import Routing, draw_keep_ids
 from sprint import Sprint
 from system import UserError
-from system.instantiate import instantiate
 from tests.conftest import ROOT
-from tests.made_runs import make_run
+from tests.made_runs import made_settings, make_run
+from training.prepare import start_from
 
 AS_DIT = dict(norm="layer", mlp="gelu", qk_norm=False, rotary=False, sincos=True)
 AS_LIGHTNINGDIT = dict(norm="rms", mlp="swiglu", qk_norm=False, rotary=True, sincos=True)
@@ -195,7 +196,7 @@ def test_path_drop_guidance_is_the_one_rule_with_a_weak_branch_without_g():
     assert torch.equal(strong(x, t), net(x, t.expand(3), y))
     assert torch.equal(weak(x, t), net(x, t.expand(3), null, routing=Routing(drop_path=True)))
     steps = dict(takes="velocity", num_steps=4, solver="euler")
-    at = partial(sample.generate_latents, run, seeds=range(3), labels=y, sampler=steps)
+    at = partial(generate_latents, run, seeds=range(3), labels=y, sampler=steps)
     one, by_cfg = at(guidance=Guidance(1.0, weak_path="drop")), at(guidance=Guidance(3.0))
     calls_alone = run.calls
     dropped = at(guidance=Guidance(3.0, weak_path="drop"))
@@ -368,10 +369,9 @@ def test_an_official_file_may_be_wrapped_and_says_what_is_wrong_with_it(official
     torch.save({"ema": {f"module._orig_mod.{key}": value for key, value in state.items()}}, tmp_path / "wrapped.pt")
     wrapped, plain = (load_run(f"sprint16:{p}", device="cpu").model for p in (tmp_path / "wrapped.pt", path))
     assert all(torch.equal(a, b) for a, b in zip(wrapped.state_dict().values(), plain.state_dict().values()))
-    assert (
-        load_run(path, device="cpu").model.input_size == 32
-        and load_run(f"sprint64:{path}", device="cpu").model.input_size == 64
-    )
+    assert load_run(path, device="cpu").model.latent_shape == (4, 32, 32) and load_run(
+        f"sprint64:{path}", device="cpu"
+    ).model.latent_shape == (4, 64, 64)
     save_file(
         {key: value for key, value in state.items() if key != "renoise_linear.bias"}, tmp_path / "less.safetensors"
     )
@@ -388,39 +388,27 @@ def test_an_official_file_may_be_wrapped_and_says_what_is_wrong_with_it(official
 
 
 def test_an_official_file_is_sampled_exported_and_trained_on(official, tmp_path):
-    import export
-    import train
-    from system import cli
-
     state, path = official
     run = load_run(f"sprint16:{path}", device="cpu")
     sampler = dict(takes="velocity", num_steps=2, solver="euler")
-    guided = sample.generate_latents(run, Guidance(3.0, weak_path="drop"), range(2), torch.tensor([0, 4]), sampler)
+    guided = generate_latents(run, Guidance(3.0, weak_path="drop"), range(2), torch.tensor([0, 4]), sampler)
     assert guided.shape == (2, 4, 16, 16) and guided.isfinite().all()
     export.main([f"ckpt=sprint16:{path}", f"out={tmp_path / 'out'}"])
     back = load_run(tmp_path / "out", device="cpu").model
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), run.model.state_dict().values()))
     with pytest.raises(UserError, match="needed: safetensors"):
         export.main([f"ckpt=sprint16:{path}", f"out={tmp_path / 'out.pt'}", "format=sit"])
-    model = {
-        f"model.{key}": value for key, value in OmegaConf.to_container(run.config.model).items() if key != "_target_"
-    }
-    keys = [f"{key}={'null' if value is None else value}" for key, value in model.items()]
-    second = [*keys, "model=sprint", "objective=rf", "model.selection_ratio=0", f"init_from=sprint16:{path}"]
-    cfg = cli.load_config("config", second)
-    state, _ = train.build(cfg, train.start_processes(), new=True)
-    assert all(torch.equal(a, b) for a, b in zip(state.model.state_dict().values(), run.model.state_dict().values()))
-    assert state.model.block_tokens(Routing()) == [64] * 7
+    given = {key: "null" if value is None else value for key, value in run.settings.model.items() if key != "_target_"}
+    keys = [f"++model.{key}={value}" for key, value in given.items()]
+    second = build_network(made_settings(["model=sprint", "objective=rf", *keys, "model.selection_ratio=0"]))
+    start_from(f"sprint16:{path}", second, run.objective)
+    assert all(torch.equal(a, b) for a, b in zip(second.state_dict().values(), run.model.state_dict().values()))
+    assert block_tokens(second.routes, Routing(), 7, 64) == [64] * 7
 
 
 def test_a_config_builds_it():
-    from system import cli
-
     for model in ("sprint", "lightningdit_sprint"):
-        net = instantiate(cli.load_config("config", [f"model={model}"]).model)
-        assert (
-            type(net) is Sprint
-            and net.num_tokens == 196
-            and net.block_tokens(Routing()) == [196] * 2 + [49] * 8 + [196] * 2
-        )
+        net = build_network(made_settings([f"model={model}"]))
+        assert type(net) is Sprint and net.num_tokens == 196
+        assert block_tokens(net.routes, Routing(), 12, 196) == [196] * 2 + [49] * 8 + [196] * 2
     assert sprint.DENSE == 2
