@@ -8,8 +8,8 @@ import os
 import socket
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # which inherits what its controller se
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
-cache = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = cache.name  # what precision=auto has measured
 
 
 def free_port() -> int:
@@ -112,17 +110,23 @@ def tiny_overrides(few_latents):
 def run(tiny_overrides, tmp_path):
     """run(name, *overrides, stop_after=None) -> (exit code, run folder): a training run in this process."""
     import train as training
-    from system import cli
+    from tests.made_runs import made_settings
     from training.stopping import PreemptionHandler
 
     def run(name, *overrides, stop_after=None):
-        config = cli.load_config("config", [*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
+        settings = made_settings([*tiny_overrides, f"results_dir={tmp_path}", f"run_name={name}", *overrides])
         with pytest.MonkeyPatch.context() as patch:
             if stop_after is not None:
                 patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
-            return training.train(config), tmp_path / name
+            return training.train(settings), tmp_path / name
 
     return run
+
+
+def loss_of(net, objective, x, condition, generators=None):
+    """The loss of each row as a training step takes it: (B,)."""
+    routing = net.training_routing(len(x), generators, x.device)
+    return net.reduce(*objective.errors(partial(net, routing=routing), x, condition, generators), routing)
 
 
 def numbers(folder):
