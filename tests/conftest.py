@@ -135,6 +135,22 @@ def numbers(folder):
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
 
 
+def poison(monkeypatch, bad_step, value=float("nan")):
+    """One latent of one step becomes NaN or infinity, as a corrupted sample would be."""
+    import data
+
+    make_loader = data.make_loader
+
+    def poisoned(*args, **settings):
+        for step, (raw, condition) in enumerate(make_loader(*args, **settings), settings["start_step"] + 1):
+            if step == bad_step:
+                raw = raw.clone()
+                raw[0, 0, 0, 0] = value
+            yield raw, condition
+
+    monkeypatch.setattr(data, "make_loader", poisoned)
+
+
 def assert_same_run(a, b):
     """Two run folders hold the same log and the same newest checkpoint, to the bit."""
     from checkpoints.run_folder import latest_checkpoint
