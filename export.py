@@ -5,251 +5,205 @@
     format=sit           a .pt that official SiT samples from unchanged: our flow with time and sign reversed
     format=diffusers     a folder for DiTPipeline.from_pretrained: a DiT with objective=ddpm, its schedule and its VAE
 
-The first three are valid ckpt=: each carries the config with the weights, which come back bit for bit. dtype=float16
-halves the file and rounds them. push=owner/name uploads a folder with its card to the Hugging Face hub, as the user
-that `hf auth login` has logged in.
-
-ema_width=0.07: of a run with ema=power, the average of that width.
+The first takes any network, and the texts that a run has kept go with it; the others take DiTs for class labels and
+square latents. ckpt= opens the first three: each carries the config with the weights, which come back bit for bit.
+dtype=float16 halves the file and rounds them. ema_width=0.07: of a run with ema=power, the average of that width.
+push=owner/name uploads a folder with its card to the Hugging Face hub, as the user that `hf auth login` has logged in.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+import yaml
 from safetensors.torch import save_file
 
+import conditions
 from autoencoder import PixelCodec
-from checkpoints.foreign import CONFIG_KEY, reverse_time
+from checkpoints.config import Settings, Train, Weights, Width, to_yaml
+from checkpoints.curves import log_lines
 from checkpoints.load import Run, load_run
+from checkpoints.run_folder import CONDITIONS_FILE, find_checkpoint
 from cost import cost_table
 from ddpm import DDPM
 from dit import DiT
 from evaluation.table import SCORES, finite
-from system import UserError, cli
+from lightningdit import LightningDiT
+from system import UserError, cli, hub
 from system.files import usual_mode
+from system.settings import Check, parse
+from training.ema import check_reconstruction, reconstruct
+from weights import pipeline
+from weights.foreign import CONFIG_KEY, check_keys
+from weights.layouts import Tensors, reverse_time
 
-KEPT = ["model", "objective", "sampler", "data", "train", "optimizer", "seed"]  # of the config: no paths
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+@dataclass(frozen=True)
+class Export:
+    """configs/export.yaml"""
+
+    ckpt: str
+    out: str
+    format: Literal["safetensors", "dit", "sit", "diffusers"] = "safetensors"
+    weights: Weights = "ema"
+    ema_width: Width | None = None
+    dtype: Literal["float32", "float16"] = "float32"
+    push: Annotated[str, Check("such as owner/name", re.compile(r"[\w.-]+/[\w.-]+").fullmatch)] | None = None
+
+    def __post_init__(self):
+        if self.push is not None and self.format not in ("safetensors", "diffusers"):
+            raise UserError(f"push={self.push} uploads a folder; needed: format=safetensors or diffusers")
 
 
 def main(overrides: list[str]) -> None:
     if set(overrides) & {"-h", "--help"}:
         print(__doc__.strip())
         return
-    settings = cli.load_config("export", overrides)
-    if settings.format not in ("safetensors", "dit", "sit", "diffusers"):
-        raise UserError(f"format={settings.format}; needed: safetensors, dit, sit or diffusers")
-    if settings.dtype not in DTYPES:
-        raise UserError(f"dtype={settings.dtype}; needed: {', '.join(DTYPES)}")
-    out = Path(settings.out)
+    settings = parse(Export, cli.load_config("export", overrides))
+    out, width, average = Path(settings.out), settings.ema_width, None
     if out.exists():
         raise UserError(f"out={out} exists already")
     if settings.push is not None:
-        if settings.format not in ("safetensors", "diffusers") or not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.push):
-            raise UserError(f"push={settings.push}; needed: owner/name, and format=safetensors or diffusers, a folder")
-        with reaching_hub(settings.push) as hub:
-            hub.create_repo(settings.push, exist_ok=True)
-    run = load_run(settings.ckpt, settings.weights, ema_width=settings.ema_width, device="cpu")
-    tensors = {key: value.to(DTYPES[settings.dtype]).contiguous() for key, value in run.model.state_dict().items()}
-    config = portable_config(run.config)
+        from huggingface_hub import create_repo, upload_folder
+
+        with hub.refusals(f"push={settings.push}"):
+            create_repo(settings.push, exist_ok=True)
+    if width is not None:
+        checkpoint = find_checkpoint(settings.ckpt)
+        check_reconstruction(checkpoint, settings.weights, width)
+        average = reconstruct(checkpoint, width)
+    run = load_run(settings.ckpt, settings.weights, tensors=average, device="cpu")
+    run.ema_width = width
+    check_layout(run, settings.format)
+    dtype = getattr(torch, settings.dtype)
+    tensors = {k: (t.to(dtype) if t.is_floating_point() else t).contiguous() for k, t in run.model.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     if settings.format == "safetensors":
-        export_folder(run, tensors, config, out)
+        export_folder(run, tensors, out)
     elif settings.format == "diffusers":
-        export_pipeline(run, tensors, config, out)
+        export_pipeline(run, tensors, out)
     else:
-        export_pt(run, tensors, config, out, settings.format)
-    width = "" if run.ema_width is None else f" of width {run.ema_width:g}"
-    print(f"{settings.weights} weights{width} of {run.checkpoint}, step {run.step}: {out}")
+        export_pt(run, tensors, out, settings.format)
+    of_width = "" if width is None else f" of width {width:g}"
+    print(f"{settings.weights} weights{of_width} of {run.checkpoint}, step {run.step}: {out}")
     if settings.push is not None:
-        with reaching_hub(settings.push) as hub:
-            hub.upload_folder(repo_id=settings.push, folder_path=out, commit_message=f"step {run.step}")
+        with hub.refusals(f"push={settings.push}"):
+            upload_folder(repo_id=settings.push, folder_path=out, commit_message=f"step {run.step}")
         print(f"uploaded: {settings.push}")
 
 
-@contextmanager
-def reaching_hub(name: str) -> Iterator:
-    """huggingface_hub's HfApi. A name that the hub refuses, a missing login or network inside become a UserError."""
-    from huggingface_hub import HfApi
+def check_layout(run: Run, layout: str) -> None:
+    """Raises UserError where the layout of another project cannot hold the run's network."""
+    if layout == "safetensors":
+        return
+    model, objective, (_, h, w) = type(run.model), run.objective, run.model.latent_shape
+    kind, found = conditions.kind_of(run.model.null_condition), f"{run.checkpoint} is of the class {model.__name__}"
+    if layout == "diffusers" and (model is not DiT or not isinstance(objective, DDPM)):
+        raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found}, with {type(objective).__name__}")
+    if model not in (DiT, LightningDiT):
+        raise UserError(f"format={layout} is another project's, which cannot open it: {found}; needed: safetensors")
+    if kind != "class" or h != w or layout == "diffusers" and len(run.pool) > pipeline.NULL_LABEL:
+        found = f"{run.checkpoint} is for {conditions.KINDS[kind]} and latents of {h} x {w}"
+        raise UserError(f"format={layout} needs labels (for diffusers 1000 at most) and square latents; {found}")
+    if layout == "sit" and objective.predicts != "velocity":
+        raise UserError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {objective.predicts}")
+    check_keys(run.model.state_dict(), run.checkpoint)
 
-    try:
-        yield HfApi()
-    except Exception as error:  # the hub's client and the HTTP library under it each raise their own
-        raise UserError(f"push={name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+
+def portable_config(settings: Settings) -> dict:
+    """What rebuilds and describes the network, as plain values without this machine's paths."""
+    values = yaml.safe_load(to_yaml(settings))
+    for key in ("path", "prepare", "source"):
+        del values["data"][key]
+    told = ["train", "optimizer", "seed"] if is_trained(settings) else []
+    return {key: values[key] for key in ("format", "model", "objective", "sampler", "data", *told)}
 
 
-def portable_config(config: DictConfig) -> DictConfig:
-    """The part that rebuilds and describes the network, without this machine's paths."""
-    kept = OmegaConf.masked_copy(config, [key for key in KEPT if key in config])
-    for key in ("path", "prepare"):
-        kept.data.pop(key, None)
-    return kept
+def is_trained(settings: Settings) -> bool:
+    """Whether the training is known: a file of another project does not tell it, and then all of it is defaults."""
+    return settings.train != Train()
 
 
-def export_folder(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path) -> None:
+def export_folder(run: Run, tensors: Tensors, out: Path) -> None:
+    config = portable_config(run.settings)
+    metadata = {CONFIG_KEY: yaml.safe_dump(config, sort_keys=False), "step": str(run.step), "format": "pt"}
+    files = {"model.safetensors": (tensors, metadata)}
+    if conditions.kind_of(run.pool) == "text":
+        files[CONDITIONS_FILE] = conditions.save(run.pool), None
     out.mkdir()
-    metadata = {CONFIG_KEY: OmegaConf.to_yaml(config), "layout": "dit", "step": str(run.step), "format": "pt"}
-    with usual_mode(out / "model.safetensors"):
-        save_file(tensors, out / "model.safetensors", metadata)
+    for name, content in files.items():
+        with usual_mode(out / name):
+            save_file(content[0], out / name, content[1])
     width = {} if run.ema_width is None else {"ema_width": run.ema_width}
-    facts = finite({"step": run.step, "weights": run.weights, **width, **OmegaConf.to_container(config)})
+    facts = finite({"step": run.step, "weights": run.weights, **width, **config})
     (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(run, config, "    python sample.py ckpt=model.safetensors"))
+    (out / "README.md").write_text(model_card(run, "    python sample.py ckpt=model.safetensors"))
 
 
-def export_pt(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path, layout: str) -> None:
-    """layout: dit or sit. Raises UserError for a network that is not theirs, and for SiT's where it is not a flow."""
-    if config.model._target_ not in ("dit.DiT", "lightningdit.LightningDiT"):
-        raise UserError(
-            f"format={layout} is another project's, which cannot open a {config.model._target_}; needed: safetensors"
-        )
-    args = {"layout": layout, CONFIG_KEY: OmegaConf.to_yaml(config), "model": config.model.size}
+def export_pt(run: Run, tensors: Tensors, out: Path, layout: str) -> None:
+    """layout: dit or sit."""
+    config = yaml.safe_dump(portable_config(run.settings), sort_keys=False)
+    size = f"{run.model.name.rstrip('0123456789')}/{run.model.patch_size}"  # XL/2
+    args = {"layout": layout, CONFIG_KEY: config, "model": f"DiT-{size}"}
     if layout == "sit":
-        if run.objective.predicts != "velocity":
-            found = f"{run.checkpoint} predicts {run.objective.predicts}"
-            raise UserError(f"format=sit needs a flow (objective=rf); {found}")
         tensors = reverse_time(tensors)
-        args |= {"model": config.model.size.replace("DiT", "SiT"), "path_type": "Linear", "prediction": "velocity"}
+        args |= {"model": f"SiT-{size}", "path_type": "Linear", "prediction": "velocity"}
     torch.save({"ema": tensors, "args": args, "step": run.step}, out)
 
 
-# The last line of the loop: diffusers spaces the frequencies of DiT's time embedding by 1/127 of their range, official
-# DiT, and so this network, by 1/128. It holds for the DiT weights that diffusers hosts, too.
-PIPELINE_USE = """
-    from diffusers import DiTPipeline
-    pipeline = DiTPipeline.from_pretrained("this folder")
-    for block in pipeline.transformer.transformer_blocks:  # time frequencies as trained; without it, images differ
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    pipeline(class_labels=[0, 1, 2], guidance_scale=1.5, num_inference_steps=50).images[0]
-""".strip("\n")
-NULL_LABEL = 1000  # DiTPipeline's, whatever the number of classes
+def export_pipeline(run: Run, tensors: Tensors, out: Path) -> None:
+    """The folder of a DiTPipeline with a DDIMScheduler. Raises UserError for latents that no such VAE scales."""
+    from diffusers import DDIMScheduler, DiTPipeline
 
-
-def export_pipeline(run: Run, tensors: dict[str, torch.Tensor], config: DictConfig, out: Path) -> None:
-    """The folder of a DiTPipeline with a DDIMScheduler. Raises UserError for a network that is not a DiT with noise
-    prediction and at most 1000 classes."""
-    if type(run.model) is not DiT or not isinstance(run.objective, DDPM) or run.num_classes > NULL_LABEL:
-        found = f"{run.checkpoint} is a {type(run.model).__name__} with {type(run.objective).__name__}"
-        needed = f"a DiT with objective=ddpm and at most {NULL_LABEL} classes"
-        raise UserError(f"format=diffusers needs {needed}; {found} and {run.num_classes} classes")
-    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    model, schedule = run.model, config.objective
-    heads, width = model.blocks[0].attn.num_heads, model.pos_embed.shape[-1]
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=model.in_channels,
-        out_channels=model.out_channels, num_layers=len(model.blocks), sample_size=model.input_size,
-        patch_size=model.patch_size, num_embeds_ada_norm=NULL_LABEL, norm_eps=1e-6, norm_num_groups=1,
-    )  # fmt: skip
-    transformer.load_state_dict(diffusers_layout(tensors, len(model.blocks), run.num_classes))
-    scheduler = DDIMScheduler(schedule.num_steps, schedule.beta_start, schedule.beta_end, clip_sample=False)
+    names = {"num_steps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
+    schedule = {names[key]: value for key, value in run.settings.objective.items() if key in names}
     if isinstance(run.codec, PixelCodec):
-        vae = pixel_vae(model.in_channels)
+        vae = pipeline.pixel_vae(run.model.latent_shape[0])
+    elif run.codec.scale.ndim or run.codec.bias.any():
+        raise UserError("format=diffusers needs latents of one scale and no bias; these have one per channel")
     else:
-        if run.codec.scale.ndim or run.codec.bias.any():
-            raise UserError("format=diffusers needs latents of one scale and no bias; these have one per channel")
         vae = run.codec.vae
         vae.register_to_config(scaling_factor=round(run.codec.scale.item(), 8))  # as written: float32 has 7 digits
-    names = {i: str(i) for i in range(run.num_classes)}
-    pipeline = DiTPipeline(transformer.to(tensors["x_embedder.proj.weight"].dtype), vae, scheduler, id2label=names)
-    pipeline.register_to_config(id2label=names)
-    pipeline.save_pretrained(out)
-    (out / "README.md").write_text(model_card(run, config, PIPELINE_USE))
+    labels = {i: str(i) for i in range(len(run.pool))}
+    scheduler = DDIMScheduler(**schedule, clip_sample=False)  # its defaults are those of ddpm.DDPM
+    made = DiTPipeline(pipeline.transformer_of(run.model, tensors), vae, scheduler, id2label=labels)
+    made.register_to_config(id2label=labels)
+    made.save_pretrained(out)
+    (out / "README.md").write_text(model_card(run, pipeline.PIPELINE_USE))
 
 
-def diffusers_layout(tensors: dict[str, torch.Tensor], depth: int, num_classes: int) -> dict[str, torch.Tensor]:
-    """DiT's tensors under DiTTransformer2DModel's names, where each block has time and label embeddings of its own."""
-    labels = tensors["y_embedder.embedding_table.weight"]  # (classes + 1, D), the null label last
-    table = labels.new_zeros(NULL_LABEL + 1, labels.shape[1])
-    table[:num_classes], table[NULL_LABEL] = labels[:num_classes], labels[num_classes]
-    renamed = {"norm1.emb.class_embedder.embedding_table.weight": table}
-    for part in ("weight", "bias"):
-        for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
-            renamed[f"norm1.emb.timestep_embedder.{theirs}.{part}"] = tensors[f"t_embedder.mlp.{ours}.{part}"]
-    layout = {f"transformer_blocks.{i}.{name}": value for i in range(depth) for name, value in renamed.items()}
-    outside = {"x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out_2"}
-    outside["final_layer.adaLN_modulation.1"] = "proj_out_1"
-    inside = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
-    inside |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
-    for part in ("weight", "bias"):
-        layout |= {f"{theirs}.{part}": tensors[f"{ours}.{part}"] for ours, theirs in outside.items()}
-        for i in range(depth):
-            block = f"transformer_blocks.{i}"
-            layout |= {
-                f"{block}.{theirs}.{part}": tensors[f"blocks.{i}.{ours}.{part}"] for ours, theirs in inside.items()
-            }
-            for name, value in zip("qkv", tensors[f"blocks.{i}.attn.qkv.{part}"].chunk(3)):
-                layout[f"{block}.attn1.to_{name}.{part}"] = value
-    return layout
-
-
-def pixel_vae(channels: int) -> torch.nn.Module:
-    """An AutoencoderKL whose decoder hands pixels (B, C, h, w) on, a grey one three times, to 1e-3 of [-1, 1].
-
-    Its one GroupNorm cannot be left out. Two constant channels, +M and -M, outweigh the pixels in it, so it divides by
-    nearly a constant, and tell the mean that it has subtracted; far from 0, SiLU is the identity.
-    """
-    from diffusers import AutoencoderKL
-
-    M, shift, width, colors = 256.0, 16.0, channels + 2, 3 if channels == 1 else channels
-    vae = AutoencoderKL(
-        in_channels=colors, out_channels=colors, latent_channels=channels, block_out_channels=(width,),
-        norm_num_groups=1, layers_per_block=1, scaling_factor=1.0, mid_block_add_attention=False, use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).requires_grad_(False)  # fmt: skip
-    for p in vae.parameters():
-        p.zero_()
-    decoder, std = vae.decoder, M * (2 / width) ** 0.5
-    for c in range(channels):
-        decoder.conv_in.weight[c, c, 1, 1] = 1
-    decoder.conv_in.bias[-2:] = torch.tensor([M, -M])
-    decoder.conv_norm_out.weight.fill_(std)
-    decoder.conv_norm_out.bias[:] = torch.tensor([shift] * channels + [M + shift] * 2)
-    for color in range(colors):
-        decoder.conv_out.weight[color, color % channels, 1, 1] = 1
-        decoder.conv_out.weight[color, -2:, 1, 1] = -0.5  # the mean, with the sign that it was subtracted with
-        decoder.conv_out.bias[color] = M  # - shift + (M + shift)
-    return vae
-
-
-def model_card(run: Run, config: DictConfig, use: str) -> str:
+def model_card(run: Run, use: str) -> str:
     """Markdown: the network, how to `use` it, its training, and every score in the run folder."""
-    model = run.model
-    lines = [
-        f"# {run.folder.name}, step {run.step}", "",
-        f"{config.model.size} for {config.data.name}: {model.in_channels} x {model.input_size} x {model.input_size}, "
-        f"{run.num_classes} classes; {run.weights} weights.", "",
-        use, "",
-        "| | |", "|---|---|",
-    ]  # fmt: skip
-    facts = {"objective": config.objective._target_, "codec": config.data.codec._target_, "sha256": run.sha256}
-    if "train" in config:
+    model, settings, shape = run.model, run.settings, " x ".join(map(str, run.model.latent_shape))
+    kind = conditions.kind_of(model.null_condition)
+    told = f"{len(run.pool)} classes" if kind == "class" else conditions.KINDS[kind]
+    what = f"{type(model).__name__} {model.name} for {settings.data.name}: {shape}, {told}; {run.weights} weights."
+    lines = [f"# {run.folder.name}, step {run.step}", "", what, "", use, "", "| | |", "|---|---|"]
+    facts = {key: part["_target_"] for key, part in (("objective", settings.objective), ("codec", settings.data.codec))}
+    facts["sha256"] = run.sha256
+    if is_trained(settings):
         names = ("global_batch_size", "lr", "label_dropout", "ema_decay", "precision")
-        facts |= {name: config.train[name] for name in names if name in config.train}
+        facts |= {name: getattr(settings.train, name) for name in names}
     if run.ema_width is not None:
         facts |= {"ema_width": run.ema_width}
         facts.pop("ema_decay", None)
-    facts |= last_figures(run.folder / "metrics.jsonl", run.step) | scores(run)
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    if "hardware" in run.config:
-        lines += ["", *(f"    {line}" for line in cost_table(model, run.config).splitlines())]
+    lines += [f"| {name} | {value} |" for name, value in (facts | last_figures(run) | scores(run)).items()]
+    if run.checkpoint.is_dir():
+        lines += ["", *(f"    {line}" for line in cost_table(model, settings).splitlines())]
     return "\n".join(lines) + "\n"
 
 
-def last_figures(log: Path, step: int) -> dict[str, str]:
-    """The last training and validation losses up to `step`, by name."""
-    figures = {}
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        values = json.loads(line)
-        at = values.pop("step")
-        for name, value in values.items():
-            if at <= step and value is not None and name.startswith(("train/loss", "val/")):
-                figures[name] = f"{value:.4g} (step {at})"
+def last_figures(run: Run) -> dict[str, str]:
+    """The last training and validation losses up to the run's step, by name."""
+    figures, log = {}, run.folder / "metrics.jsonl"
+    for _, _, values in log_lines(log) if log.is_file() else ():
+        for name, value in (values or {}).items():
+            if values["step"] <= run.step and value is not None and name.startswith(("train/loss", "val/")):
+                figures[name] = f"{value:.4g} (step {values['step']})"
     return figures
 
 

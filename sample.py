@@ -20,7 +20,7 @@ import data
 from autoencoder import Codec
 from checkpoints import config, gallery
 from checkpoints.config import Count, Generation, Seeds
-from checkpoints.generate import generate
+from checkpoints.generate import count_calls, generate
 from checkpoints.load import Run, load_run
 from checkpoints.naming import settings_name  # noqa: F401
 from system import cli
@@ -140,8 +140,9 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
         return
     if missing:
         seconds = time.time() - started
+        calls, macs = count_calls(run, settings.alone)
         manifest |= {
-            "network_calls": run.calls, "gmacs_per_image": run.macs / 1e9, "processes": dist.num_processes,
+            "network_calls": calls, "gmacs_per_image": macs / 1e9, "processes": dist.num_processes,
             "seconds": round(seconds, 3), "images_per_s": round(len(missing) / seconds, 3),
         }  # fmt: skip
     if settings.npz:

@@ -15,7 +15,6 @@ from system import UserError
 from system.settings import Check, above, at_least, at_most, between, inside, parse, refuse_interpolations
 
 FORMAT = 1  # of config.yaml and of exports
-DEEPEST = 20  # levels of a config
 MAX_WIDTH = 0.28  # of a power average: gamma = 0, the plain mean of all steps, has width 0.2887
 
 Count = Annotated[int, at_least(0)]  # 0 = never, or none
@@ -244,16 +243,3 @@ def from_file(values: Mapping, source: str) -> Settings:
         return parse(Settings, {key: value for key, value in values.items() if key != "format"})
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-def read_yaml(text: str, source: str) -> Any:
-    """The plain values of YAML that came with a file. Raises UserError where it is damaged, or written to take long."""
-    depth = 0
-    try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
-                raise UserError(f"it has aliases, or more than {DEEPEST} levels")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{source}: its config is damaged ({' '.join(str(error).split()):.200})") from None

@@ -2,6 +2,7 @@
 generators keyed by the seed, whatever the batch size and the number of processes."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 
 import torch
@@ -12,6 +13,7 @@ from checkpoints.run_folder import complete_checkpoints, step_of
 from conditions import Condition
 from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
+from routing_module import Routing
 from solvers import flow_time, solve
 from system import UserError
 
@@ -101,13 +103,36 @@ def generate_latents(
         both=pair(strong_branch, weak_branch), channels=guidance.cfg_channels or run.model.latent_shape[0],
     )  # fmt: skip
     noise = normal((len(seeds), *run.model.latent_shape), streams(seeds, "noise"), device=run.device)
-    for counter in (run, weak):
-        counter.calls = counter.macs = 0
-    latents = solve(run.objective, predict, noise, sampler, streams(seeds, "churn"))
-    if weak is not run:
-        run.calls, run.macs = run.calls + weak.calls, run.macs + weak.macs
-    run.calls, run.macs = run.calls // len(seeds), run.macs // len(seeds)
-    return latents
+    return solve(run.objective, predict, noise, sampler, streams(seeds, "churn"))
+
+
+@dataclass
+class Counted(Run):
+    """A run whose network is not called: it counts the calls and their multiply-adds."""
+
+    calls: int = 0
+    macs: int = 0
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None) -> torch.Tensor:
+        self.calls += len(x)
+        self.macs += len(x) * self.model.macs(routing)
+        return torch.zeros_like(x).repeat(1, 2, 1, 1)  # as of a network that has learned its variance
+
+
+def counted(run: Run) -> Counted:
+    return Counted(**{field.name: getattr(run, field.name) for field in fields(Run)} | {"device": torch.device("cpu")})
+
+
+def count_calls(run: Run, guidance: Guidance, steps: int | None = None) -> tuple[int, int]:
+    """(network calls, their multiply-adds) for an image."""
+    weak = load_weak(run, guidance)
+    first = counted(run)
+    second = first if weak is run else counted(weak)
+    condition = conditions.repeat(run.model.null_condition, 1, "cpu")
+    sampler = run.settings.sampler | ({} if steps is None else {"num_steps": steps})
+    generate_latents(first, guidance, [0], condition, sampler, weak=second)
+    others = (0, 0) if second is first else (second.calls, second.macs)
+    return first.calls + others[0], first.macs + others[1]
 
 
 def branches(

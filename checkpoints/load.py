@@ -2,7 +2,7 @@
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -53,9 +53,6 @@ class Run:
     ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
-    calls: int = field(default=0, init=False)  # network evaluations per image of the last batch
-    macs: int = field(default=0, init=False)  # and their multiply-adds
-    counted: dict[tuple, int] = field(default_factory=dict, init=False)  # multiply-adds of a call, by its routing
 
     @cached_property
     def sha256(self) -> str:
@@ -72,12 +69,7 @@ class Run:
         compile_blocks(self.model.all_blocks, self.compile, dynamic=True)
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None) -> torch.Tensor:
-        """The objective's prediction at (x, t), (B, C, h, w); each row counts in `calls` and `macs`."""
-        how = routing and (routing.selection_ratio, routing.drop_path)
-        if how not in self.counted:
-            self.counted[how] = self.model.macs(routing)
-        self.calls += len(x)
-        self.macs += len(x) * self.counted[how]
+        """The objective's prediction at (x, t), (B, C, h, w)."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with tf32(self.device.type == "cuda" and self.precision == "fp32"), autocast:
             return self.objective.predict(partial(self.model, routing=routing), x, t, condition)

@@ -26,13 +26,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoints.config import Settings, from_file, read_yaml
+from checkpoints.config import Settings, from_file
 from system import UserError, hub
 from system.files import sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
+from system.settings import read_yaml
 
 MANIFEST = "manifest.json"
-CONDITIONS_FILE = "conditions.safetensors"
+CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
 START_AGAIN = "start_again"  # in the run folder: the run was stopped and saved; the same command continues it
 TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio is this run's
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
@@ -227,7 +228,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
-    """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself (foreign.py).
+    """ "sit:weights.pt" -> ("sit", weights.pt): what a file of another project does not say of itself.
 
     hf:owner/name[/file] becomes its local copy.
     """
@@ -236,7 +237,7 @@ def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
 
 
 def find_checkpoint(ckpt: str | Path, key: str = "ckpt") -> Path:
-    """The checkpoint folder of a run folder or checkpoint folder, or the weights file for foreign.py.
+    """The checkpoint folder of a run folder or checkpoint folder, or a file for weights/foreign.py.
 
     key: the setting that names it. Raises UserError where there is neither.
     """
@@ -287,7 +288,7 @@ def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> No
 def read_config(checkpoint: Path) -> Settings:
     """The settings that a checkpoint was trained with. Raises UserError where they are damaged or of another format."""
     path = checkpoint / "config.yaml"
-    return from_file(read_yaml(path.read_text(), str(path)), str(path))
+    return from_file(read_yaml(path.read_bytes(), str(path)), str(path))
 
 
 def load_weights(checkpoint: Path, module: torch.nn.Module, weights: str = "ema") -> None:

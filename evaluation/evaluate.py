@@ -12,7 +12,7 @@ import torch
 
 import conditions
 from checkpoints.config import Scoring
-from checkpoints.generate import generate, load_weak
+from checkpoints.generate import count_calls, generate, load_weak
 from checkpoints.load import Run
 from checkpoints.naming import settings_name
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
@@ -76,10 +76,11 @@ def evaluate(
     labels, metrics = conditions.labels_of(condition), settings.metrics
     scores = score(with_progress(batches, len(rows)), len(seeds), extractor, reference, labels=labels, metrics=metrics)
     seconds = time.time() - started
+    calls, macs = count_calls(run, settings, settings.steps)
     return scores and {
         **scores,
         "n": len(seeds), "seeds": str(settings.seeds), **about,
-        "network_calls": run.calls, "gmacs_per_image": run.macs / 1e9,
+        "network_calls": calls, "gmacs_per_image": macs / 1e9,
         "seconds": round(seconds, 3), "images_per_s": round(len(seeds) / seconds, 3),
         **describe_scoring(extractor, reference),
         "config": asdict(run.settings),
@@ -100,11 +101,11 @@ def generate_features(
     made = images([i for batch, file in zip(batches, files) if not (file and file.is_file()) for i in batch])
     for file in files:
         if file and file.is_file():
-            features, run.calls, run.macs = read_part(file, extractor.device)
+            features = read_part(file, extractor.device)
         else:
             features = extractor(next(made))
             if file:
-                write_part(file, features, run.calls, run.macs)
+                write_part(file, features)
         yield features
 
 

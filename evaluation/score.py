@@ -161,19 +161,17 @@ def distance_name(extractor: Extractor, n: int) -> str:
     return f"fid{n // 1000}k" if n % 1000 == 0 else f"fid{n}"
 
 
-def write_part(path: Path, features: Features, calls: int, macs: int) -> None:
-    """Keeps one batch's features, with network calls and multiply-adds per image."""
+def write_part(path: Path, features: Features) -> None:
+    """Keeps one batch's features."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in features._asdict().items() if tensor is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        file.write(save(tensors, {"network_calls": str(calls), "macs": str(macs)}))
+        file.write(save(tensors))
 
 
-def read_part(path: Path, device: torch.device) -> tuple[Features, int, int]:
-    """Features of one batch, and network calls and multiply-adds per image."""
+def read_part(path: Path, device: torch.device) -> Features:
     with safe_open(path, "pt", device=str(device)) as file:
-        features = Features(**{name: file.get_tensor(name) for name in file.keys()})
-        return features, int(file.metadata()["network_calls"]), int(file.metadata()["macs"])
+        return Features(**{name: file.get_tensor(name) for name in file.keys()})
 
 
 def describe_scoring(extractor: Extractor, reference: Reference) -> dict:

@@ -1,5 +1,7 @@
 """Files on the Hugging Face hub, named hf:owner/name or hf:owner/name/file, by way of huggingface_hub's cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from system import UserError
@@ -18,10 +20,16 @@ def local(path: str | Path, kind: str = "model") -> Path:
         raise UserError(f"{path}; needed: hf:owner/name or hf:owner/name/file")
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    try:
+    with refusals(f"{path} is not cached, and the hub did not send it"):
         if file:
             return Path(hf_hub_download(f"{owner}/{name}", file, repo_type=kind))
         return Path(snapshot_download(f"{owner}/{name}", repo_type=kind))
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """A missing login or network inside, or a name that the hub refuses, becomes a UserError: what, and the reason."""
+    try:
+        yield
     except Exception as error:  # the hub's client and the HTTP library under it each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not cached, and the hub did not send it: {reason}") from None
+        raise UserError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None

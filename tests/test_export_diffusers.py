@@ -14,12 +14,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
 
 import export
+from checkpoints.generate import generate_latents, streams
 from checkpoints.load import load_run
 from guidance import Guidance
-from sample import generate_latents, streams
 from system import UserError
 from tests.conftest import ROOT
 from tests.made_runs import make_run
+from weights.pipeline import pixel_vae
 
 SEEDS, LABELS = [3, 4, 5], torch.tensor([0, 2, 1])
 
@@ -112,7 +113,7 @@ def test_the_folder_says_what_it_is(opened):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_vae_of_pixels_hands_them_on(channels):
     x = torch.rand(2, channels, 28, 28) * 2.6 - 1.3
-    torch.testing.assert_close(export.pixel_vae(channels).decode(x).sample, x.expand(-1, 3, -1, -1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(pixel_vae(channels).decode(x).sample, x.expand(-1, 3, -1, -1), rtol=0, atol=1e-4)
 
 
 def test_latents_come_with_their_vae_and_its_scale(tmp_path):
@@ -134,6 +135,13 @@ def test_other_networks_are_refused(overrides, tmp_path):
     command = [sys.executable, "export.py", f"ckpt={run}", f"out={tmp_path / 'out'}", "format=diffusers"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_a_layout_that_diffusers_lacks_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", [*SMALL, "objective=ddpm", "model=dit", "+model.mlp_ratio=2.0"])
+    with pytest.raises(UserError, match="needs a DiT of mlp_ratio 4"):
+        export.main([f"ckpt={run}", f"out={tmp_path / 'out'}", "format=diffusers"])
+    assert not (tmp_path / "out").exists()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -208,6 +216,7 @@ def test_push_uploads_the_folder_with_its_card(hub, tmp_path):
 
 
 def test_push_needs_a_name_and_a_folder(tmp_path):
-    for overrides in (["push=digits"], ["push=me/digits", "format=dit"]):
-        with pytest.raises(UserError, match="needed: owner/name, and format=safetensors or diffusers"):
+    told = "push=digits; needed: text such as owner/name", "needed: format=safetensors or diffusers"
+    for overrides, message in zip((["push=digits"], ["push=me/digits", "format=dit"]), told):
+        with pytest.raises(UserError, match=message):
             export.main([f"ckpt={tmp_path}", f"out={tmp_path / 'out'}", *overrides])

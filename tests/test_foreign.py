@@ -1,6 +1,7 @@
 """Files of other projects come up as what they are; our own go out and back; what is not right is refused unread."""
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -9,20 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 from safetensors.torch import load_file, save_file
 
 import export
 import fid
 import rf
 import sample
-from checkpoints.run_folder import latest_checkpoint, save_checkpoint
+from autoencoder import PixelCodec
+from checkpoints.config import FORMAT, from_file, to_yaml
+from checkpoints.generate import generate
+from checkpoints.load import Run, build_network, load_run
+from checkpoints.run_folder import checkpoint_tensors, latest_checkpoint, load_strictly, read_config, write_checkpoint
+from conditions import Text
+from contracts import pixel_mean
 from ddpm import DDPM
 from dit import DiT
+from guidance import Guidance
 from lightningdit import LightningDiT
-from sample import load_run
-from system import cli
+from solvers import edm_sampler, flow_sampler
+from system import UserError, cli
+from tests.made_runs import made_settings, make_run
 from training.prepare import start_from
+from weights import foreign
 
 WIDTH, DEPTH = 128, 6  # the smallest width whose number of heads is known
 SMALL = dict(in_channels=1, num_classes=3, hidden_size=32, num_heads=2, learn_sigma=False)
@@ -113,9 +123,9 @@ def test_a_file_of_va_vaes_latents_does_not_come_up_with_sds_autoencoder(tmp_pat
     net = LightningDiT(4, 1, 32, WIDTH, DEPTH, 4, num_classes=10)
     torch.save(net.state_dict(), tmp_path / "lightningdit.pt")
     run = load_run(tmp_path / "lightningdit.pt", device="cpu")
-    assert run.config.data.codec.path is None
+    assert run.settings.data.codec["path"] is None
     with pytest.raises(ValueError, match="nothing says which VAE these latents are of; needed: codec.path="):
-        sample.generate(run, sample.Guidance(), [0])  # before the first step
+        generate(run, Guidance(), [0])  # before the first step
 
 
 def test_raw_and_ema_weights_are_told_apart(net, tmp_path):
@@ -171,10 +181,11 @@ def test_ddpm_denoises_an_exact_gaussian_at_every_noise_level():
 
 def test_ddpm_loss_is_the_error_of_the_noise():
     objective, x, y = DDPM(), torch.randn(4000, 1, 2, 2), torch.zeros(4000, dtype=torch.int64)
-    loss = objective.loss(lambda x, t, y: torch.zeros_like(x), x, y, torch.Generator().manual_seed(0))
+    error, _, _ = objective.errors(lambda x, t, y: torch.zeros_like(x), x, y, torch.Generator().manual_seed(0))
+    loss = pixel_mean(error)
     assert loss.shape == (4000,) and loss.mean().item() == pytest.approx(1, abs=0.05)
     seen = []
-    objective.loss(lambda x, t, y: seen.append((x, t)) or torch.zeros_like(x), x, y, torch.Generator().manual_seed(0))
+    objective.errors(lambda x, t, y: seen.append((x, t)) or torch.zeros_like(x), x, y, torch.Generator().manual_seed(0))
     x_k, step = seen[0]
     assert step.min() < 2 and step.max() > 997 and (step - step.round()).abs().max() < 1e-2
     assert x_k.std().item() == pytest.approx(1, abs=0.02)  # variance is preserved: data and noise have 1
@@ -184,25 +195,18 @@ def test_ddpm_loss_is_the_error_of_the_noise():
 def trained(request, tmp_path_factory, few_latents):
     """A run folder as training leaves it, without the training."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    config = cli.load_config("config", [
+    settings = made_settings([
         f"objective={request.param}", f"data.path={few_latents}", "data.input_size=8", "data.num_classes=3",
         "model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2",
     ])  # fmt: skip
-    OmegaConf.resolve(config)
     model, ema = network(**SMALL), network(**SMALL)
     for p in ema.parameters():
         p.mul_(0.9)
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = {"data": "none"}
-    save_checkpoint(
-        folder,
-        7,
-        modules={"model": model, "ema": ema},
-        optimizer=optimizer,
-        state=state,
-        config=OmegaConf.to_yaml(config),
+    tensors = checkpoint_tensors({"model": model, "ema": ema}, torch.optim.AdamW(model.parameters()))
+    write_checkpoint(folder, 7, tensors, {"data": "none"}, to_yaml(settings))
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 6, "train/loss": 0.5}\n{"step": 7, "val/loss_dense": 0.25}\n{"step": 7, "val'
     )
-    (folder / "metrics.jsonl").write_text('{"step": 6, "train/loss": 0.5}\n{"step": 7, "val/loss_dense": 0.25}\n')
     (folder / "eval" / "x").mkdir(parents=True)
     scores = {"checkpoint_sha256": load_run(folder, device="cpu").sha256, "n": 100, "fd_mnist": 12.5, "seconds": 3}
     (folder / "eval" / "x" / "metrics.json").write_text(json.dumps(scores))
@@ -367,3 +371,146 @@ def test_foreign_weights_are_sampled_and_guided(tmp_path):
     assert len(list(out.rglob("*.png"))) == 3
     with pytest.raises(ValueError, match="routes"):  # an official DiT was not trained with any
         sample.main([f"ckpt={path}", "seeds=0", "guidance=sparse", f"out={tmp_path / 'sparse'}"])
+
+
+OTHER = """
+import torch
+from contracts import Network
+
+class Other(Network):
+    def __init__(self, width: int):
+        super().__init__()
+        self.latent_shape, self.num_tokens, self.name = (1, 2, 3), 6, "other"
+        self.null_condition, self.all_blocks, self.width = None, (), width
+        self.model, self.encoder_blocks = torch.nn.Linear(width, 1), torch.nn.ModuleList([torch.nn.Linear(1, width)])
+        self.module = torch.nn.Linear(width, width)
+
+    def forward(self, x, t, condition, *, routing=None, hidden=()):
+        return x
+
+    def macs(self, routing=None):
+        return 1
+"""
+
+
+@pytest.fixture
+def other(tmp_path, monkeypatch):
+    """(settings, network) of a class that nothing here knows, whose tensors have names as other projects' files."""
+    (tmp_path / "other_network.py").write_text(OTHER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("system.building.ROOT", tmp_path)
+    data = {"name": "made", "channels": 1, "input_size": [2, 3], "condition": "none"}
+    data |= {"codec": {"_target_": "autoencoder.PixelCodec"}}
+    values = {"model": {"_target_": "other_network.Other", "width": 4}, "objective": {"_target_": "rf.RectifiedFlow"}}
+    values |= {"format": FORMAT, "data": data, "sampler": {"takes": "velocity"}, "train": {"max_steps": 7}}
+    settings = from_file(values, "made")
+    return settings, build_network(settings)
+
+
+def test_an_export_of_any_class_comes_back(other, tmp_path):
+    settings, net = other
+    source = tmp_path / "source.safetensors"
+    save_file(net.state_dict(), source)
+    run = Run(net, rf.RectifiedFlow(), PixelCodec(), settings, torch.device("cpu"), folder=tmp_path, checkpoint=source)
+    export.export_folder(run, net.state_dict(), tmp_path / "out")
+    values, tensors, _ = foreign.read(tmp_path / "out" / "model.safetensors", family="dit")
+    assert from_file(values, "out") == settings
+    load_strictly(build_network(from_file(values, "out")), tensors, "out")
+    assert tensors.keys() == net.state_dict().keys()
+    assert not (tmp_path / "out" / "conditions.safetensors").exists()
+    assert "Other other for made: 1 x 2 x 3, no condition" in (tmp_path / "out" / "README.md").read_text()
+    for layout, message in (("dit", "cannot open it"), ("sit", "cannot open it"), ("diffusers", "needs a DiT")):
+        with pytest.raises(UserError, match=message):
+            export.check_layout(run, layout)
+
+
+def test_the_texts_of_a_run_go_with_its_export(tmp_path):
+    keys = ["data.condition=text", "data.num_classes=null", "data.text_width=5", "model.condition=text"]
+    keys += ["model.text_width=5", "model.num_classes=null", "data.input_size=8", "data.path=nowhere"]
+    small = ["model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"]
+    kept = Text(torch.randn(3, 4, 5), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool())
+    run = make_run(tmp_path / "run", [*keys, *small, "objective=rf"], kept=kept)
+    export.main([f"ckpt={run}", f"out={tmp_path / 'out'}"])
+    back = load_run(tmp_path / "out", device="cpu")
+    assert all(map(torch.equal, back.pool, kept))
+    with pytest.raises(UserError, match="needs labels .* and square latents; .* for texts and latents of 8 x 8"):
+        export.main([f"ckpt={run}", f"out={tmp_path / 'sit.pt'}", "format=sit"])
+
+
+def test_only_square_latents_go_to_other_projects(tmp_path):
+    small = ["model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"]
+    run = make_run(tmp_path / "run", [*small, "objective=ddpm", "model=dit", "data.input_size=[4,8]"])
+    for layout in ("dit", "diffusers"):
+        with pytest.raises(UserError, match="latents of 4 x 8"):
+            export.main([f"ckpt={run}", f"out={tmp_path / 'out'}", f"format={layout}"])
+    assert not (tmp_path / "out").exists()
+    export.main([f"ckpt={run}", f"out={tmp_path / 'out'}"])
+    assert load_run(tmp_path / "out", device="cpu").model.latent_shape == (1, 4, 8)
+
+
+@pytest.mark.parametrize("found, message", [
+    ({}, "no format, as an earlier version; needed: format 1"), ({"format": 2}, "format 2; needed: format 1"),
+])  # fmt: skip
+def test_another_format_is_refused_in_one_line(found, message, net, tmp_path):
+    values = foreign.read(saved(net, tmp_path / "DiT-S-2.pt"))[0]
+    text = yaml.safe_dump({key: value for key, value in values.items() if key != "format"} | found)
+    save_file(net.state_dict(), tmp_path / "model.safetensors", {foreign.CONFIG_KEY: text, "step": "many"})
+    (tmp_path / "config.yaml").write_text(text)
+    for open_it in (lambda: load_run(tmp_path / "model.safetensors", device="cpu"), lambda: read_config(tmp_path)):
+        with pytest.raises(UserError, match=message) as refusal:
+            open_it()
+        assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["- 1", "7", "", "{model: [}", "format: 1", "format: 1\nmodel: 3", b"\xff\xfe\xff"])
+def test_a_damaged_config_is_refused(text, net, tmp_path):
+    if isinstance(text, str):
+        save_file(net.state_dict(), tmp_path / "model.safetensors", {foreign.CONFIG_KEY: text})
+        with pytest.raises(UserError, match="model.safetensors"):
+            load_run(tmp_path / "model.safetensors", device="cpu")
+    (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match="config.yaml"):
+        read_config(tmp_path)
+
+
+def test_a_file_is_sampled_as_a_run_of_its_objective():
+    """The sampler that such a file comes with is the one of configs/sampler/, whose values are the functions' own."""
+    for name, function in (("edm", edm_sampler), ("rf", flow_sampler)):
+        config = yaml.safe_load((Path(export.__file__).parent / "configs" / "sampler" / f"{name}.yaml").read_text())
+        own = {key: p.default for key, p in inspect.signature(function).parameters.items()}
+        told = {key: value for key, value in config.items() if value is not None and key != "takes"}
+        assert told == {key: own[key] for key in told}
+
+
+def saved(net, path):
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def test_another_projects_file_says_nothing_of_its_training(net, tmp_path):
+    export.main([f"ckpt={saved(net, tmp_path / 'DiT-S-2.pt')}", f"out={tmp_path / 'out'}"])
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert facts.keys() == {"step", "weights", "format", "model", "objective", "sampler", "data"}
+    assert "global_batch_size" not in (tmp_path / "out" / "README.md").read_text()
+    assert type(load_run(tmp_path / "out", device="cpu").objective) is DDPM
+
+
+def test_an_average_of_another_width_is_exported_in_the_place_of_the_ema(tmp_path):
+    settings = made_settings(["model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"])
+    modules = {name: build_network(settings) for name in ("model", "ema", "power_0.05", "power_0.1")}
+    tensors = checkpoint_tensors(modules, torch.optim.AdamW(modules["model"].parameters()))
+    write_checkpoint(tmp_path / "run", 7, tensors, {}, to_yaml(settings))
+    export.main([f"ckpt={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "ema_width=0.05"])
+    exported = load_run(tmp_path / "out", device="cpu").model.state_dict()
+    assert all(torch.equal(value, exported[key]) for key, value in modules["power_0.05"].state_dict().items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["ema_width"] == 0.05
+    assert "| ema_width | 0.05 |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match="needed: weights=ema"):
+        export.main([f"ckpt={tmp_path / 'run'}", f"out={tmp_path / 'raw'}", "ema_width=0.05", "weights=raw"])
+
+
+def test_a_network_of_changed_parts_is_not_another_projects(tmp_path):
+    small = ["model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"]
+    run = make_run(tmp_path / "run", [*small, "model=lightningdit", "objective=rf", "+model.norm=layer"])
+    with pytest.raises(UserError, match="another architecture than DiT; 13 missing"):
+        export.main([f"ckpt={run}", f"out={tmp_path / 'out.pt'}", "format=sit"])

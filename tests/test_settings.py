@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from checkpoints import config
-from checkpoints.config import Settings, from_file, parse_seeds, read_yaml, to_yaml
+from checkpoints.config import Settings, from_file, parse_seeds, to_yaml
 from checkpoints.naming import LONGEST, name_of, settings_name
 from guidance import Guidance
 from routing_module import Route
 from system import UserError, cli
 from system.building import build
-from system.settings import above, at_least, at_most, between, convert, inside, parse, refuse_interpolations
+from system.settings import above, at_least, at_most, between, convert, inside, parse, read_yaml, refuse_interpolations
 
 
 @pytest.fixture(scope="module", autouse=True)
