@@ -51,7 +51,7 @@ from system.launchers import own_process, set_determinism
 from system.processes import Preempted, agree, start_processes, together
 from system.settings import parse
 from training.ema import update_averages
-from training.log import Log, TimedBatches
+from training.log import Log, TimedBatches, preview_path
 from training.prepare import (
     TrainingData,
     TrainState,
@@ -267,11 +267,10 @@ def between_steps(
     if due(settings.eval.every) and not log.has(step, "eval/"):
         with log.pause(), log.survive("evaluation"), together():
             log.write(step, score_ema(settings, state, run_folder))
-    grid = run_folder / "samples" / f"step_{step:07d}.png"
-    if due(settings.preview.every) and not grid.exists():
+    if due(settings.preview.every) and not log.has(step, "preview"):
         with log.pause(), log.survive("preview"), together():
             if processes.dist.is_main_process:
-                preview(settings.preview, state.ema, grid)
+                preview(settings.preview, state.ema, preview_path(run_folder, step))
 
 
 @torch.no_grad()

@@ -118,9 +118,8 @@ def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     """uint8 (n, 3, H, W) => one PNG, `columns` images wide, with two black pixels around each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     cells = nn.functional.pad(images.cpu(), (2, 0, 2, 0)).permute(0, 2, 3, 1)  # (n, H + 2, W + 2, 3)
     columns = min(columns, len(cells))
     cells = nn.functional.pad(cells, (0, 0) * 3 + (0, -len(cells) % columns))
     rows = cells.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (H', W', 3)
-    Image.fromarray(nn.functional.pad(rows, (0, 0, 0, 2, 0, 2)).numpy()).save(path)
+    save_image(nn.functional.pad(rows, (0, 0, 0, 2, 0, 2)).numpy(), path)

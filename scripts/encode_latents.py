@@ -35,15 +35,11 @@ from data.latents import warn
 from data.shards import FLIPS, finalize, reserve, write_shard
 from randomness import seeded_generator
 from system import UserError, cli, hub
-from system.launchers import own_process
 
 CHOICES = {"kind": ("sample", "moments"), "flip": FLIPS, "dtype": DTYPES}
 
 
 def main(arguments: list[str]) -> None:
-    if arguments in (["-h"], ["--help"], ["help"]):
-        print(__doc__.strip())
-        return
     cfg = cli.load_config("encode", arguments)
     for key, choices in CHOICES.items():
         if cfg[key] not in choices:
@@ -136,24 +132,17 @@ def wait_for_shards(folder: Path, names: list[str], timeout_s: float) -> None:
 
 def finish(folder: Path, images: Images, cfg: DictConfig, vae_sha256: str) -> None:
     """Process 0, when all shards exist: meta.json, and what to do next."""
+    moments, codec = cfg.kind == "moments", {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
+    encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")
     manifest = finalize(
-        folder,
-        LatentEncoding("moments_logvar", cfg.scale) if cfg.kind == "moments" else LatentEncoding("sample_scaled"),
-        codec={"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale},
-        codec_sha256=vae_sha256,
-        flip=cfg.flip,
-        num_classes=len(images.classes) or None,
+        folder, encoding, codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=len(images.classes) or None
     )
-    print(
-        f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes; "
-        f"look: python -m data inspect {shlex.quote(str(folder))}"
-    )
+    found = f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes"
+    print(f"{found}; look: python -m data inspect {shlex.quote(str(folder))}")
 
 
-def device() -> torch.device:
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+def device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
@@ -165,6 +154,4 @@ def weights_sha256(module: torch.nn.Module) -> str:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -2,4 +2,4 @@
 # Everything that needs a GPU, in at most ten minutes on one: bash scripts/gpu_check.sh [--small] [out=FILE.json]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
-python scripts/gpu_check.py "$@"
+python -m tests.gpu_check "$@"

@@ -1,6 +1,7 @@
-"""Runs side by side: curves.png and previews.png.
+"""Runs side by side, as curves.png and previews.png; or one run as a small table.
 
-python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER]
+    python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER]
+    python scripts/plot.py summary RUN
 
 curves.png: loss, validation (EMA, dense), learning rate, gradient norm, images/s, and the scores in RUN/eval that were
 computed at two steps or more, one panel for each score and setting. Seconds are those of training: without saves,
@@ -11,21 +12,22 @@ out: where the pictures go, by default the run's folder, or the one that several
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from PIL import Image
 
+from checkpoints.curves import read_log
 from evaluation.table import SCORES
 from system import UserError, cli
-from training.curves import read_log
 
 X = {"steps": "step", "seconds": "seconds", "images": "images"}  # names in the log
 PANELS = {
@@ -35,29 +37,59 @@ PANELS = {
 LOGARITHMIC = ("train/loss", "val/loss_dense", "train/grad_norm", "fid", "fd_", "sfid", "sfd_")  # starts of names
 # Apart in grey, too, together with the shades.
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+USAGE = "needed: python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER], or summary RUN"
 MOST_GRIDS = 6
 
 Curves = dict[str, tuple[list[float], list[float]]]  # {panel: (x, y)}
 
 
 def main(arguments: Sequence[str]) -> None:
-    given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("x=", "out=")))
-    options = {"x": "steps", "out": None} | given
-    runs = [Path(argument) for argument in arguments if not argument.startswith(("x=", "out="))]
-    if not runs:
-        raise UserError("needed: python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER]")
-    if options["x"] not in X:
-        raise UserError(f"x={options['x']}; needed: one of {', '.join(X)}")
-    curves = {name: read_curves(run, X[options["x"]]) for name, run in named(runs).items()}
+    options = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("x=", "out=")))
+    words = [argument for argument in arguments if not argument.startswith(("x=", "out="))]
+    runs, x = [Path(word) for word in words if word != "summary"], options.get("x", "steps")
+    if not runs or "summary" in words[1:]:
+        raise UserError(USAGE)
+    if x not in X:
+        raise UserError(f"x={x}; needed: one of {', '.join(X)}")
+    if words[0] == "summary":
+        for run in runs:
+            summarize(run)
+        return
+    curves = {name: read_curves(run, X[x]) for name, run in named(runs).items()}
     grids = {name: found for name, run in named(runs).items() if (found := previews(run))}
     common = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.absolute().parent for run in runs]))
-    out = Path(options["out"] or common)
+    out = Path(options.get("out") or common)
     out.mkdir(parents=True, exist_ok=True)
-    draw_curves(curves, options["x"], out / "curves.png")
+    draw_curves(curves, x, out / "curves.png")
     print(out / "curves.png")
     if grids:
         draw_previews(grids, out / "previews.png")
         print(out / "previews.png")
+
+
+def summarize(run: Path) -> None:
+    """Prints steps, seconds and images/s of a run, its newest score and where its newest samples are."""
+    trained = [values for values in read_log(run) if "perf/step_s" in values]
+    rows = {"steps": f"{trained[-1]['step']:,}", "seconds of training": f"{trained[-1]['seconds']:,.0f}"}
+    rows["images/s (median)"] = f"{sorted(line['perf/img_per_s'] for line in trained)[len(trained) // 2]:,.0f}"
+    if found := newest(run.glob("eval/*/metrics.json")):
+        score = json.loads(found.read_text())
+        rows |= {"fd_mnist": f"{score['fd_mnist']:.2f}", "class accuracy": f"{score['class_accuracy']:.3f}"}
+        rows |= {"samples scored": f"{score['n']:,}", "network calls an image": str(score["network_calls"])}
+    width = max(map(len, rows))
+    print("\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows.items()))
+    if grid := newest(run.glob("samples/*/grid.png")):
+        print(f"  samples: {grid}")
+
+
+def newest(paths: Iterable[Path]) -> Path | None:
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table in Markdown."""
+    first, *lines = (f"| {' | '.join(map(str, cells))} |\n" for cells in (head, *rows))
+    return "".join([first.replace("|  |", "| |"), "|---" * len(head), "|\n", *lines])
 
 
 def named(runs: Sequence[Path]) -> dict[str, Path]:
@@ -87,13 +119,26 @@ def read_curves(run: Path, x: str) -> Curves:
     return curves
 
 
+def canvas(size: tuple[float, float], rows: int, columns: int, layout: str | None = "constrained") -> tuple:
+    """(a figure of so many inches, its axes row by row), drawn without a display."""
+    figure = Figure(figsize=size, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
+
+
+def logarithmic(axis: Axes, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Makes the vertical axis logarithmic, with plain numbers at `subs` of each decade."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
     panels = [name for name in PANELS if any(name in curves for curves in runs.values())]
     panels += dict.fromkeys(name for curves in runs.values() for name in curves if name not in PANELS)
     rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(13, 0.5 + 3.1 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    figure, axes = canvas((13, 0.5 + 3.1 * rows), rows, 3)
     shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))
     for axis, panel in zip(axes, panels):
         for i, (name, curves) in enumerate(runs.items()):
@@ -108,9 +153,7 @@ def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
         if panel.startswith(LOGARITHMIC):
             axis.set_yscale("log")
             low, high = axis.get_ylim()
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            logarithmic(axis, (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7))
         if panel in ("train/lr", "perf/img_per_s"):
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -136,9 +179,8 @@ def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
     width, label, title = min(5.0, 12.0 / len(found)), 0.9, 0.3  # inches: of a grid, beside and above the grids
     height = width * first.height / first.width
     total = label + width * len(found), title + (height + 0.08) * len(steps)
-    figure = Figure(figsize=total)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(steps), len(found), squeeze=False)
+    figure, axes = canvas(total, len(steps), len(found), layout=None)
+    axes = axes.reshape(len(steps), len(found))
     for column, (name, grids) in zip(axes.T, found.items()):
         column[0].set_title(name, fontsize=10)
         for axis, step in zip(column, steps):
@@ -153,5 +195,4 @@ def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -12,6 +12,6 @@ trained=$SECONDS
 python sample.py ckpt=$run $guidance seeds=0-99
 sampled=$SECONDS
 python fid.py calc ckpt=$run $guidance seeds=0-999 labels=balanced
-python scripts/summary.py $run
+python scripts/plot.py summary $run
 echo "  seconds: $installed installing, $((trained - installed)) training, $((sampled - trained)) sampling," \
     "$((SECONDS - sampled)) scoring; $SECONDS in all"

@@ -11,8 +11,10 @@ then over the runs of a contestant. Compiling, saving, validation and scoring ar
 still shows. A run ends by its own median.
 """
 
+import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import queue
@@ -27,32 +29,77 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+import numpy as np
+from matplotlib import colormaps
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoints.run_folder import complete_checkpoints, step_of  # noqa: E402
-from scripts.records import LOG_EVERY, Race, as_yaml, read_steps, run_names, show, step_seconds  # noqa: E402
-from system import UserError, cli  # noqa: E402
-from system.files import write_text_atomic  # noqa: E402
-from system.launchers import end_with_parent, usable_cpus  # noqa: E402
+from checkpoints.config import Positive, Settings
+from checkpoints.curves import read_log
+from checkpoints.run_folder import complete_checkpoints, step_of
+from fid import Calc
+from scripts.plot import LINES, canvas, logarithmic, markdown
+from system import UserError, cli
+from system.files import write_text_atomic
+from system.launchers import end_with_parent, usable_cpus
+from system.settings import parse
 
 SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
 POLL_S = 0.5
+LOG_EVERY = 10  # steps from one line of a run's log to the next
+
+
+@dataclasses.dataclass
+class Race:
+    """A file of configs/race/: the rule of a race."""
+
+    question: str
+    contestants: dict[str, list[str]]  # overrides of train.py and, after "score.", of fid.py; the first is the baseline
+    common: list[str]  # of all contestants
+    seeds: list[int]
+    score: list[str]  # overrides of `fid.py calc`
+    keep_every: int  # steps from one score to the next
+    steps: int | None = None  # a run ends after so many,
+    seconds: float | None = None  # or with the first log line at which it has computed for so long
+    metric: str = "fd_mnist"  # of metrics.json; lower is better
+    cores: int = 1  # of each run
+    save_every: int | None = None  # steps from one checkpoint to the next; None = keep_every
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The keys of configs/race.yaml."""
+
+    name: str
+    records: str = "records"
+    runs: str = "runs/race"
+    at_once: Positive = 2
+    only: tuple[str, ...] | None = None
+
+
+def as_yaml(race: Race) -> str:
+    return OmegaConf.to_yaml(dataclasses.asdict(race))
+
+
+def run_names(race: Race) -> dict[str, tuple[str, int]]:
+    """{folder of a run: (contestant, seed)}, in the order of running: the contestants of a seed side by side."""
+    return {f"{contestant}-{seed}": (contestant, seed) for seed in race.seeds for contestant in race.contestants}
 
 
 def main(argv: list[str]) -> None:
     verb, overrides = cli.verb(argv, __doc__, ("run", "show"))
-    cfg = cli.load_config("race", overrides)
-    race = load_race(cfg.name)
-    folder = record_folder(Path(cfg.records), cfg.name, race)
+    command = parse(Command, cli.load_config("race", overrides))
+    race = load_race(command.name)
+    folder = record_folder(Path(command.records), command.name, race)
     if verb == "run":
-        check(cfg, race)
-        run(cfg, race, folder)
+        check(command, race)
+        run(command, race, folder)
     elif not folder.is_dir():
-        raise UserError(f"{cfg.records} has no record of {cfg.name}; needed: python scripts/race.py run")
+        raise UserError(f"{command.records} has no record of {command.name}; needed: python scripts/race.py run")
     if verb == "show" or not missing_runs(race, folder):
         show(race, folder)
         print((folder / "table.md").read_text(), end="")
@@ -93,25 +140,25 @@ def missing_runs(race: Race, folder: Path) -> list[str]:
 # Running
 
 
-def check(cfg: DictConfig, race: Race) -> None:
+def check(command: Command, race: Race) -> None:
     """Raises UserError for what cannot be run, before the first run."""
-    if unknown := set(cfg.only or ()) - set(race.contestants):
+    if unknown := set(command.only or ()) - set(race.contestants):
         raise UserError(f"only={sorted(unknown)}; needed: of {', '.join(race.contestants)}")
-    if cfg.at_once * race.cores > usable_cpus():
-        raise UserError(f"at_once={cfg.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
+    if command.at_once * race.cores > usable_cpus():
+        raise UserError(f"at_once={command.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
     for contestant in race.contestants:
-        cli.load_config("config", training_overrides(race, contestant))
-        cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant)])
+        parse(Settings, cli.load_config("config", training_overrides(race, contestant)))
+        parse(Calc, cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant)]))
 
 
-def run(cfg: DictConfig, race: Race, folder: Path) -> None:
+def run(command: Command, race: Race, folder: Path) -> None:
     """Trains and scores all runs that the record lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "race.yaml", as_yaml(race))
     cores = sorted(os.sched_getaffinity(0))
     training = {name: threading.Lock() for name in run_names(race)}
     places = queue.SimpleQueue()
-    for i in range(cfg.at_once):
+    for i in range(command.at_once):
         places.put(cores[i * race.cores : (i + 1) * race.cores])
 
     def work(name: str) -> None:
@@ -120,7 +167,7 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
         try:
             contestant, seed = run_names(race)[name]
             trained = f"{trains_for(race, contestant)}-{seed}"
-            run_folder = Path(cfg.runs) / folder.name / trained
+            run_folder = Path(command.runs) / folder.name / trained
             with training[trained]:
                 train(race, contestant, seed, run_folder)
             scores = run_folder / f"scores-{contestant}"
@@ -130,8 +177,9 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
         finally:
             places.put(mine)
 
-    names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in (cfg.only or race.contestants)]
-    with ThreadPoolExecutor(cfg.at_once) as pool:
+    wanted = command.only or race.contestants
+    names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in wanted]
+    with ThreadPoolExecutor(command.at_once) as pool:
         runs = [pool.submit(work, name) for name in names]
         try:
             for one in runs:
@@ -240,21 +288,192 @@ def read_scores(folder: Path) -> list[dict]:
 
 def machine() -> dict:
     """What a run ran on."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file():
         fields = dict(line.split("\t: ") for line in info.read_text().splitlines() if "\t: " in line)
         cpu = " ".join(fields.get(name, "") for name in ("model name", "cpu family", "model")).strip()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True
-    )
-    versions = {name: version(name) for name in ("torch", "numpy", "scipy")}
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions,
-        "commit": commit or None, "uncommitted_changes": bool(changed.stdout.strip()),
-    }  # fmt: skip
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit, changed = git("rev-parse", "HEAD") or None, bool(git("status", "--porcelain", "--untracked-files=no"))
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "scipy")}
+    return {"cpu": cpu, "cores": os.cpu_count(), **versions, "commit": commit, "uncommitted_changes": changed}
+
+
+# The record: what compares the runs is made from their logs alone
+
+
+@dataclasses.dataclass
+class Scored:
+    """A finished run, from its record."""
+
+    step_seconds: float
+    steps: list[int]  # of its scores
+    columns: tuple[list[float], ...]  # there: the metric, class accuracy and, without the last step's, validation loss
+
+    def at_step(self, step: float) -> list[float]:
+        """Each column after a step, between two scores on the straight line through them."""
+        return [float(np.interp(step, self.steps[: len(values)], values)) for values in self.columns]
+
+
+def show(race: Race, folder: Path) -> None:
+    """Writes statistics.md, table.md, figure.png. Raises UserError where a run, a log line or a score is missing."""
+    read: dict[str, list[Scored]] = {contestant: [] for contestant in race.contestants}
+    for name, (contestant, _) in run_names(race).items():
+        read[contestant].append(read_run(race, folder / name))
+    runs = {contestant: at_one_pace(those) for contestant, those in read.items()}
+    every = [run for those in runs.values() for run in those]
+    step = min(run.steps[-1] // race.keep_every * race.keep_every for run in every)
+    seconds: float | None = common_seconds(runs)
+    if seconds < max(run.steps[0] * run.step_seconds for run in every):
+        if race.seconds is not None:
+            raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
+        seconds = None  # as where each run is scored once: the race compares its steps alone
+    if len({run.step_seconds for run in every}) == 1:
+        seconds = None  # the contestants share their runs
+    write_text_atomic(folder / "statistics.md", statistics(race, runs, read, step, seconds))
+    write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
+    draw(race, runs, seconds, folder / "figure.png")
+
+
+def common_seconds(runs: dict[str, list[Scored]]) -> float:
+    """The longest time that every run was trained for."""
+    return min(run.steps[-1] * run.step_seconds for those in runs.values() for run in those)
+
+
+def at_one_pace(runs: list[Scored]) -> list[Scored]:
+    """The runs of one contestant, each with the median step time of all of them.
+
+    They train the same network, so that differences in step time are those of the machine's other load.
+    """
+    pace = float(np.median([run.step_seconds for run in runs]))
+    return [dataclasses.replace(run, step_seconds=pace) for run in runs]
+
+
+def read_run(race: Race, folder: Path) -> Scored:
+    """Raises UserError where a file, a line of the log or a score is missing."""
+    for name in ("config.yaml", "metrics.jsonl", "scores.jsonl", "machine.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} does not exist; needed: a finished run, by `race.py run`")
+    steps = read_steps(folder)
+    kept = [*range(race.keep_every, max(steps) + 1, race.keep_every)]
+    if lost := {*range(LOG_EVERY, max(steps) + 1, LOG_EVERY), *kept} - set(steps):
+        raise UserError(f"{folder / 'metrics.jsonl'} has no line of step {min(lost)}")
+    if lost := [step for step in kept if "val/loss_dense" not in steps[step]]:
+        raise UserError(f"{folder / 'metrics.jsonl'} has no validation of step {lost[0]}")
+    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    scored = sorted({*kept, max(steps)})
+    if [score["step"] for score in scores] != scored:
+        raise UserError(f"{folder / 'scores.jsonl'} has steps {[s['step'] for s in scores]}; needed: {scored}")
+    columns = ([s[race.metric] for s in scores], [s["class_accuracy"] for s in scores])
+    return Scored(step_seconds(race, steps), scored, (*columns, [steps[step]["val/loss_dense"] for step in kept]))
+
+
+def read_steps(run_folder: Path) -> dict[int, dict]:
+    """{step: what the log says of it}, of the steps with a line on training. Raises UserError where there are none."""
+    return {values["step"]: values for values in read_log(run_folder) if "train/loss" in values}
+
+
+def step_seconds(race: Race, steps: dict[int, dict]) -> float:
+    """The median time of a step: CPU time, shared by the run's cores."""
+    return float(np.median([line["perf/cpu_s"] for line in steps.values()])) / race.cores
+
+
+def values_at(runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
+    """(metric, class accuracy, validation loss) of each run after a step or a time: (runs, 3)."""
+    return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
+
+
+def statistics(
+    race: Race, runs: dict[str, list[Scored]], read: dict[str, list[Scored]], step: int, seconds: float | None
+) -> str:
+    """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test.
+
+    read: the runs, each with the time per step of its own log.
+    """
+    baseline, text = next(iter(runs)), f"# {race.question}\n\n"
+    moments = [(f"after {step:,} steps", runs, {"step": step})]
+    if seconds is not None:
+        own = common_seconds(read)
+        moments.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
+        moments.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
+    better = {race.metric: "less", "class accuracy": "greater", "validation loss (EMA, without routing)": "less"}
+    for column, (name, alternative) in enumerate(better.items()):
+        head = ["", "n", "mean", "standard deviation", f"difference to {baseline}"]
+        head.append(f"p ({alternative} than {baseline})")
+        for title, compared, at in moments[: 1 if column == 2 else None]:
+            values = {contestant: values_at(those, **at)[:, column] for contestant, those in compared.items()}
+            rows, base = [], values[baseline]
+            for contestant, mine in values.items():
+                rows.append([contestant, len(mine), f"{mine.mean():.4g}", f"{spread(mine):.2g}", "", ""])
+                if contestant != baseline:
+                    differ = spread(mine) or spread(base)  # there is no test of values that are all equal
+                    p = ttest_ind(mine, base, equal_var=False, alternative=alternative).pvalue if differ else math.nan
+                    rows[-1][-2:] = f"{mine.mean() - base.mean():+.4g}", f"{p:.2g}"
+            text += f"## {name} {title}\n\n{markdown(head, rows)}\n"
+    rows = []
+    for at in range(race.keep_every, step + 1, race.keep_every):
+        means = [values_at(those, step=at).mean(0) for those in runs.values()]
+        rows.append([f"{at:,}", *(f"{mean[0]:.4g}, {mean[1]:.3f}" for mean in means)])
+    text += f"## {race.metric}, class accuracy by steps\n\n{markdown(['steps', *runs], rows)}\n"
+    text += "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on "
+    return text + "the straight line through them.\n"
+
+
+def spread(values: np.ndarray) -> float:
+    """The sample standard deviation; nan of a single value."""
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+
+def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float | None) -> str:
+    """One row a contestant: mean over seeds, plus or minus the sample standard deviation."""
+    head, moments, rows = ["", "s a step"], [(f"after {step:,} steps", {"step": step})], []
+    if seconds is not None:
+        head.append(f"steps in {seconds:,.0f} s")
+        moments.insert(0, ("then", {"seconds": seconds}))
+    for title, _ in moments:
+        head += [f"{race.metric} {title}", "class accuracy then"]
+    for contestant, those in runs.items():
+        pace = those[0].step_seconds
+        rows.append([contestant, f"{pace:.3f}", *([] if seconds is None else [f"{seconds / pace:,.0f}"])])
+        for _, at in moments:
+            score, accuracy, _ = values_at(those, **at).T
+            rows[-1] += [f"{score.mean():.1f} ± {spread(score):.1f}", f"{accuracy.mean():.3f} ± {spread(accuracy):.3f}"]
+    return markdown(head, rows)
+
+
+def draw(race: Race, runs: dict[str, list[Scored]], seconds: float | None, path: Path) -> None:
+    """The metric against seconds and against steps: a line through the means, a band of one standard deviation.
+
+    Without a common time, each contestant's line ends where its runs do.
+    """
+    figure, axes = canvas((10, 4), 1, 2)
+    axes[1].sharey(axes[0])
+    axes[1].tick_params(labelleft=False)
+    markers = ("o", "s", "^", "D", "v", "P", "X")
+    shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))  # still apart in grey
+    for i, (contestant, those) in enumerate(runs.items()):
+        last = min(run.steps[-1] for run in those)
+        steps = np.array(sorted({*range(race.keep_every, last + 1, race.keep_every), last}))
+        pace = those[0].step_seconds
+        end = last * pace if seconds is None else seconds
+        times = np.array([*(steps * pace)[steps * pace < end], end])
+        for axis, moment, x in zip(axes, ("seconds", "step"), (times, steps)):
+            values = [values_at(those, **{moment: at})[:, 0] for at in x]
+            mean, deviation = np.mean(values, 1), np.nan_to_num([spread(v) for v in values])
+            line, marker = LINES[i % len(LINES)], markers[i % len(markers)]
+            axis.plot(x, mean, color=shades[i], linestyle=line, marker=marker, markersize=5, label=contestant)
+            if len(x) > 1:
+                axis.fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
+            else:
+                axis.errorbar(x, mean, deviation, color=shades[i], capsize=4)
+    for ax, label in zip(axes, ("seconds of training", "steps")):
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3)
+        ax.set_xlim(0, 1.05 * ax.dataLim.x1)
+    axes[0].set_ylabel(race.metric)
+    logarithmic(axes[0])  # and the other, which shares it
+    axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

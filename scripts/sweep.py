@@ -24,16 +24,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from omegaconf import DictConfig
-
-from checkpoints.run_folder import latest_checkpoint, step_of
+from checkpoints.config import Settings
+from checkpoints.naming import sweep_name
+from checkpoints.resuming import HARMLESS, differences
+from checkpoints.run_folder import START_AGAIN, latest_checkpoint, read_config, step_of
 from system import UserError, cli
 from system.files import reserve, write_text_atomic
 from system.launchers import end_with_parent
-from training.naming import is_this_run, job_name
-from training.stopping import EXIT_START_AGAIN, START_AGAIN
+from system.settings import parse
+from training.stopping import EXIT_START_AGAIN
 
 SLURM_JOB = "slurm_job"  # in the run folder: the id of the job that trains it
+CHOSEN_BY_MACHINE = (*HARMLESS, "train.precision", "train.compile")
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -43,26 +45,22 @@ class Stopped(Exception):
 
 @dataclass
 class Job:
-    """One combination."""
+    """One combination of values."""
 
     overrides: list[str]
-    config: DictConfig
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.results_dir) / self.config.run_name
+    folder: Path
+    last_step: int
 
     def finished(self) -> bool:
         """Trained to the last step, and not stopped in the evaluation after it."""
         newest = latest_checkpoint(self.folder)
-        trained = newest is not None and step_of(newest) >= self.config.train.max_steps
+        trained = newest is not None and step_of(newest) >= self.last_step
         return trained and not (self.folder / START_AGAIN).exists()
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        return 0 if arguments else 2
+    if not arguments:
+        raise UserError("needed: keys with several values, as in model=dit,tread; --help says more")
     launches = [argument.removeprefix("launch=") for argument in arguments if argument.startswith("launch=")]
     launch = shlex.split(launches[-1]) if launches else [sys.executable]
     if not launch or shutil.which(launch[0]) is None:
@@ -101,11 +99,12 @@ def plan(overrides: Sequence[str]) -> list[Job]:
     parent = names[-1].removeprefix("run_name=") if names else "multirun"
     jobs = []
     for row in rows:
-        name = f"run_name={parent}/{job_name([row[i] for i in swept])}"
+        name = f"run_name={parent}/{sweep_name([row[i] for i in swept])}"
         row = [*(row[i] if i in swept else given[i] for i in range(len(given))), name]
-        jobs.append(Job(row, cli.load_config("config", row)))
-        folder, config = jobs[-1].folder, jobs[-1].config
-        if (folder / "config.yaml").is_file() and not is_this_run(folder, config):
+        settings = parse(Settings, cli.load_config("config", row))
+        folder = Path(settings.results_dir) / settings.run_name
+        jobs.append(Job(row, folder, settings.train.max_steps))
+        if (folder / "config.yaml").is_file() and differences(read_config(folder), settings, CHOSEN_BY_MACHINE):
             raise UserError(f"{folder} is a run of other settings; needed: another run_name, for this sweep's folder")
     return jobs
 
@@ -159,7 +158,8 @@ def submit(job: Job, launch: Sequence[str]) -> tuple[int, str]:
         if subprocess.run(["squeue", "-h", "-j", number], capture_output=True, text=True).stdout.strip():
             return 0, f"job {number} is waiting or running"
     job.folder.mkdir(parents=True, exist_ok=True)
-    own = ["--parsable", f"--job-name={job.config.run_name}", f"--output={job.folder / 'slurm-%j.out'}"]
+    name = f"--job-name={job.overrides[-1].removeprefix('run_name=')}"
+    own = ["--parsable", name, f"--output={job.folder / 'slurm-%j.out'}"]
     command = [launch[0], *own, *launch[1:], str(ROOT / "scripts" / "slurm.sbatch"), str(ROOT / "train.py")]
     done = subprocess.run([*command, *job.overrides], capture_output=True, text=True)
     if done.returncode:
@@ -170,5 +170,4 @@ def submit(job: Job, launch: Sequence[str]) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        sys.exit(main(sys.argv[1:]))
+    cli.command(main, __doc__)

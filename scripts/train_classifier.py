@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import prepare  # noqa: E402
-from evaluation.features import CLASSIFIERS, Classifier, real_images  # noqa: E402
-from randomness import seeded_generator, uniform  # noqa: E402
-from system import UserError, cli  # noqa: E402
-from system.files import usual_mode  # noqa: E402
-from system.launchers import own_process  # noqa: E402
+from checkpoints.config import Data
+from data import prepare
+from evaluation.features import CLASSIFIERS, Classifier, real_images
+from randomness import seeded_generator, uniform
+from system import UserError, cli
+from system.files import usual_mode
+from system.settings import parse
 
 EPOCHS = {"mnist": 20, "fashion": 8}
 AUGMENTATION = {"mnist": 1.0, "fashion": 0.4}  # clothes hang straight
@@ -44,21 +45,14 @@ def augment(images: torch.Tensor, strength: float, generator: torch.Generator) -
     return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
-def init_weights(net: Classifier, generator: torch.Generator) -> None:
-    """PyTorch's default, uniform in +-1/sqrt(fan in), drawn from our generator."""
-    with torch.no_grad():
-        for layer in net.modules():
-            if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
-                bound = 1 / math.sqrt(layer.weight[0].numel())
-                for weights in layer.parameters(recurse=False):
-                    weights.copy_(bound * (2 * uniform(weights.shape, generator) - 1))
-
-
 def train(name: str, images: torch.Tensor, labels: torch.Tensor) -> Classifier:
     """uint8 (N, 3, 28, 28) and int64 (N,) -> the classifier."""
     generator = seeded_generator(f"{name} classifier")
     net = Classifier()
-    init_weights(net, generator)
+    for layer in net.modules():  # PyTorch's default, uniform in +-1/sqrt(fan in), drawn from our generator
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            for weights in layer.parameters(recurse=False):
+                weights.data = 1 / math.sqrt(layer.weight[0].numel()) * (2 * uniform(weights.shape, generator) - 1)
     fast = name == "fashion"  # 2.6 times, with bf16 in hardware; the digits' shipped weights were made without
     net = net.to(memory_format=torch.channels_last) if fast else net
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
@@ -78,10 +72,10 @@ def train(name: str, images: torch.Tensor, labels: torch.Tensor) -> Classifier:
 
 
 def main(overrides: list[str]) -> None:
-    data, started = cli.load_config("train_classifier", overrides).data, time.time()
+    data, started = parse(Data, cli.load_config("train_classifier", overrides)["data"], "data"), time.time()
     if data.name not in CLASSIFIERS:
         raise UserError(f"data={data.name}; needed: {' or '.join(CLASSIFIERS)}")
-    prepare(data.name, data.path, data.get("source"))
+    prepare(data.name, data.path, data.source)
     net = train(data.name, *real_images(data.name, "train", data.path))
     images, labels = real_images(data.name, "val", data.path)
     with torch.no_grad():
@@ -95,6 +89,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -1,4 +1,5 @@
 # Sourced by the other scripts: makes .venv when there is none, installs requirements.txt once, and activates it.
+# CONSTRAINTS=constraints.txt installs the versions in that file.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ ! -d .venv ]; then
@@ -8,9 +9,9 @@ if [ ! -d .venv ]; then
 fi
 source .venv/bin/activate
 
-installed=.venv/installed-requirements.txt
-if ! cmp -s requirements.txt "$installed"; then
+wanted=$(cat requirements.txt ${CONSTRAINTS:+"$CONSTRAINTS"})
+if [ "$wanted" != "$(cat .venv/installed-requirements.txt 2> /dev/null)" ]; then
     echo "Installing requirements.txt into .venv (once) ..."
-    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt "$installed"
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt ${CONSTRAINTS:+-c "$CONSTRAINTS"}
+    echo "$wanted" > .venv/installed-requirements.txt
 fi

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from system import UserError
+from system.launchers import own_process
 from system.processes import end_processes, first_to_tell, lost_others, roll_call
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -205,3 +206,15 @@ def flat_keys(values: Mapping, prefix: str = "") -> Iterator[str]:
             yield from flat_keys(value, f"{prefix}{key}.")
         elif key not in ("defaults", "hydra"):
             yield f"{prefix}{key}"
+
+
+def command(main: Callable[[list[str]], int | None], usage: str) -> None:
+    """Runs a script's main(arguments) -> exit code, None = 0, in a process suited to it; prints `usage` for help."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in ("-h", "--help", "help"):
+        print(usage.strip())
+        return
+    with user_errors():
+        own_process()
+        code = main(arguments)
+    sys.exit(code)

@@ -1,18 +1,12 @@
 """scripts/bench.py: the plain step is the same computation, and the table says what is so."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import bench
 
 from dit import DiT
 from edm import EDM
 from routing_module import Routing
+from scripts import bench
 from system import cli
 
 TINY = [
@@ -22,9 +16,8 @@ TINY = [
 
 
 @pytest.fixture
-def report(monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", 2)
-    return bench.bench(cli.load_config("config", TINY), compare=True)
+def report():
+    return bench.bench(cli.load_config("config", TINY), compare=True, rounds=2)
 
 
 def test_the_plain_network_is_the_same_function():
@@ -77,9 +70,8 @@ def test_the_time_of_the_products_is_each_shapes_time_as_often_as_it_occurs(monk
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
-def test_the_cost_of_muon_is_printed(monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", 2)
-    report = bench.bench(cli.load_config("config", [*TINY, "optimizer=muon"]), compare=False)
+def test_the_cost_of_muon_is_printed():
+    report = bench.bench(cli.load_config("config", [*TINY, "optimizer=muon"]), compare=False, rounds=2)
     assert report["optimizer"] == "muon" and report["kinds"]["ours routed"]["host_waits"] == 0
     (line,) = [line for line in bench.show(report).splitlines() if line.startswith("optimizer_s ")]
     assert float(line.split()[1]) == pytest.approx(report["optimizer_s"], rel=1e-3)
@@ -92,3 +84,18 @@ def test_the_cost_of_muon_is_printed(monkeypatch):
 def test_what_cannot_be_compared_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         bench.bench(cli.load_config("config", [*overrides, *TINY]), compare=True)
+
+
+def test_the_cost_of_guidance_is_counted_and_measured(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    bench.main(["guidance", "model.size=DiT-S/8", "train.global_batch_size=1"])
+    said = capsys.readouterr().out
+    net = DiT(size="DiT-S/8", learn_sigma=False)
+    assert f"{2 * net.macs() / 1e9:.2f} GMACs" in said and "counted 0." in said and "measured" in said
+
+
+def test_growth_prints_a_slope_for_each_quantity(tmp_path, capsys):
+    bench.main(["growth", str(tmp_path / "growth.png")])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert [row[0] for row in rows] == list(bench.VARIED) and (tmp_path / "growth.png").is_file()
+    assert {row[0]: row[2] for row in rows}["micro-batch"] == "1.00"  # work is proportional to the batch

@@ -11,6 +11,7 @@ import torch
 from checkpoints import run_folder
 from checkpoints.run_folder import (
     MANIFEST,
+    checkpoint_tensors,
     complete_checkpoints,
     find_checkpoint,
     latest_checkpoint,
@@ -19,9 +20,9 @@ from checkpoints.run_folder import (
     newest_intact,
     prune_checkpoints,
     read_tensors,
-    save_checkpoint,
     step_of,
     verify_checkpoint,
+    write_checkpoint,
 )
 from dit import DiT
 
@@ -40,9 +41,8 @@ def trained():
 
 def save(folder, step, trained):
     model, ema, optimizer = trained
-    return save_checkpoint(
-        folder, step, modules={"model": model, "ema": ema}, optimizer=optimizer, state={"data": "x"}, config="a: 1\n"
-    )
+    tensors = checkpoint_tensors({"model": model, "ema": ema}, optimizer)
+    return write_checkpoint(folder, step, tensors, {"data": "x"}, "a: 1\n")
 
 
 def test_round_trip(tmp_path, trained):

@@ -1,6 +1,5 @@
 """Every damage of the data is seen and named, by shard, key and byte; nothing is silently left out, written or run."""
 
-import errno
 import json
 import os
 import tarfile
@@ -18,16 +17,8 @@ from data.loader import Order
 from data.shards import read_manifest, shard_name, write_manifest
 from system import UserError
 from system.files import atomic_file, sha256_of
+from tests.conftest import Canary, failing_reads
 from tests.made_sets import NUM_CLASSES, SHAPE, TOTAL, array_of, good, npy, numbers_in, write_members, write_set
-
-
-class Canary:
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
 
 NAN = array_of(1)
 NAN[1, 2, 3] = np.nan
@@ -304,19 +295,9 @@ def test_every_flipped_bit_of_a_header_is_an_array_or_a_user_error():
 
 
 @pytest.fixture
-def failing_reads(monkeypatch):
-    """Makes the next `times` reads of a file fail as those of a network file system do."""
-    real, left = os.pread, {}
-
-    def pread(fd: int, count: int, offset: int) -> bytes:
-        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
-        if left.get(name, 0) > 0:
-            left[name] -= 1
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(fd, count, offset)
-
-    monkeypatch.setattr(data.index.os, "pread", pread)
-    return lambda name, times: left.update({name: times})
+def fail():
+    with failing_reads() as fail:
+        yield fail
 
 
 def without_index(folder: Path) -> Path:
@@ -325,18 +306,18 @@ def without_index(folder: Path) -> Path:
     return folder
 
 
-def test_read_error_that_passes_is_not_damage(tmp_path, failing_reads):
+def test_read_error_that_passes_is_not_damage(tmp_path, fail):
     folder = without_index(write_set(tmp_path / "set", sizes=[6, 3]))
-    failing_reads("train-000001.tar", times=1)
+    fail("train-000001.tar", times=1)
     assert len(open_latents(folder)) == 9
 
 
-def test_read_errors_are_not_remembered(tmp_path, failing_reads, capfd):
+def test_read_errors_are_not_remembered(tmp_path, fail, capfd):
     folder = without_index(write_set(tmp_path / "set", sizes=[6, 3]))
-    failing_reads("train-000001.tar", times=10**6)
+    fail("train-000001.tar", times=10**6)
     assert len(open_latents(folder, on_error="skip")) == 6
     assert "train-000001.tar: Input/output error" in capfd.readouterr().err
     with pytest.raises(UserError, match="train-000001.tar: Input/output error"):
         open_latents(folder)
-    failing_reads("train-000001.tar", times=0)
+    fail("train-000001.tar", times=0)
     assert len(open_latents(folder)) == 9

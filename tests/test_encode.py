@@ -25,6 +25,7 @@ from data.images import Images, center_crop, open_images
 from data.shards import open_latents, write_shard
 from scripts.encode_latents import main, wait_for_shards
 from system import UserError, cli
+from tests.conftest import TORCHRUN
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, SCALE = 32, 0.5
@@ -141,14 +142,13 @@ def test_killed_and_started_again_gives_the_same_bytes_on_any_number_of_processe
     """Samples, with their noise: one process, against two that go on where one was killed after its first shard."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     main(settings(photos, whole, vae))
-    two = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671")
     process = subprocess.Popen(command(photos, cut, vae), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     while not list(cut.glob("*.tar")) and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (cut / "meta.json").unlink(missing_ok=True)  # in case the machine was faster than the signal
-    done = subprocess.run(command(photos, cut, vae, launcher=two), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(photos, cut, vae, launcher=TORCHRUN[1:]), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in whole.glob("*.tar"))
     assert len(names) == 5 and names == sorted(path.name for path in cut.glob("*.tar"))

@@ -1,28 +1,17 @@
-"""scripts/guidance_grid.py, guidance_cost.py and show_routes.py on a small run of random weights."""
+"""scripts/guidance_grid.py and show_routes.py on a small run of random weights."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import dit
 import routing_module
 import sample
 from checkpoints.load import load_run
 from guidance import Guidance
+from scripts import guidance_grid, show_routes
 from tests.made_runs import make_run
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +21,7 @@ def run_folder(tmp_path_factory):
 
 
 def test_picture_has_a_row_a_method_and_scale(run_folder, tmp_path, capsys):
-    script("guidance_grid").main(["picture", f"ckpt={run_folder}", "seeds=0-3", "scales=[2.0]", f"out={tmp_path}"])
+    guidance_grid.main(["picture", f"ckpt={run_folder}", "seeds=0-3", "scales=[2.0]", f"out={tmp_path}"])
     said = capsys.readouterr().out
     assert said.count("GMACs") == 6 and "none: 2 calls" in said and "CFG, scale 2: 4 calls" in said
     with Image.open(tmp_path / "grid.png") as image:
@@ -41,10 +30,9 @@ def test_picture_has_a_row_a_method_and_scale(run_folder, tmp_path, capsys):
 
 def test_table_scores_each_row_over_several_sets_of_seeds(run_folder, digits, tmp_path, capsys):
     call = ["table", f"ckpt={run_folder}", "scales=[2.0]", "n=20", "repeats=2", f"digits={digits}", f"out={tmp_path}"]
-    grid = script("guidance_grid")
-    grid.main(call)
+    guidance_grid.main(call)
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["none", *grid.METHODS]
+    assert [row["method"] for row in rows] == ["none", *guidance_grid.METHODS]
     none, cfg, _, sparse, cheap, both = rows
     assert cfg["gmacs_per_image"] == pytest.approx(2 * none["gmacs_per_image"])
     assert cheap["gmacs_per_image"] < sparse["gmacs_per_image"] == both["gmacs_per_image"] < cfg["gmacs_per_image"]
@@ -52,28 +40,20 @@ def test_table_scores_each_row_over_several_sets_of_seeds(run_folder, digits, tm
     table = (tmp_path / "table.md").read_text()
     assert table.count("\n") == 8 and f"{sum(none['fd_mnist']) / 2:.2f} ±" in table
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.safetensors"))
-    grid.main(call)  # what was scored is read back
+    guidance_grid.main(call)  # what was scored is read back
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.safetensors")) == before
     assert json.loads((tmp_path / "table.json").read_text())["rows"] == rows
 
 
 def test_map_covers_the_pairs_with_strong_below_weak(run_folder, digits, tmp_path):
     call = ["map", f"ckpt={run_folder}", "gammas=[0.0,0.4,0.8]", "n=20", f"digits={digits}", f"out={tmp_path}"]
-    script("guidance_grid").main(call)
+    guidance_grid.main(call)
     values = torch.tensor(json.loads((tmp_path / "map.json").read_text())["fd_mnist"])
     assert torch.equal(values > 0, torch.ones(3, 3).triu(1).bool()) and (tmp_path / "map.png").is_file()
 
 
-def test_cost_is_counted_and_measured(capsys):
-    script("guidance_cost").main(["size=DiT-S/8", "batch_size=1", "repeats=1"])
-    said = capsys.readouterr().out
-    net = dit.DiT(size="DiT-S/8")
-    assert f"{2 * net.macs() / 1e9:.2f} GMACs" in said and "counted 0." in said and "measured" in said
-
-
 def test_routes_shown_are_those_that_sampling_draws(run_folder, tmp_path, monkeypatch):
-    show = script("show_routes")
-    show.main([f"ckpt={run_folder}", "seeds=0-1", f"out={tmp_path / 'routes.png'}"])
+    show_routes.main([f"ckpt={run_folder}", "seeds=0-1", f"out={tmp_path / 'routes.png'}"])
     with Image.open(tmp_path / "routes.png") as image:
         assert min(image.size) > 100
     run, drawn = load_run(run_folder), []
@@ -86,9 +66,9 @@ def test_routes_shown_are_those_that_sampling_draws(run_folder, tmp_path, monkey
     monkeypatch.setattr(routing_module, "draw_keep_ids", record)
     next(sample.generate(run, Guidance(gamma_strong=0.5), [0, 1], torch.tensor([0, 1])))
     for step, keep_ids in enumerate(drawn):
-        (mask,) = show.kept_tokens(run, [0, 1], 0.5, step)
+        (mask,) = show_routes.kept_tokens(run, [0, 1], 0.5, step)
         assert torch.equal(mask.nonzero()[:, 1].view(2, -1), keep_ids)
-    passes = show.through_blocks(run, [mask])
+    passes = show_routes.through_blocks(run, [mask])
     assert (
         passes[:, :2].all() and passes[:, 3:].all() and torch.equal(passes[:, 2], mask)
     )  # 6 blocks: the route is 2..2
@@ -98,4 +78,4 @@ def test_a_run_without_routes_has_none_to_show(tmp_path_factory):
     small = ["model=dit", "model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
     folder = make_run(tmp_path_factory.mktemp("runs") / "dense", small)
     with pytest.raises(ValueError, match="no routes"):
-        script("show_routes").main([f"ckpt={folder}"])
+        show_routes.main([f"ckpt={folder}"])

@@ -1,16 +1,9 @@
-"""Several processes as on several machines: compiled blocks under DDP, and two nodes that lose each other."""
+"""Compiled blocks under DDP."""
 
 import os
-import signal
 import subprocess
-import sys
-import time
 
-import pytest
-
-from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, verify_checkpoint
-from tests.conftest import COMPARED, numbers
-from tests.test_processes import ROOT, start, torchrun, wait_for
+from tests.conftest import ROOT, TORCHRUN
 
 COMPILED = """
 import sys
@@ -79,7 +72,7 @@ dist.destroy_process_group()
 def test_ddp_leaves_the_compiled_blocks_whole_and_the_numbers_equal(tmp_path):
     """As many graphs as one process has, within 1e-6: two micro-batches a step, gradient checkpointing off and on."""
     (tmp_path / "compiled.py").write_text(COMPILED)
-    command = [*torchrun(29670), str(tmp_path / "compiled.py"), str(ROOT)]
+    command = [*TORCHRUN, str(tmp_path / "compiled.py"), str(ROOT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -87,68 +80,3 @@ def test_ddp_leaves_the_compiled_blocks_whole_and_the_numbers_equal(tmp_path):
     assert len(lines) == 4
     for network, checkpointed, one, two, difference in lines:
         assert int(one) == int(two) > 0 and float(difference) < 1e-6, (network, checkpointed, one, two, difference)
-
-
-class Nodes:
-    """Two machines on one: two launchers of two processes each, which meet at a loopback address."""
-
-    def __init__(self, port, *overrides):
-        self.jobs = [start(self.command(port, rank), *overrides) for rank in (0, 1)]
-
-    @staticmethod
-    def command(port, rank):
-        return [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
-            "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port),
-        ]  # fmt: skip
-
-    def signal(self, rank, number):
-        """To all processes of a node."""
-        os.killpg(self.jobs[rank].pid, number)
-        for pid in children(self.jobs[rank].pid):  # torchrun starts each in a session of its own
-            os.kill(pid, number)
-
-    def wait(self, rank, seconds):
-        return self.jobs[rank].wait(seconds)
-
-    def finish(self, seconds=180):
-        for job in self.jobs:
-            out, err = job.communicate(timeout=seconds)
-            assert job.returncode == 0, err
-
-
-def children(pid):
-    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(child) for child in out.split()]
-
-
-@pytest.mark.slow
-def test_two_nodes_lose_each_other_and_the_run_comes_back_to_the_bit(tiny_overrides, tmp_path):
-    own = [*tiny_overrides, f"results_dir={tmp_path}", "train.max_steps=60", "train.save_every=5", "train.timeout_s=5"]
-    Nodes(29680, *own, "run_name=golden").finish()
-
-    lost = [*own, "run_name=lost"]
-    killed = Nodes(29681, *lost)
-    wait_for(tmp_path / "lost", 12, seconds=120)
-    killed.signal(1, signal.SIGKILL)
-    started = time.monotonic()
-    assert killed.wait(0, 60) != 0 and time.monotonic() - started < 30  # the node that is left ends by itself
-    before = latest_checkpoint(tmp_path / "lost")
-
-    cut_off = Nodes(29682, *lost)
-    wait_for(tmp_path / "lost", 30, seconds=120)
-    assert numbers(tmp_path / "lost")[-1]["step"] < 60
-    cut_off.signal(1, signal.SIGSTOP)  # it answers nothing, and its connections stay open
-    started = time.monotonic()
-    assert cut_off.wait(0, 60) != 0 and time.monotonic() - started < 30
-    cut_off.signal(1, signal.SIGCONT)  # the network is back, the job has gone
-    assert cut_off.wait(1, 60) != 0
-    for path in complete_checkpoints(tmp_path / "lost"):
-        verify_checkpoint(path)
-    assert latest_checkpoint(tmp_path / "lost").name > before.name >= "step_0000010"
-
-    Nodes(29683, *lost).finish()
-    assert numbers(tmp_path / "lost") == numbers(tmp_path / "golden")
-    for file in COMPARED:
-        found, golden = (latest_checkpoint(tmp_path / name) / file for name in ("lost", "golden"))
-        assert found.read_bytes() == golden.read_bytes(), file

@@ -76,8 +76,26 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert len(plot.named([tmp_path / "x" / "a", tmp_path / "y" / "a"])) == 2
 
 
+def test_the_summary_has_the_newest_score_and_samples(runs, capsys):
+    newest = runs / "a" / "eval" / "0000200-fd_mnist"
+    newest.mkdir()
+    score = {"fd_mnist": 1.234, "class_accuracy": 0.9876, "n": 1000, "network_calls": 38}
+    (newest / "metrics.json").write_text(json.dumps(score))
+    grid = runs / "a" / "samples" / "step_0000100-cfg2" / "grid.png"
+    Image.new("RGB", (8, 8)).save(grid)
+    plot.main(["summary", str(runs / "a")])
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = {name: value for name, _, value in (line.strip().rpartition("  ") for line in lines)}
+    assert {name.strip(): value.strip() for name, value in found.items()} == {
+        "steps": "100", "seconds of training": "50", "images/s (median)": "32", "fd_mnist": "1.23",
+        "class accuracy": "0.988", "samples scored": "1,000", "network calls an image": "38",
+    }  # fmt: skip
+    assert last == f"  samples: {grid}"
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["nowhere"], "nowhere/metrics.jsonl does not exist"), (["x=steps"], "needed: python scripts/plot.py RUN"),
+    (["summary"], "needed: python scripts/plot.py RUN"), (["summary", "nowhere"], "metrics.jsonl does not exist"),
     (["nowhere", "x=hours"], "x=hours; needed: one of steps, seconds, images"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(arguments, said):

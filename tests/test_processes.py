@@ -1,8 +1,7 @@
-"""Real processes: two on gloo train what one trains; signals, death, hanging."""
+"""Real processes: two on gloo train what one trains; signals. What they survive: tests/faults.py."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
-from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, verify_checkpoint
-from system import UserError, cli
+from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors
+from system import UserError
 from system.files import reserve
 from system.launchers import refuse_flags, usable_cpus
-from tests.conftest import COMPARED, numbers
-
-ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+from tests.conftest import COMPARED, ROOT, TORCHRUN, numbers
 
 
 def start(command, *overrides):
@@ -30,10 +25,6 @@ def start(command, *overrides):
         [*command, "train.py", *overrides], cwd=ROOT, env=environment, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def torchrun(port):
-    return [*TORCHRUN, str(port)]
 
 
 def wait_for(folder, step, seconds=60):
@@ -73,7 +64,7 @@ def settings(tiny_overrides, tmp_path_factory):
 @pytest.fixture(scope="module")
 def golden(settings):
     """90 undisturbed steps on two processes."""
-    job = start(torchrun(29611), *settings[0], "run_name=golden")
+    job = start(TORCHRUN, *settings[0], "run_name=golden")
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
     return settings[1] / "golden", out
@@ -98,54 +89,19 @@ def test_two_processes_train_the_run_of_one(golden, settings):
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_nothing_is_lost(golden, settings, number, rank):
     name = f"run_name=signal{number.value}"
     folder = settings[1] / name.partition("=")[2]
-    job = start(torchrun(29620 + number.value), *settings[0], name)
+    job = start(TORCHRUN, *settings[0], name)
     wait_for(folder, 20)
-    sent = time.monotonic()
     os.kill(workers(job)[rank], number)
     out, err = job.communicate(timeout=60)
-    assert time.monotonic() - sent < 30
     assert f"stopped by {number.name} after step" in out and "exitcode  : 75" in err
     stopped = numbers(folder)[-1]["step"]
     assert latest_checkpoint(folder).name == f"step_{stopped:07d}" and 20 <= stopped < 90
-    job = start(torchrun(29620 + number.value), *settings[0], name)
+    job = start(TORCHRUN, *settings[0], name)
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0 and "from" in out, err
     assert numbers(folder) == numbers(golden[0])
     for file in COMPARED:
         assert (latest_checkpoint(folder) / file).read_bytes() == (latest_checkpoint(golden[0]) / file).read_bytes()
-
-
-def test_a_killed_process_ends_the_job_in_seconds_and_is_named(settings):
-    folder = settings[1] / "killed"
-    job = start(torchrun(29650), *settings[0], "run_name=killed", "train.max_steps=100000", "train.save_every=10")
-    wait_for(folder, 20)
-    os.kill(workers(job)[1], signal.SIGKILL)
-    killed = time.monotonic()
-    out, err = job.communicate(timeout=60)
-    assert job.returncode != 0 and time.monotonic() - killed < 10
-    assert "rank      : 1" in err
-    for path in complete_checkpoints(folder):
-        verify_checkpoint(path)
-
-
-def test_a_hung_process_ends_the_job_at_the_timeout_and_is_named(settings):
-    folder = settings[1] / "hung"
-    job = start(torchrun(29651), *settings[0], "run_name=hung", "train.max_steps=100000", "train.timeout_s=5")
-    wait_for(folder, 20)
-    hung = workers(job)[1]
-    os.kill(hung, signal.SIGSTOP)
-    stopped = time.monotonic()
-    try:
-        for line in job.stderr:
-            if "not answering: [1]" in line:
-                break
-        else:
-            raise AssertionError("the hung process was not named")
-        assert time.monotonic() - stopped < 5 + 5
-    finally:
-        os.kill(hung, signal.SIGKILL)
-    job.communicate(timeout=60)
-    assert job.returncode != 0
 
 
 def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
@@ -159,7 +115,7 @@ def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
         "    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))\n"
         "try:\n    train.check_replicas(model, 2, dist)\nexcept ValueError as error:\n    print(error, flush=True)\n"
     )
-    done = subprocess.run([*torchrun(29652), str(script), str(ROOT)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*TORCHRUN, str(script), str(ROOT)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at step 2 the weights of processes [1] differ") == 2
 
@@ -177,7 +133,7 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
         "sys.exit(train.train(cli.load_config('config', sys.argv[2:])))\n"
     )
     keys = [*settings[0], "run_name=poisoned", "train.save_every=5", "train.log_every=10"]
-    command = [*torchrun(29653), str(script), str(ROOT), *keys]
+    command = [*TORCHRUN, str(script), str(ROOT), *keys]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "exitcode  : 3" in done.stderr and "a gradient of step 6 was not finite" in done.stdout, done.stderr
     assert latest_checkpoint(settings[1] / "poisoned").name == "step_0000005"
@@ -185,7 +141,7 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
 
 
 def test_a_run_goes_on_with_another_number_of_processes(golden, settings):
-    job = start(torchrun(29654), *settings[0], "run_name=world", "train.max_steps=30", "train.val_every=30")
+    job = start(TORCHRUN, *settings[0], "run_name=world", "train.max_steps=30", "train.val_every=30")
     assert job.communicate(timeout=120) and job.returncode == 0
     job = start([sys.executable], *settings[0], "run_name=world")
     out, err = job.communicate(timeout=120)
@@ -200,15 +156,15 @@ ON_ONE_CPU = (  # or a lone process under accelerate would take all of them, as 
 )
 
 
-def accelerate(port, *flags):
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+def accelerate(*flags):
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]  # a free one
     return [sys.executable, "-c", ON_ONE_CPU, *launch, *flags]
 
 
 LAUNCHED = {  # launcher, signal, exit code that the caller sees
-    "torchrun": (torchrun(29660), signal.SIGTERM, 1),
-    "torchrun, which knows no SIGUSR1": (torchrun(29661), signal.SIGUSR1, -signal.SIGUSR1),
-    "accelerate, one process": (accelerate(29662, "--num_processes", "1", "--cpu"), signal.SIGTERM, -signal.SIGTERM),
+    "torchrun": (TORCHRUN, signal.SIGTERM, 1),
+    "torchrun, which knows no SIGUSR1": (TORCHRUN, signal.SIGUSR1, -signal.SIGUSR1),
+    "accelerate, one process": (accelerate("--num_processes", "1", "--cpu"), signal.SIGTERM, -signal.SIGTERM),
 }
 
 
@@ -250,7 +206,7 @@ def test_flags_of_the_launcher_that_change_nothing_are_refused(variable, value, 
 
 
 def test_flags_that_the_launcher_keeps_to_itself_are_refused_as_well():
-    command = accelerate(29663, "--num_processes", "1", "--cpu", "--gradient_accumulation_steps", "2")
+    command = accelerate("--num_processes", "1", "--cpu", "--gradient_accumulation_steps", "2")
     done = subprocess.run([*command, "train.py", "--cfg", "job"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("error: --gradient_accumulation_steps of the launcher") == 1
 
@@ -310,44 +266,13 @@ def test_sigterm_to_the_launcher_leaves_an_evaluation_at_once(settings, digits):
         f"eval.digits={digits}", "eval.seeds=0-9999", "eval.steps=50", "eval.every=5", "train.save_every=100",
     ]  # fmt: skip
     folder = settings[1] / "evaluated"
-    job = start(torchrun(29660), *settings[0], *keys)
+    job = start(TORCHRUN, *settings[0], *keys)
     wait_for(folder, 5)
     time.sleep(1.5)
     job.terminate()
-    sent = time.monotonic()
-    told = next(line for line in job.stdout if "stopped by SIGTERM after step 5, saved" in line)
-    assert told and time.monotonic() - sent < 5
-    job.communicate(timeout=60)
-    assert time.monotonic() - sent < 15  # an interpreter's end included
+    assert any("stopped by SIGTERM after step 5, saved" in line for line in job.stdout)
+    job.communicate(timeout=60)  # to score all 10,000 images takes much longer
     assert latest_checkpoint(folder).name == "step_0000005"
-
-
-def test_an_evaluation_that_fails_on_one_process_is_told_once_and_all_go_on(settings, digits, tmp_path):
-    keys = [
-        f"data.path={digits}", "data.input_size=28", "data.num_classes=10", "model.size=DiT-XS/4", "run_name=failing",
-        f"eval.digits={digits}", "eval.seeds=0-99", "eval.steps=2", "eval.every=2", "train.val_every=0",
-        "preview.every=0", "train.max_steps=4",
-    ]  # fmt: skip
-    failing = program(
-        tmp_path,
-        "from checkpoints.load import Run\npredict = Run.predict\ndef fail(self, *arguments):\n"
-        "    if os.environ['RANK'] == '1':\n        raise RuntimeError('made to fail')\n"
-        "    return predict(self, *arguments)\nRun.predict = fail\n",
-    )
-    folder = settings[1] / "failing"
-    trained_before(*settings[0], *keys, "train.max_steps=2")  # a resume evaluates first
-    job = start([*torchrun(29661), failing], *settings[0], *keys)
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 0, err
-    assert err.count("warning: evaluation failed on process 1: Traceback") == 2  # at steps 2 and 4
-    assert err.count("RuntimeError: made to fail") == 2
-    assert [line["step"] for line in numbers(folder) if "train/loss" in line] == [1, 2, 3, 4]
-    assert latest_checkpoint(folder).name == "step_0000004"
-
-
-def trained_before(*overrides):
-    """A run in this process."""
-    assert train.train(cli.load_config("config", overrides)) == 0
 
 
 def test_an_error_of_one_process_is_told_once_with_its_traceback(settings, tmp_path):
@@ -357,32 +282,16 @@ def test_an_error_of_one_process_is_told_once_with_its_traceback(settings, tmp_p
         "    if number == 5 and plan.rank == 1:\n        raise RuntimeError('made to fail')\n"
         "    return step(state, objective, latents, batches, number, plan, cfg)\ntrain.train_step = fail\n",
     )
-    job = start([*torchrun(29662), failing], *settings[0], "run_name=raising")
+    job = start([*TORCHRUN, failing], *settings[0], "run_name=raising")
     out, err = job.communicate(timeout=120)
     assert job.returncode != 0 and err.count("process 1 failed first:") == 1 and "lost the others" not in err, err
     assert err.count("RuntimeError: made to fail") == 1 and ", in fail\n" in err
 
 
 def test_a_mistake_of_the_users_is_told_once(settings):
-    job = start(torchrun(29664), *settings[0], "train.max_step=3")
+    job = start(TORCHRUN, *settings[0], "train.max_step=3")
     out, err = job.communicate(timeout=120)
     assert job.returncode != 0 and err.count("unknown key 'train.max_step'") == 1, err
-
-
-def test_processes_that_see_different_checkpoints_do_not_start(settings, tmp_path):
-    keys = ["run_name=disagree", "train.save_every=10", "train.val_every=0", "preview.every=0"]
-    trained_before(*settings[0], *keys, f"results_dir={tmp_path / 'here'}", "train.max_steps=20")
-    shutil.copytree(tmp_path / "here", tmp_path / "there")
-    shutil.rmtree(tmp_path / "there" / "disagree" / "checkpoints" / "step_0000020")
-    before = sorted(tmp_path.rglob("*"))
-    apart = program(
-        tmp_path, f"sys.argv.append('results_dir={tmp_path}/' + ('here', 'there')[int(os.environ['RANK'])])"
-    )
-    job = start([*torchrun(29663), apart], *settings[0], *keys)
-    out, err = job.communicate(timeout=120)
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "process 0 has step_0000020, process 1 has step_0000010" in line and "exitcode  : 2" in err
-    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "changed.py"])
 
 
 def test_sweeps_give_a_complete_run_a_job(settings):
@@ -400,7 +309,7 @@ def test_muon_averages_and_contrasts_on_two_processes_are_those_of_one(settings)
     """Each process orthogonalizes half of the matrices; the weights are compared bit for bit after each step."""
     keys = ["optimizer=muon", "ema=power", "objective=rf", "objective.contrastive=0.05", "train.max_steps=12"]
     keys += ["train.check_replicas_every=1", "train.micro_batch_size=4", "preview.every=0", "train.val_every=12"]
-    jobs = [start(torchrun(29655), *settings[0], *keys, "run_name=muon2")]
+    jobs = [start(TORCHRUN, *settings[0], *keys, "run_name=muon2")]
     jobs += [start([sys.executable], *settings[0], *keys, "run_name=muon1")]
     for job in jobs:
         _, err = job.communicate(timeout=120)

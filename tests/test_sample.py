@@ -15,18 +15,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch._dynamo.utils import counters
 
+import conditions
 import export
 import rf
 import sample
 from autoencoder import VAECodec, to_uint8
-from checkpoints import gallery
+from checkpoints import gallery, generate
+from checkpoints.generate import generate_latents, load_weak
 from checkpoints.load import load_run
+from checkpoints.naming import settings_name
 from guidance import Guidance
 from system import cli, files
+from system.settings import parse
+from tests.conftest import TORCHRUN
 from tests.made_runs import make_run
 
 SPARSE = Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="random")
@@ -47,8 +51,8 @@ def runs(tmp_path_factory, tiny_overrides):
 
 
 def latents(run, seeds, guidance=SPARSE, **sampler):
-    labels = sample.labels_for(run.num_classes, seeds, "random")
-    return sample.generate_latents(run, guidance, seeds, labels, OmegaConf.to_container(run.config.sampler) | sampler)
+    condition = conditions.choose("random", seeds, run.pool)
+    return generate_latents(run, guidance, seeds, condition, run.settings.sampler | sampler)
 
 
 def images(folder, seeds):
@@ -76,8 +80,7 @@ def test_an_image_depends_on_its_seed_alone(runs, name, sampler):
 
 def test_two_processes_make_what_one_makes(runs, tmp_path):
     call = ["sample.py", f"ckpt={runs['rf']}", "guidance=sparse", "seeds=0-9", "batch_size=4", "precision=fp32"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29653]
-    done = command(*torchrun, *call, f"out={tmp_path / 'two'}")
+    done = command(*TORCHRUN[1:], *call, f"out={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     sample.main([*call[1:], f"out={tmp_path / 'one'}"])
     assert_same_images(images(tmp_path / "two", range(10)), images(tmp_path / "one", range(10)))
@@ -146,7 +149,7 @@ def test_a_codec_of_other_latents_is_refused_before_the_first_step(runs, codec, 
     run = load_run(runs["rf"], device="cpu")
     run.codec = codec
     codec._vae = codec.path and vae_of(4)
-    monkeypatch.setattr(sample, "generate_latents", None)
+    monkeypatch.setattr(generate, "generate_latents", None)
     with pytest.raises(ValueError, match=needed):
         list(sample.generate(run, Guidance(), [0, 1]))
 
@@ -199,7 +202,7 @@ def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
 @pytest.mark.parametrize("wrong", ["steps=0", "sampler=rf sampler.solver=rk4", "sampler=edm sampler.rho=-1"])
 def test_a_refused_call_does_not_claim_its_folder(runs, tmp_path, wrong):
     call = [f"ckpt={runs['rf']}", "seeds=0-1", f"out={tmp_path / 'out'}"]
-    with pytest.raises(ValueError, match="num_steps|solver|rho"):
+    with pytest.raises(ValueError, match="steps|solver|rho"):
         sample.main([*call, *wrong.split()])
     assert not (tmp_path / "out").exists()
     sample.main([*call, "steps=1"])  # the corrected call
@@ -246,9 +249,10 @@ def test_images_are_written_while_the_next_are_made_and_none_is_lost(tmp_path, m
 
 
 def test_labels_are_balanced_random_or_one_class(runs, tmp_path):
-    assert sample.labels_for(3, range(5), "balanced").tolist() == [0, 1, 2, 0, 1]
-    drawn = sample.labels_for(3, range(300), "random")
-    assert torch.equal(drawn[100:], sample.labels_for(3, range(100, 300), "random")) and drawn.bincount().min() > 60
+    pool = torch.arange(3)
+    assert conditions.choose("balanced", range(5), pool).tolist() == [0, 1, 2, 0, 1]
+    drawn, later = (conditions.choose("random", range(start, 300), pool) for start in (0, 100))
+    assert torch.equal(drawn[100:], later) and drawn.bincount().min() > 60
     made = {}
     for label in (1, 2):
         sample.main([f"ckpt={runs['rf']}", "seeds=0-2", f"class_idx={label}", f"out={tmp_path / str(label)}"])
@@ -315,8 +319,8 @@ def test_a_table_hashes_the_weak_branchs_file_once(runs, tmp_path, monkeypatch):
     hashed = hashed_files(monkeypatch)
     run = load_run(runs["rf"])
     for _ in range(2):
-        sample.load_cached.cache_clear()  # as other rows' weak branches do
-        weak = sample.load_weak(run, Guidance(1.5, weak_label="same", weak_ckpt=str(tmp_path / "weak")))
+        generate.load_cached.cache_clear()  # as other rows' weak branches do
+        weak = load_weak(run, Guidance(1.5, weak_label="same", weak_ckpt=str(tmp_path / "weak")))
         assert len(weak.sha256) == 64 and hashed.count("model.safetensors") == 1
 
 
@@ -345,31 +349,48 @@ def test_without_ckpt_the_shipped_run_serves(runs, tmp_path, monkeypatch, capsys
 
 def test_weak_branch_of_the_runs_own_early_checkpoint(runs):
     run = load_run(runs["rf"])
-    weak = sample.load_weak(run, Guidance(1.5, weak_label="same", weak_ckpt="earliest"))
-    assert weak.step == 1 and run.step == 2 and sample.load_weak(run, Guidance(1.0, weak_ckpt="earliest")) is run
-    sg_fid = sample.guidance_from(cli.load_config("sample", ["guidance=sg_fid"]))
+    weak = load_weak(run, Guidance(1.5, weak_label="same", weak_ckpt="earliest"))
+    assert weak.step == 1 and run.step == 2 and load_weak(run, Guidance(1.0, weak_ckpt="earliest")) is run
+    sg_fid = sampling("guidance=sg_fid").alone
     guided, plain = (torch.cat(list(sample.generate(run, g, range(4)))) for g in (sg_fid, Guidance()))
     assert guided.shape == (4, 3, 8, 8) and not torch.equal(guided, plain)
 
 
-def test_every_setting_has_its_own_folder_name():
-    routed = dict(gamma_strong=0.2, gamma_weak=0.7)
+def sampling(*overrides):
+    return parse(sample.Sampling, cli.load_config("sample", overrides))
+
+
+def test_every_setting_has_its_own_folder_name(runs):
     settings = [
-        Guidance(), Guidance(gamma_strong=0.3), Guidance(1.5), Guidance(2.5), Guidance(1.5, weak_label="random"),
-        Guidance(1.5, scale_end=2.0), Guidance(1.5, (0.2, 0.6)), Guidance(1.5, cfg_channels=3), SPARSE,
-        Guidance(1.5, **routed), Guidance(1.5, weak_label="same", gamma_weak=0.7),
-        Guidance(1.5, weak_label="same", gamma_weak=0.7, gamma_weak_end=0.0),
-        Guidance(1.5, weak_label="same", weak_ckpt="earliest"),
-        Guidance(1.5, weak_ckpt="a"), Guidance(1.5, weak_ckpt="b"),
+        [], ["gamma_strong=0.3"], ["scale=1.5"], ["scale=2.5"], ["scale=1.5", "weak_label=random"],
+        ["scale=1.5", "scale_end=2.0"], ["scale=1.5", "interval=[0.2,0.6]"], ["scale=1.5", "cfg_channels=3"],
+        ["guidance=sparse"], ["guidance=sparse", "weak_label=none"], ["scale=1.5", "weak_label=same", "gamma_weak=0.7"],
+        ["scale=1.5", "weak_label=same", "gamma_weak=0.7", "gamma_weak_end=0.0"],
+        ["scale=1.5", "weak_label=same", "weak_ckpt=earliest"], ["scale=1.5", "weak_ckpt=a"],
+        ["scale=1.5", "weak_ckpt=b"], ["weights=raw"], ["labels=random"], ["class_idx=1"], ["sampler=rf"],
+        ["sampler=rf", "sampler.shift=2"], ["codec.bias=1.0"], ["data.path=a"], ["compile=blocks"], ["precision=bf16"],
     ]  # fmt: skip
-    names = [sample.settings_name(guidance, steps) for guidance in settings for steps in (None, 20)]
-    assert len(set(names)) == len(names) and not any("/" in name for name in names)
-    assert sample.settings_name(Guidance(1.5, weak_label="same", **routed), None) == "sparse1.5-0.2-0.7"
+    names = {settings_name(sampling(*chosen, *steps)) for chosen in settings for steps in ([], ["steps=20"])}
+    assert len(names) == 2 * len(settings) and not any("/" in name for name in names)
+    sparse = sampling("guidance=sparse", "steps=20")
+    assert settings_name(sparse) == "scale-1.5_gamma_strong-0.2_gamma_weak-0.7_weak_label-same_steps-20"
+    run, told = load_run(runs["rf"]), "step_0000002-scale-1.5_gamma_strong-0.2_gamma_weak-0.7_weak_label-same_steps-20"
+    assert sample.default_folder(run, sparse) == runs["rf"] / "samples" / told
+    # What no image depends on is not in the name, and no precision=auto that came to what the default is.
+    unnamed = sampling("guidance=sparse", "steps=20", "seeds=0-3", "npz=true", "batch_size=3", "precision=fp32")
+    assert sample.default_folder(run, unnamed) == sample.default_folder(run, sparse)
+    run.precision, run.compile = "bf16", "blocks"
+    assert sample.default_folder(run, sparse).name == f"{told}_precision-bf16_compile-blocks"
+
+
+def test_a_long_name_is_cut_and_ends_with_its_digest():
+    long, other = (settings_name(sampling(f"weak_ckpt={'a' * 300}{end}")) for end in "xy")
+    assert len(long) == len(other) == 200 and long != other and long[:187] == other[:187]
 
 
 BAD = [
     ("rf", ["class_idx=3"], "class 0..2"),
-    ("rf", ["labels=some"], "balanced, random or a class"),
+    ("rf", ["labels=some"], "balanced, random or a whole number"),
     ("rf", ["seeds=9-1"], "0-63"),
     ("rf", ["guidance=sparse", "gamma_weak=1.0"], r"\[0, 1\)"),
     ("rf", ["guidance=sparse", "gamma_strong=0.8"], "gamma_strong <"),
@@ -391,7 +412,7 @@ BAD = [
     ("rf", ["sampler=edm", "sampler.shift=2"], "unknown key"),
     ("rf", ["sampler=edm", "sampler.sigma_min=low"], "low"),
     ("rf", ["batch_size=0"], "batch_size"),
-    ("rf", ["steps=0"], "num_steps"),
+    ("rf", ["steps=0"], "steps=0; needed: a whole number of at least 1"),
     ("rf", ["steps=few"], "steps"),
     ("rf", ["weights=best"], "ema or raw"),
     ("rf", ["precision=fp16"], "fp32 or bf16"),

@@ -8,21 +8,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
-from omegaconf import OmegaConf
 
 import train as training
 from checkpoints import run_folder
-from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, step_of, verify_checkpoint
-from system import UserError, cli
+from checkpoints.config import Train
+from checkpoints.load import build_network
+from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_config, read_tensors, step_of
+from system import UserError
 from tests.conftest import COMPARED, ROOT, assert_same_run, numbers, write_shard
+from tests.made_runs import made_settings
 from training.guard import FiniteGuard
-from training.prepare import open_data
+from training.prepare import batch_plan, open_data
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
 
@@ -78,14 +80,13 @@ def test_ema_and_learning_rate(run):
     _, folder = run("ema", "train.max_steps=1")
     model, ema = (read_tensors(latest_checkpoint(folder) / name) for name in ("model.safetensors", "ema.safetensors"))
     torch.manual_seed(0)
-    config = OmegaConf.load(folder / "config.yaml")
-    start = training.instantiate(config.model).state_dict()
+    start = build_network(read_config(latest_checkpoint(folder))).state_dict()
     key = "x_embedder.proj.weight"
     torch.testing.assert_close(ema[key], start[key] + (1 - 2 / 11) * (model[key] - start[key]))
     _, folder = run("constant", "train.max_steps=1", "train.ema_ramp=false", "train.grad_clip=null")
     model, ema = (read_tensors(latest_checkpoint(folder) / name) for name in ("model.safetensors", "ema.safetensors"))
     torch.testing.assert_close(ema[key], start[key] + (1 - 0.999) * (model[key] - start[key]))
-    schedule = OmegaConf.create(dict(lr=1.0, warmup_steps=4, decay_steps=5, max_steps=10))
+    schedule = Train(lr=1.0, warmup_steps=4, decay_steps=5, max_steps=10)
     rates = [training.learning_rate(step, schedule) for step in range(1, 11)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
@@ -298,23 +299,21 @@ def test_going_back_to_an_older_checkpoint_loses_nothing(run, kept, capsys):
     assert len(list((folder / "checkpoints").glob("abandoned_*"))) == 1
 
 
-def test_a_key_newer_than_the_checkpoint_means_its_default(run, capsys):
+def test_a_key_newer_than_the_checkpoint_means_its_default(run):
     def forget(folder, key):  # as a version without it would have saved
-        config = OmegaConf.load(latest_checkpoint(folder) / "config.yaml")
-        section, name = key.split(".")
-        config[section].pop(name)
-        OmegaConf.save(config, latest_checkpoint(folder) / "config.yaml")
-        entries = json.loads((latest_checkpoint(folder) / "manifest.json").read_text())
         path = latest_checkpoint(folder) / "config.yaml"
+        config, (section, name) = yaml.safe_load(path.read_text()), key.split(".")
+        del config[section][name]
+        path.write_text(yaml.safe_dump(config))
+        entries = json.loads((latest_checkpoint(folder) / "manifest.json").read_text())
         entries["files"]["config.yaml"] = {"bytes": path.stat().st_size, "sha256": run_folder.sha256_of(path)}
         (latest_checkpoint(folder) / "manifest.json").write_text(json.dumps(entries))
 
     _, folder = run("older", stop_after=2)
-    forget(folder, "model.fp32_after_route")
-    with pytest.raises(UserError, match="model.fp32_after_route is newer than the checkpoint.*is True"):
-        run("older", "model.fp32_after_route=true")
+    forget(folder, "optimizer.weight_decay")
+    with pytest.raises(UserError, match="another run: optimizer.weight_decay was 0.0, is 0.1"):
+        run("older", "optimizer.weight_decay=0.1")
     assert run("older")[0] == 0
-    assert capsys.readouterr().out.count("older than model.fp32_after_route=False") == 1
 
 
 def test_file_systems_without_locks_cost_a_warning(run, monkeypatch, capsys):
@@ -342,9 +341,7 @@ def test_a_renamed_checkpoint_is_one(run):
         sample.load_run(best)
 
 
-@pytest.mark.parametrize(
-    "override", ["resume=true", "resume=3", "optimizer.betas=[0.9]", "optimizer.betas=[0.9,1.5]", "train.save=later"]
-)
+@pytest.mark.parametrize("override", ["resume=true", "resume=3", "optimizer.betas=[0.9]", "optimizer.betas=[0.9,1.5]"])
 def test_what_cannot_be_is_refused_in_words(run, override):
     with pytest.raises(UserError, match=override.partition("=")[0]):
         run("refused", override)
@@ -354,7 +351,7 @@ def test_a_run_that_is_past_its_last_step_says_so(run, capsys):
     run("past", "train.max_steps=3")
     assert run("past", "train.max_steps=2")[0] == 0
     out = capsys.readouterr().out
-    assert "is at step 3, past train.max_steps=2" in out and "trained to step 2" not in out
+    assert "trained to step 3, past train.max_steps=2: nothing to do" in out and "trained to step 2" not in out
 
 
 def asked_to_stop(monkeypatch, target, name):
@@ -378,7 +375,7 @@ def test_work_between_steps_is_left_at_once_and_made_again(run, digits, monkeypa
             "model.size=DiT-XS/4", f"eval.digits={digits}", "eval.seeds=0-9", "eval.steps=2",
         ],
     }[what]  # fmt: skip
-    function = {"evaluation": (training.fid, "evaluate"), "validation": (training, "validation_losses")}
+    function = {"evaluation": (training, "evaluate"), "validation": (training, "validation_losses")}
     with monkeypatch.context() as patch:
         asked_to_stop(patch, *function.get(what, (training, "preview")))
         code, folder = run(what, *settings, "train.save_every=4")
@@ -393,76 +390,69 @@ def test_work_between_steps_is_left_at_once_and_made_again(run, digits, monkeypa
     assert made == 1
 
 
+DIED = {  # where a job is killed, what the step's log has then: nothing, the validation, and the scores, too
+    "validation_losses": [],
+    "score_ema": ["val/loss_dense"],
+    "preview": ["val/loss_dense", "eval/fd_mnist"],
+}
+
+
+@pytest.mark.parametrize("died_in", DIED)
+def test_a_run_killed_after_a_checkpoint_does_what_was_due_and_is_missing(run, digits, monkeypatch, died_in):
+    keys = [
+        f"data.path={digits}", "data.input_size=28", "data.num_classes=10", "model.size=DiT-XS/4", "train.val_every=3",
+        f"eval.digits={digits}", "eval.seeds=0-9", "eval.steps=2", "eval.every=3", "preview.every=3",
+        "train.max_steps=4",
+    ]  # fmt: skip
+    _, golden = run("golden", *keys)
+
+    class Killed(BaseException):
+        """Nothing handles it, as nothing handles SIGKILL."""
+
+    def die(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, died_in, die)
+        with pytest.raises(Killed):
+            run("killed", *keys)
+    folder = golden.with_name("killed")
+    last = [line for line in numbers(folder) if line["step"] == 3]
+    assert latest_checkpoint(folder).name == "step_0000003" and "train/loss" in last[0]
+    assert [name for line in last[1:] for name in line if name in DIED["preview"]] == DIED[died_in]
+
+    made = []
+    for name in DIED:
+        work = getattr(training, name)
+        monkeypatch.setattr(training, name, lambda *args, name=name, work=work: made.append(name) or work(*args))
+    assert run("killed", *keys)[0] == 0
+    assert made == list(DIED)[len(DIED[died_in]) :] + list(DIED)  # what step 3 lacks, then all of step 4
+    assert_same_run(golden, folder)
+    for pattern in ("samples/*.png", "eval/*/metrics.json"):
+        found, wanted = ({p.relative_to(f): p.read_bytes() for p in f.glob(pattern)} for f in (folder, golden))
+        assert found.keys() == wanted.keys() and len(found) == 2
+        assert found == wanted or pattern.startswith("eval")  # which says how many seconds it took
+    made.clear()
+    assert run("killed", *keys)[0] == 0 and not made  # a finished run is not validated or scored again
+
+
+def test_going_back_makes_the_previews_of_the_steps_that_follow_anew(run):
+    _, folder = run("anew", "preview.every=2", "train.save_every=2", "train.max_steps=4")
+    grid = folder / "samples" / "step_0000004.png"
+    before = grid.read_bytes()
+    keys = ["train.lr=0.1", "resume_allow=[train.lr]", f"resume={folder}/checkpoints/step_0000002"]
+    run("anew", "preview.every=2", "train.max_steps=4", *keys)
+    assert grid.read_bytes() != before
+
+
 def test_every_evaluation_has_its_checkpoint_before_it(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(training.fid, "extractor_and_reference", lambda settings: ("extractor", "reference"))
-    monkeypatch.setattr(training, "evaluate", lambda run: seen.append(latest_checkpoint(run.run_folder).name) or {})
+    monkeypatch.setattr(training, "extractor_and_reference", lambda settings: ("extractor", "reference"))
+    monkeypatch.setattr(
+        training, "score_ema", lambda settings, state, folder: seen.append(latest_checkpoint(folder).name) or {}
+    )
     run("before", "eval.every=3", "train.save_every=4")
     assert seen == ["step_0000003", "step_0000006", "step_0000007"]
-
-
-def test_saving_in_the_background_writes_the_same_bytes_and_training_goes_on(run, monkeypatch):
-    _, waited = run("sync", "train.save_every=3", "train.max_steps=12")
-    seal, saving, trained = run_folder.seal, threading.Event(), threading.Event()
-
-    def slow(path):  # of the first save's files: until training has come further
-        if threading.current_thread() is not threading.main_thread() and "step_0000003" in str(path):
-            saving.set()
-            assert trained.wait(30)
-        return seal(path)
-
-    step = training.train_step
-
-    def counted(state, objective, latents, batches, number, plan, cfg):
-        if number == 6:  # three steps after the save
-            assert saving.wait(30) and not steps_in(waited.with_name("async"))
-            trained.set()
-        return step(state, objective, latents, batches, number, plan, cfg)
-
-    monkeypatch.setattr(run_folder, "seal", slow)
-    monkeypatch.setattr(training, "train_step", counted)
-    code, background = run("async", "train.save=async", "train.save_every=3", "train.max_steps=12")
-    assert code == 0 and steps_in(background) == steps_in(waited) == [3, 6, 9, 12]
-    assert numbers(background) == numbers(waited)
-    for a, b in zip(complete_checkpoints(waited), complete_checkpoints(background)):
-        verify_checkpoint(b)
-        for name in COMPARED:
-            assert (a / name).read_bytes() == (b / name).read_bytes(), (a.name, name)
-
-
-def test_a_stop_gives_up_the_save_in_the_background_for_its_own(run, monkeypatch):
-    import training.saving
-
-    save_file, close, calls, stopping = run_folder.save_file, training.saving.Saver.close, [], threading.Event()
-
-    def slow(tensors, path):
-        if "step_0000003" in str(path):
-            calls.append(path.name)
-            assert stopping.wait(30)
-        save_file(tensors, path)
-
-    def waits(saver):
-        if saver.given_up.is_set():
-            stopping.set()
-        close(saver)
-
-    monkeypatch.setattr(run_folder, "save_file", slow)
-    monkeypatch.setattr(training.saving.Saver, "close", waits)
-    code, folder = run("given_up", "train.save=async", "train.save_every=3", stop_after=5)
-    assert code == EXIT_START_AGAIN and len(calls) == 1 and steps_in(folder) == [5]
-    assert not list((folder / "checkpoints").glob(".tmp_*"))
-
-
-def test_what_fails_in_the_background_is_raised_at_a_next_step(run, monkeypatch):
-    import training.saving
-
-    def full(tensors, path):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(training.saving, "PAUSES_S", (0.01,))
-    monkeypatch.setattr(run_folder, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        run("full_later", "train.save=async", "train.save_every=2", "train.max_steps=100000")
 
 
 CHANGES = {
@@ -516,8 +506,8 @@ def test_a_second_job_on_the_same_folder_is_refused(run):
 
 
 def test_digits_made_at_a_new_path_are_announced(tmp_path, capsys):
-    cfg = cli.load_config("config", [f"data.path={tmp_path}/typo"])
-    open_data(cfg, PartialState(cpu=True))
+    settings, dist = made_settings([f"data.path={tmp_path}/typo"]), PartialState(cpu=True)
+    open_data(settings, dist, batch_plan(settings.train, dist))
     assert capsys.readouterr().out.count("typo does not exist: the digits are made there; data=folder") == 1
-    open_data(cfg, PartialState(cpu=True))
+    open_data(settings, dist, batch_plan(settings.train, dist))
     assert not capsys.readouterr().out

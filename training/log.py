@@ -18,7 +18,7 @@ from tqdm import tqdm
 from checkpoints.config import Settings
 from checkpoints.curves import log_lines
 from system import UserError, cli
-from system.processes import Elsewhere, Preempted
+from system.processes import Elsewhere, Preempted, from_first
 from training.prepare import TrainState
 from training.trackers import TRACKERS
 
@@ -44,7 +44,7 @@ class Log:
 
     def __init__(self, settings: Settings, run_folder: Path, start_step: int, dist: PartialState):
         self.settings, self.dist, self.path = settings.train, dist, run_folder / "metrics.jsonl"
-        self.resumed_at, self.there = start_step, names_at(self.path, start_step)
+        self.resumed_at, self.there = start_step, from_first(lambda: " ".join(made_at(run_folder, start_step))).split()
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
         self.started, self.paused, self.waited = clocks(), 0.0, 0.0
         self.skipped, self.unwritten, self.warned = 0.0, "", set()
@@ -59,7 +59,8 @@ class Log:
         )  # fmt: skip
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether the log had such values of this step when the run was resumed."""
+        """Whether the run had such values, or a preview, of this step when it was resumed: the same on all processes,
+        of which none may wait for work that another holds to be there."""
         return step == self.resumed_at and any(name.startswith(prefix) for name in self.there)
 
     def say(self, text: str) -> None:
@@ -160,10 +161,16 @@ class Log:
                 tracker.finish()
 
 
-def names_at(log: Path, step: int) -> set[str]:
-    """The names of the values that a run's log has of a step."""
+def preview_path(run_folder: Path, step: int) -> Path:
+    return run_folder / "samples" / f"step_{step:07d}.png"
+
+
+def made_at(run_folder: Path, step: int) -> set[str]:
+    """The names of the values that a run's log has of a step, and "preview" where there is one."""
+    log = run_folder / "metrics.jsonl"
     lines = log_lines(log) if log.is_file() else ()
-    return {name for _, _, values in lines if values is not None and values["step"] == step for name in values}
+    names = {name for _, _, values in lines if values is not None and values["step"] == step for name in values}
+    return names | ({"preview"} if preview_path(run_folder, step).is_file() else set())
 
 
 def clocks() -> np.ndarray:
