@@ -110,6 +110,8 @@ def train(settings: Settings) -> int:
     state = build_state(settings, dist, objective, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
     check_sampling(settings, state.ema)
+    if settings.eval.every:
+        extractor_and_reference(settings.eval)
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.train.fingerprint)
     lock = reserve_run_folder(run_folder, settings, state.step) if dist.is_main_process else contextlib.nullcontext()
@@ -146,7 +148,6 @@ def check_sampling(settings: Settings, ema: Run) -> None:
     if settings.preview.every:
         check_request(ema, settings.preview, preview_condition(settings.preview, ema), settings.preview.num_images)
     if settings.eval.every:
-        extractor_and_reference(settings.eval)
         condition = conditions.choose(settings.eval.labels, settings.eval.all_seeds[:1], ema.pool)
         check_request(ema, settings.eval, condition, settings.eval.batch_size)
 
@@ -384,6 +385,8 @@ def dump_bad_step(settings: Settings, loaded: TrainingData, run_folder: Path, st
 def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan, objective: Objective) -> int:
     """Builds the run, prints its cost and takes one step on noise; reads and writes no data -> exit code 0."""
     state = build_state(settings, dist, objective, new=True)
+    state.ema.pool = conditions.pool(state.model.null_condition, kept=state.model.null_condition)
+    check_sampling(settings, state.ema)
     if dist.num_processes > 1:
         state.net = wrap(state.model, objective)
     noise = seeded_generator(settings.seed, "dry run", dist.process_index, device=dist.device)
