@@ -52,7 +52,7 @@ def test_pictures_need_not_be_square(tmp_path):
 def test_made_shards_are_made_again_only_when_damaged(tmp_path, capsys):
     write_idx(tmp_path / "files")
     keys = ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"]
-    cfg = cli.load_config("config", keys)
+    settings = made_settings(keys)
     open_data(cfg, PartialState(cpu=True))
     assert capsys.readouterr().out.count("made does not exist: data.source's pictures are made there") == 1
     shard = tmp_path / "made/val-000000.tar"
@@ -124,7 +124,7 @@ def test_bad_files_get_one_line_and_leave_nothing(case, tmp_path, capsys):
     file = tmp_path / "files" / name
     contents = damage(file.read_bytes())
     file.write_bytes(contents) if contents is not None else file.unlink()
-    cfg = cli.load_config("config", ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"])
+    settings = made_settings(["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"])
     with pytest.raises(SystemExit) as refused, cli.user_errors():
         open_data(cfg, PartialState(cpu=True))
     error = capsys.readouterr().err
