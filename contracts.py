@@ -89,19 +89,18 @@ def pixel_mean(error: torch.Tensor) -> torch.Tensor:
     return mean if weight is None else weight * mean
 
 
+def muon_matrices(net: Network) -> list[nn.Parameter]:
+    """What Muon takes, in the network's order: the 2-D weights of `all_blocks`, but not those `left_to_adamw`."""
+    taken = set()
+    for block in net.all_blocks:
+        left = tuple(f"{name}." for name in getattr(block, "left_to_adamw", ()))
+        taken |= {p for name, p in block.named_parameters() if p.ndim == 2 and not name.startswith(left)}
+    return [p for p in net.parameters() if p in taken]
+
+
 def check_members(net: Network) -> None:
     """Raises ValueError with the members of the contract that a network lacks."""
     lacking = [name for name in Network.__annotations__ if not hasattr(net, name)]
     lacking += [name for name in ("forward", "macs") if getattr(type(net), name) is getattr(Network, name)]
     if lacking:
         raise ValueError(f"{type(net).__name__} lacks {', '.join(lacking)}; needed: every member of contracts.Network")
-
-
-def muon_matrices(net: Network) -> list[nn.Parameter]:
-    """The weights that Muon takes, in the order of net.parameters()."""
-    left = [
-        m for block in net.all_blocks for name in getattr(block, "left_to_adamw", ()) for m in [getattr(block, name)]
-    ]
-    excluded = {id(p) for module in left for p in module.parameters()}
-    inside = {id(p) for block in net.all_blocks for p in block.parameters()} - excluded
-    return [p for p in net.parameters() if p.ndim == 2 and id(p) in inside]

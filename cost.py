@@ -3,20 +3,18 @@
 Multiply-adds (MACs) are those of one forward pass at batch 1: matrix products and attention, as in DiT's "Gflops". A
 training step counts as three forward passes (the backward pass is two), a MAC as two FLOPs.
 
-Memory is that of one process in an uncompiled training step, which is run on tensors without data. Compiled blocks keep
-less. A text counts as one token.
+Memory is that of one process in an uncompiled step, which is run on tensors without data. A text counts as one token.
 """
 
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from bisect import bisect
+from collections.abc import Callable, Iterable
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,12 +31,12 @@ from system.settings import parse
 
 BYTES_PER_PARAMETER = 20  # float32 weights, gradients, EMA and Adam's two moments
 COUNTED = 997  # images of the counted step: a prime, so that a tensor's size tells whether it grows with their number
+WAYS = ("routed", "routed checkpointed", "dense", "dense checkpointed")
 
 
 def cost_table(model: Network, settings: Settings) -> str:
     """Lines on parameters, forward pass, state, and the whole run by settings.train and settings.hardware."""
-    parameters = [p.numel() for p in model.parameters()]
-    total = sum(parameters)
+    total, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
     dense, routed = model.macs(), model.macs(Routing())
     forward, hours = f"{dense / 1e9:.3f} GMACs dense", f"{gpu_hours(routed, settings):.3g} GPU-hours"
     if model.routes:
@@ -47,10 +45,9 @@ def cost_table(model: Network, settings: Settings) -> str:
         hours += f" (dense: {gpu_hours(dense, settings):.3g})"
     averages, train, hardware = len(settings.ema.widths or ()), settings.train, settings.hardware
     state = "weights, gradients, EMA, Adam's moments" + (f", {averages} power averages" if averages else "")
-    if settings.optimizer.name == "muon":
-        state += " (one moment less of Muon's matrices)"
+    state += " (one moment less of Muon's matrices)" if settings.optimizer.name == "muon" else ""
     return "\n".join([
-        f"parameters {total / 1e6:.2f} M in {len(parameters)} tensors",
+        f"parameters {total / 1e6:.2f} M in {tensors} tensors",
         f"forward    {forward}",
         f"state      {total * (BYTES_PER_PARAMETER + 4 * averages) / 1e9:.3f} GB: {state} in float32",
         f"run        {train.max_steps} steps x {train.global_batch_size} images: {hours} "
@@ -64,9 +61,8 @@ def gpu_hours(macs: int, settings: Settings) -> float:
     return flops / (settings.hardware.peak_tflops * 1e12 * settings.hardware.mfu) / 3600
 
 
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of one process. peak(micro-batch, dense=, checkpointed=): of a step at its fullest, state included."""
+class StepMemory(NamedTuple):
+    """Bytes of one process. peak(micro_batch, dense=, checkpointed=): of a step at its fullest, state included."""
 
     state: int  # between two steps: 16 a parameter with AdamW
     gradients: int  # 4 a parameter
@@ -74,38 +70,121 @@ class StepMemory:
 
 
 def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepMemory:
-    """Of an uncompiled step on a type of device, "cuda" or "cpu"."""
-    # Always on CPU tensors: those of CUDA have no backward pass without a driver.
-    fake, live, attention = FakeTensorMode(), LiveBytes(), as_on_gpus if device == "cuda" else nullcontext
-    bf16 = settings.train.precision == "bf16" or settings.train.precision == "auto" and device == "cuda"
-    with fake, live:
+    """Of an uncompiled step on a device of type "cuda" or "cpu". All is counted on the CPU: CUDA would need a driver."""
+    bf16 = settings.train.precision in ("bf16", "auto" if device == "cuda" else "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as made:
         net, objective = build_network(settings), build(settings.objective, Objective, "objective")
-        update_peak = count_update(net, settings, processes, live)
-    state, gradients = live.now, sum(p.nbytes for p in net.parameters() if p.requires_grad)
-    live.drop_gradients(net)
+        state, update = count_update(net, settings, processes, made)
+    gradients = sum(p.nbytes for p in net.parameters() if p.requires_grad)
 
     @cache
     def count(dense: bool, checkpointed: bool) -> np.ndarray:
         for block in net.all_blocks:
             block.recompute = checkpointed
-        live.start(COUNTED)
-        with fake, live, attention():
-            backward(net, objective, COUNTED, routed=not dense, bf16=bf16)
-        return np.array(live.rows)  # (tensors made, 3)
+        with fake, as_on_gpus(device == "cuda"):
+            return count_backward(net, objective, dense, bf16, made.alive)
 
     def peak(micro_batch: int, *, dense=False, checkpointed=settings.train.gradient_checkpointing) -> int:
-        fixed, per_image, made = count(dense, checkpointed).T
-        # Several processes hold them always, as the buckets that they exchange; accumulation from its first pass on.
-        held = processes > 1 or micro_batch < settings.train.global_batch_size
-        in_backward = fixed + per_image * micro_batch + (gradients if held else made)
-        return max(int(in_backward.max()), update_peak)
+        held = processes > 1 or micro_batch < settings.train.global_batch_size  # as DDP's buckets, or sums so far
+        living = count(dense, checkpointed) @ (1, micro_batch, not held) + held * gradients
+        return state + max(int(living.max()), update)
 
     return StepMemory(state, gradients, peak)
 
 
-def memory_table(*a, **k):
-    return "memory"
+@torch.no_grad()
+def count_update(net: Network, settings: Settings, processes: int, live: "LiveBytes") -> tuple[int, int]:
+    """Bytes between two steps, and those beyond them while optimizer and EMA work. `live` has counted the network."""
+    parameters, averages = list(net.parameters()), 1 + len(settings.ema.widths or ())
+    averaged = [p.clone() for p in parameters * averages]
+    matrices = muon_matrices(net) if settings.optimizer.name == "muon" else []
+    optimizers = [torch.optim.AdamW([p for p in parameters if p not in set(matrices)], fused=True)]
+    optimizers += [torch.optim.Muon(matrices, ns_steps=settings.optimizer.ns_steps)] if matrices else []
+    for p in parameters:
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    kept = sum(p.nbytes for p in matrices[::processes])  # by training/optimizer.py, in case the step is undone
+    for optimizer in optimizers:
+        optimizer.step()
+    torch._foreach_lerp_(averaged, parameters * averages, 0.1)
+    net.zero_grad()
+    total = np.cumsum(live.events, axis=0) @ (1, COUNTED, 1)
+    return int(total[-1]), int(total.max() - total[-1]) + kept
 
 
-def out_of_memory(*a):
-    return "oom"
+def count_backward(net: Network, objective: Objective, dense: bool, bf16: bool, known: Iterable) -> np.ndarray:
+    """What lives during a micro-batch's forward and backward pass: (events, 3), the parts as in LiveBytes."""
+    with LiveBytes(known) as live:
+        x, condition = torch.empty(COUNTED, *net.latent_shape), conditions.repeat(net.null_condition, COUNTED, "cpu")
+        hooks = [p.register_post_accumulate_grad_hook(live.set_aside) for p in net.parameters() if p.requires_grad]
+        routing = None if dense else net.training_routing(COUNTED, None, x.device)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            errors = objective.errors(partial(net, routing=routing), x, condition)
+            loss = net.reduce(*errors, routing).mean()
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return np.cumsum(live.events, axis=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """events: changes of the bytes of tensors made within, in three parts: what does not grow with the COUNTED images;
+    what does, per image; and gradients that were set aside. known: storages that were there before."""
+
+    def __init__(self, known: Iterable[torch.UntypedStorage] = ()):
+        super().__init__()
+        self.alive, self.events = weakref.WeakSet(known), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]:
+            if storage not in self.alive:
+                self.alive.add(storage)
+                per_image, rest = divmod(storage.nbytes(), COUNTED)
+                fixed, per_image = (storage.nbytes(), 0) if rest else (0, per_image)
+                self.events.append((fixed, per_image, 0))
+                weakref.finalize(storage, self.events.append, (-fixed, -per_image, 0))
+        return out
+
+    def set_aside(self, parameter: torch.nn.Parameter) -> None:
+        nbytes, parameter.grad = parameter.grad.nbytes, None
+        self.events.append((0, 0, nbytes))
+
+
+def memory_table(settings: Settings, micro_batch: int, *, device: str, processes: int = 1) -> str:
+    """Lines on the peak of one process and, with hardware.memory_gb, the largest micro-batch that fits."""
+    memory, limit = step_memory(settings, device=device, processes=processes), settings.hardware.memory_gb
+    ways = {way: partial(memory.peak, dense="dense" in way, checkpointed="checkpointed" in way) for way in WAYS}
+    peaks = ", ".join(f"{peak(micro_batch) / 1e9:.2f} GB {name}" for name, peak in ways.items())
+    parts = f"state {memory.state / 1e9:.2f}, gradients {memory.gradients / 1e9:.2f}"
+    told = f"memory     {peaks}, at micro-batch {micro_batch}: {parts}"
+    if limit is None:
+        return told
+    largest = ", ".join(f"{bisect(range(1, 2**20), limit * 1e9, key=peak)} {name}" for name, peak in ways.items())
+    return f"{told}\nfits       {limit:g} GB: a micro-batch of {largest}"
+
+
+def out_of_memory(settings: Settings, micro_batch: int, rows: int, limit: int, processes: int) -> str:
+    """After an out-of-memory error: what was predicted, and the nearest setting that fits into `limit` bytes.
+    The micro-batch has to divide `rows`, the images of a process in a step."""
+    peak = step_memory(settings, device="cuda", processes=processes).peak
+    found = f"{peak(micro_batch) / 1e9:.2f} GB were predicted, the device has {limit / 1e9:.2f}"
+    needed = [f"train.micro_batch_size={n}" for n in range(1, micro_batch) if rows % n == 0 and peak(n) <= limit][-1:]
+    if not settings.train.gradient_checkpointing and peak(micro_batch, checkpointed=True) <= limit:
+        needed.append("train.gradient_checkpointing=true")
+    return f"out of memory at micro-batch {micro_batch}: {found}; needed: {' or '.join(needed) or 'a smaller model'}"
+
+
+def main(overrides: list[str]) -> None:
+    if set(overrides) & {"-h", "--help"}:
+        print(__doc__.strip())
+        return
+    settings = parse(Settings, cli.load_config("config", overrides))
+    with torch.device("meta"):  # shapes without memory
+        model = build_network(settings)
+    print(f"model      {type(model).__name__} {model.name}\n{cost_table(model, settings)}")
+    print(memory_table(settings, settings.train.micro_batch_size or settings.train.global_batch_size, device="cuda"))
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main(sys.argv[1:])

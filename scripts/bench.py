@@ -19,6 +19,7 @@ growth: multiply-adds, and the memory of a step beyond its state, as cost.py cou
 tokens, at micro-batch 32, with one quantity changed at a time. Prints the slopes on logarithmic axes, and draws them.
 """
 
+import dataclasses
 import json
 import math
 import platform
@@ -35,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
@@ -44,12 +44,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import conditions
 import cost
 import data
 import dit
-import sample
-from checkpoints.load import round_linears
-from data import BatchPlan
+from autoencoder import PixelCodec
+from checkpoints.config import Settings
+from checkpoints.generate import count_calls, generate_latents
+from checkpoints.load import Run, build_network, round_linears
+from contracts import Objective
 from data.encoding import LatentEncoding
 from data.shards import finalize, shard_name, write_shard
 from guidance import Guidance
@@ -57,12 +60,14 @@ from randomness import normal, seeded_generator, uniform
 from routing_module import Routing, num_kept
 from scripts.plot import canvas, markdown
 from system import UserError, cli
+from system.building import build
 from system.compiling import compile_blocks, decide_compile
-from system.instantiate import instantiate
 from system.processes import start_processes
-from train import set_learning_rate, train_step, update_ema
+from system.settings import parse
+from train import train_step
+from training.ema import update_ema
 from training.log import TimedBatches
-from training.prepare import TrainState, batch_plan, build, resolve_config, settle_precision
+from training.prepare import TrainingData, TrainState, batch_plan, build_objective, build_state, settle_precision
 
 ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -99,9 +104,9 @@ class PlainBlock(dit.Block):
 class PlainDiT(dit.DiT):
     """DiT's function, written plainly: labels are checked on the host, all tokens are sorted and copied."""
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, routing: Routing | None = None):
-        assert y.max() <= self.num_classes
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, *, routing: Routing | None = None):
+        assert condition.max() <= self.num_classes
+        c = self.t_embedder(t) + self.y_embedder(condition)  # (B, D)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         (B, N, D), routes = x.shape, self.routes if routing is not None else ()
         starts, ends = ({getattr(r, end): r for r in routes} for end in ("start_layer_idx", "end_layer_idx"))
@@ -113,73 +118,72 @@ class PlainDiT(dit.DiT):
             x = block(x, c)
             if i in ends:
                 x = full.scatter(1, keep, x)
-        return dit.unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
+        return dit.unpatchify(self.final_layer(x, c), self.patch_size, self.grid)
 
 
-def plain_state(cfg: DictConfig, device: torch.device) -> TrainState:
+def plain_state(ours: TrainState, settings: Settings) -> TrainState:
     """PlainDiT with PyTorch's default AdamW. Raises UserError for networks other than DiT."""
-    if cfg.model._target_ != "dit.DiT":
-        raise UserError(f"--compare has a plain form of dit.DiT only, not of {cfg.model._target_}; needed: model=tread")
-    settings = {key: value for key, value in cfg.model.items() if key != "_target_"}
-    model, ema = (PlainDiT(**settings, block=PlainBlock).to(device) for _ in range(2))
+    target = settings.model["_target_"]
+    if target != "dit.DiT":
+        raise UserError(f"--compare has a plain form of dit.DiT only, not of {target}; needed: model=tread")
+    arguments = {key: value for key, value in settings.model.items() if key != "_target_"}
+    model, ema = (PlainDiT(**arguments, block=PlainBlock).to(ours.ema.device) for _ in range(2))
+    how = settings.optimizer
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.train.lr, betas=tuple(cfg.optimizer.betas), eps=cfg.optimizer.eps,
-        weight_decay=cfg.optimizer.weight_decay,
-    )  # fmt: skip
-    return TrainState(model, model, ema.requires_grad_(False), optimizer, guard=None)
+        model.parameters(), lr=settings.train.lr, betas=how.betas, eps=how.eps, weight_decay=how.weight_decay
+    )
+    averages = {"ema": ema.requires_grad_(False)}
+    return dataclasses.replace(ours, net=model, model=model, averages=averages, optimizer=optimizer)
 
 
-def plain_step(
-    state: TrainState, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
-) -> None:
+def plain_step(settings: Settings, loaded: TrainingData, state: TrainState, batches: Iterator) -> None:
     """our_step, written plainly."""
-    device, losses = state.model.pos_embed.device, []
+    train, plan, device, losses = settings.train, loaded.plan, state.ema.device, []
     for micro in range(plan.accumulation):
         raw, y = (tensor.to(device) for tensor in next(batches))
-        rows = plan.slice(seeded_generator(cfg.seed, "train", step, device=device), micro)
-        x = latents.to_model_input(raw, rows)
-        y = torch.where(uniform(y.shape, rows, device=device) < cfg.train.label_dropout, state.model.num_classes, y)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
-            loss = objective.loss(partial(state.model, routing=Routing(generators=rows)), x, y, rows).mean()
+        rows = plan.slice(seeded_generator(settings.seed, "train", state.step, device=device), micro)
+        x = loaded.train.to_model_input(raw, rows)
+        y = torch.where(uniform(y.shape, rows, device=device) < train.label_dropout, state.model.num_classes, y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            routing = Routing(generators=rows)
+            errors = state.objective.errors(partial(state.model, routing=routing), x, y, rows)
+            loss = state.model.reduce(*errors, routing).mean()
         (loss / plan.accumulation).backward()
         losses.append(loss.item())
-    nn.utils.clip_grad_norm_(state.model.parameters(), cfg.train.grad_clip)
-    plain_update(state, cfg)
+    nn.utils.clip_grad_norm_(state.model.parameters(), train.grad_clip)
+    plain_update(state, settings)
 
 
-def plain_update(state: TrainState, cfg: DictConfig) -> None:
+def plain_update(state: TrainState, settings: Settings) -> None:
     """The plain step's optimizer and EMA."""
     state.optimizer.step()
     state.optimizer.zero_grad()
     with torch.no_grad():
-        for averaged, p in zip(state.ema.parameters(), state.model.parameters()):
-            averaged.mul_(cfg.train.ema_decay).add_(p, alpha=1 - cfg.train.ema_decay)
+        for averaged, p in zip(state.averages["ema"].parameters(), state.model.parameters()):
+            averaged.mul_(settings.train.ema_decay).add_(p, alpha=1 - settings.train.ema_decay)
 
 
 # Our step
 
 
-def our_step(
-    state: TrainState, objective, latents: data.Latents, batches: Iterator, step: int, plan: BatchPlan, cfg: DictConfig
-) -> None:
-    train_step(state, objective, latents, batches, step, plan, cfg)
-    update_ema(state.ema, state.model, cfg.train.ema_decay)
+def our_step(settings: Settings, loaded: TrainingData, state: TrainState, batches: Iterator) -> None:
+    train_step(settings, loaded, state, batches)
+    update_ema(state.averages["ema"], state.model, settings.train.ema_decay)
 
 
-def our_update(state: TrainState, cfg: DictConfig) -> None:
+def our_update(state: TrainState, settings: Settings) -> None:
     """Our step's optimizer and EMA."""
     state.optimizer.step()
-    update_ema(state.ema, state.model, cfg.train.ema_decay)
+    update_ema(state.averages["ema"], state.model, settings.train.ema_decay)
 
 
-def noise_latents(folder: Path, cfg: DictConfig) -> data.Latents:
-    """Shards of noise of the config's shape, large enough that no epoch ends within the counted steps."""
-    shape, noise = (cfg.data.channels, cfg.data.input_size, cfg.data.input_size), seeded_generator("bench")
-    n = max(16 * cfg.train.global_batch_size, 256)
-    arrays = (normal(shape, noise).mul(0.5).half().numpy() for _ in range(n))
-    samples = ((f"{i:06d}", array, i % cfg.data.num_classes) for i, array in enumerate(arrays))
-    write_shard(folder / shard_name("train", 0), samples)
-    finalize(folder, LatentEncoding("sample_scaled"), num_classes=cfg.data.num_classes)
+def noise_latents(folder: Path, settings: Settings) -> data.Latents:
+    """Shards of noise of the latents' shape, large enough that no epoch ends within the counted steps."""
+    noise, classes = seeded_generator("bench"), settings.data.num_classes
+    n = max(16 * settings.train.global_batch_size, 256)
+    arrays = (normal(settings.data.latent_shape, noise).mul(0.5).half().numpy() for _ in range(n))
+    write_shard(folder / shard_name("train", 0), ((f"{i:06d}", array, i % classes) for i, array in enumerate(arrays)))
+    finalize(folder, LatentEncoding("sample_scaled"), num_classes=classes)
     return data.open_latents(folder)
 
 
@@ -264,39 +268,38 @@ def count(work: Callable[[], object]) -> OpCounter:
     return counter
 
 
-def bench(cfg: DictConfig, compare: bool, rounds: int = ROUNDS) -> dict:
+def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
     """The report: figures of the whole run and, under `kinds`, those of each kind of step."""
     dist = start_processes()
     if dist.num_processes > 1:
         raise UserError(f"bench.py measures one process; started with {dist.num_processes}")
-    cfg, device = resolve_config(cfg, dist), dist.device
-    plan = batch_plan(cfg.train, dist)
-    settle_precision(cfg, dist, plan.micro_batch_size)
-    state, objective = build(cfg, dist, new=False)
+    plan, device = batch_plan(settings.train, dist), dist.device
+    # Trained on noise at the full rate, weights would diverge, and CPUs are slow where numbers underflow.
+    slow = dataclasses.replace(
+        settings.train, lr=settings.train.lr / max(settings.train.warmup_steps, 1), warmup_steps=0
+    )
+    settings = settle_precision(dataclasses.replace(settings, train=slow), dist)
+    state = build_state(settings, dist, build_objective(settings, plan.micro_batch_size), new=False)
     model = state.model
     if not model.routes:
         raise UserError("the model has no routes to compare with; needed: model=tread")
     states = {"ours": (state, our_step, our_update)}
     if compare:
-        states["plain"] = plain_state(cfg, device), plain_step, plain_update
-    for each, _, _ in states.values():
-        # Trained on noise at the full rate, weights would diverge, and CPUs are slow where numbers underflow.
-        set_learning_rate(each.optimizer, 1, cfg.train)
+        states["plain"] = plain_state(state, settings), plain_step, plain_update
     ways = {"dense": (), "routed": model.routes}
     report = {(whose, way): {} for whose in states for way in ways}
 
     with tempfile.TemporaryDirectory() as folder:
-        latents, on_gpu = noise_latents(Path(folder), cfg), device.type == "cuda"
-        workers = cfg.data.num_workers
+        latents, on_gpu = noise_latents(Path(folder), settings), device.type == "cuda"
+        loaded, workers = TrainingData(latents, latents, plan), settings.data.num_workers
         loader = data.make_loader(latents, plan, num_steps=10**6, num_workers=workers, pin_memory=on_gpu)
-        batches, taken = TimedBatches(iter(loader)), 0
+        batches = TimedBatches(iter(loader))
 
         def step(whose: str, way: str) -> None:
-            nonlocal taken
-            taken += 1
             state, take, _ = states[whose]
+            state.step += 1
             state.model.routes = ways[way]
-            take(state, objective, latents, batches, taken, plan, cfg)
+            take(settings, loaded, state, batches)
 
         def each_step() -> None:
             for kind in report:
@@ -304,7 +307,7 @@ def bench(cfg: DictConfig, compare: bool, rounds: int = ROUNDS) -> dict:
 
         each_step()
         updates = {
-            whose: with_gradients(state, torch.zeros_like, lambda: count(lambda: update(state, cfg)))
+            whose: with_gradients(state, torch.zeros_like, lambda: count(lambda: update(state, settings)))
             for whose, (state, _, update) in states.items()
         }
         for (whose, way), row in report.items():  # counted eagerly: compiled blocks hide their operators
@@ -321,8 +324,8 @@ def bench(cfg: DictConfig, compare: bool, rounds: int = ROUNDS) -> dict:
             if whose == "ours":  # the counter does not know the plain step's attention on CPUs
                 row["gmacs_counted"] = flops.get_total_flops() / 2 / 3 / plan.global_batch_size / 1e9
             row["product_s"] = product_seconds(counter.products, device)
-        compiled, why_not = decide_compile(cfg.train.compile, device)
-        compile_blocks(model, compiled)
+        compiled, why_not = decide_compile(settings.train.compile, device)
+        compile_blocks(model.all_blocks, compiled)
         counters.clear()
         each_step()
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
@@ -350,15 +353,17 @@ def bench(cfg: DictConfig, compare: bool, rounds: int = ROUNDS) -> dict:
     predicted, realised = gmacs["dense"] / gmacs["routed"], ours["dense"]["step_s"] / ours["routed"]["step_s"]
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if on_gpu else on_cpu
-    peak = next((peak for known, peak in PEAK_TFLOPS.items() if known in name and cfg.train.precision == "bf16"), None)
+    peak = next(
+        (peak for known, peak in PEAK_TFLOPS.items() if known in name and settings.train.precision == "bf16"), None
+    )
     parameters = sum(p.numel() for p in model.parameters())
     return {
-        "model": cfg.model.size, "parameters": parameters, "state_gb": parameters * cost.BYTES_PER_PARAMETER / 1e9,
+        "model": f"{type(model).__name__} {model.name}", "parameters": parameters, "state_gb": parameters * cost.BYTES_PER_PARAMETER / 1e9,
         "batch": f"{plan.micro_batch_size} x {plan.accumulation}", "device": name, "torch": torch.__version__,
-        "precision": cfg.train.precision, "compile": f"{compiled}, {why_not}" if why_not else compiled,
-        "gradient_checkpointing": cfg.train.gradient_checkpointing, "steps_timed": rounds * STEPS,
+        "precision": settings.train.precision, "compile": f"{compiled}, {why_not}" if why_not else compiled,
+        "gradient_checkpointing": settings.train.gradient_checkpointing, "steps_timed": rounds * STEPS,
         "speedup_predicted": predicted, "speedup_measured": realised, "measured_over_predicted": realised / predicted,
-        "optimizer": cfg.optimizer.name, "optimizer_s": optimizer_s,
+        "optimizer": settings.optimizer.name, "optimizer_s": optimizer_s,
         "optimizer_share": {way: optimizer_s / ours[way]["step_s"] for way in ways},
         "data_wait": waited, "graphs": graphs, "graph_breaks": breaks, "recompiles": recompiles,
         "peak_tflops": peak, "mfu": peak and {way: ours[way]["tflops"] / peak for way in ways},
@@ -390,37 +395,43 @@ def show(report: dict) -> str:
 # Guidance and growth
 
 
+def load(*overrides: str) -> Settings:
+    return parse(Settings, cli.load_config("config", overrides))
+
+
 def bench_guidance(overrides: Sequence[str]) -> None:
     """Prints multiply-adds and seconds of one prediction: both methods alternate, and times are medians."""
     base = ["objective=rf", "guidance@eval=sparse", "eval.gamma_strong=0.3", "train.global_batch_size=4"]
-    cfg = cli.load_config("config", [*BASE, *base, "train.precision=fp32", *overrides])
-    precision, seeds, device = cfg.train.precision, range(cfg.train.global_batch_size), start_processes().device
-    sparse = Guidance(cfg.eval.scale, None, cfg.eval.gamma_strong, cfg.eval.gamma_weak, "same")
-    methods = {"classifier-free": Guidance(cfg.eval.scale), "sparse": sparse}
-    net = instantiate(cfg.model)
+    settings = load(*BASE, *base, "train.precision=fp32", *overrides)
+    seeds, device = range(settings.train.global_batch_size), start_processes().device
+    precision, methods = settings.train.precision, {"classifier-free": Guidance(settings.eval.scale)}
+    methods["sparse"] = dataclasses.replace(settings.eval.alone, weak_label="same")
+    net = build_network(settings)
     if precision == "bf16":
         round_linears(net)
-    run = sample.Run(net.to(device).eval(), instantiate(cfg.objective), None, cfg, device, precision)
-    labels, seconds, macs = sample.labels_for(run.num_classes, seeds, "random"), {name: [] for name in methods}, {}
+    objective, one = build(settings.objective, Objective, "objective"), {"num_steps": 1}
+    pool = conditions.pool(net.null_condition)
+    run = Run(net.to(device).eval(), objective, PixelCodec(), settings, device, precision, pool=pool)
+    labels, seconds = conditions.choose("random", seeds, pool), {name: [] for name in methods}
     for repeat in range(ROUNDS + 1):
         for name, guidance in methods.items():
-            draw = lambda: sample.generate_latents(run, guidance, seeds, labels, {"num_steps": 1})
+            draw = lambda: generate_latents(run, guidance, seeds, labels, one)
             seconds[name] += [seconds_of(draw, device)][: repeat > 0]  # the first one warms up
-            macs[name] = run.macs
+    macs = {name: count_calls(run, guidance, steps=1)[1] for name, guidance in methods.items()}
     for name in methods:
         print(f"{name:16} {macs[name] / 1e9:7.2f} GMACs an image, {statistics.median(seconds[name]):.3f} s a batch")
     counted = macs["sparse"] / macs["classifier-free"]
     measured = statistics.median(a / b for a, b in zip(seconds["sparse"], seconds["classifier-free"]))
-    where = f"{cfg.model.size}, batch {len(seeds)}, {precision}, {device.type}"
+    where = f"{net.name}, batch {len(seeds)}, {precision}, {device.type}"
     print(f"sparse / classifier-free: counted {counted:.3f}, measured {measured:.3f} ({where})")
 
 
 def step_costs(overrides: list[str]) -> tuple[float, float]:
     """(multiply-adds of a step's forward passes, bytes of a step beyond the state), routed."""
-    cfg = cli.load_config("config", [*BASE, "train.precision=bf16", "train.global_batch_size=32", *overrides])
+    settings = load(*BASE, "train.precision=bf16", "train.global_batch_size=32", *overrides)
     with torch.device("meta"):
-        model = instantiate(cfg.model)
-    memory, batch = cost.step_memory(cfg, device="cuda"), cfg.train.global_batch_size
+        model = build_network(settings)
+    memory, batch = cost.step_memory(settings, device="cuda"), settings.train.global_batch_size
     return batch * model.macs(Routing()), memory.peak(batch) - memory.state
 
 
@@ -450,7 +461,7 @@ def main(arguments: list[str]) -> None:
     elif verb == "growth":
         growth(Path(rest[0] if rest else "runs/growth.png"))
     else:
-        report = bench(cli.load_config("config", [key for key in rest if key != "--compare"]), "--compare" in rest)
+        report = bench(load(*(key for key in rest if key != "--compare")), "--compare" in rest)
         print(show(report))
         print(json.dumps(report))
 

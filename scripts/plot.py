@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from PIL import Image
 
+from checkpoints.curves import read_log
 from evaluation.table import SCORES
 from system import UserError, cli
-from training.curves import read_log
 
 X = {"steps": "step", "seconds": "seconds", "images": "images"}  # names in the log
 PANELS = {

@@ -31,19 +31,22 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checkpoints.config import Positive, Settings
+from checkpoints.curves import read_log
 from checkpoints.run_folder import complete_checkpoints, step_of
+from fid import Calc
 from scripts.plot import LINES, canvas, logarithmic, markdown
 from system import UserError, cli
 from system.files import write_text_atomic
 from system.launchers import end_with_parent, usable_cpus
-from training.curves import read_log
+from system.settings import parse
 
 SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
 POLL_S = 0.5
@@ -67,6 +70,17 @@ class Race:
     save_every: int | None = None  # steps from one checkpoint to the next; None = keep_every
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The keys of configs/race.yaml."""
+
+    name: str
+    records: str = "records"
+    runs: str = "runs/race"
+    at_once: Positive = 2
+    only: tuple[str, ...] | None = None
+
+
 def as_yaml(race: Race) -> str:
     return OmegaConf.to_yaml(dataclasses.asdict(race))
 
@@ -78,14 +92,14 @@ def run_names(race: Race) -> dict[str, tuple[str, int]]:
 
 def main(argv: list[str]) -> None:
     verb, overrides = cli.verb(argv, __doc__, ("run", "show"))
-    cfg = cli.load_config("race", overrides)
-    race = load_race(cfg.name)
-    folder = record_folder(Path(cfg.records), cfg.name, race)
+    command = parse(Command, cli.load_config("race", overrides))
+    race = load_race(command.name)
+    folder = record_folder(Path(command.records), command.name, race)
     if verb == "run":
-        check(cfg, race)
-        run(cfg, race, folder)
+        check(command, race)
+        run(command, race, folder)
     elif not folder.is_dir():
-        raise UserError(f"{cfg.records} has no record of {cfg.name}; needed: python scripts/race.py run")
+        raise UserError(f"{command.records} has no record of {command.name}; needed: python scripts/race.py run")
     if verb == "show" or not missing_runs(race, folder):
         show(race, folder)
         print((folder / "table.md").read_text(), end="")
@@ -126,25 +140,25 @@ def missing_runs(race: Race, folder: Path) -> list[str]:
 # Running
 
 
-def check(cfg: DictConfig, race: Race) -> None:
+def check(command: Command, race: Race) -> None:
     """Raises UserError for what cannot be run, before the first run."""
-    if unknown := set(cfg.only or ()) - set(race.contestants):
+    if unknown := set(command.only or ()) - set(race.contestants):
         raise UserError(f"only={sorted(unknown)}; needed: of {', '.join(race.contestants)}")
-    if cfg.at_once * race.cores > usable_cpus():
-        raise UserError(f"at_once={cfg.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
+    if command.at_once * race.cores > usable_cpus():
+        raise UserError(f"at_once={command.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
     for contestant in race.contestants:
-        cli.load_config("config", training_overrides(race, contestant))
-        cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant)])
+        parse(Settings, cli.load_config("config", training_overrides(race, contestant)))
+        parse(Calc, cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant)]))
 
 
-def run(cfg: DictConfig, race: Race, folder: Path) -> None:
+def run(command: Command, race: Race, folder: Path) -> None:
     """Trains and scores all runs that the record lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "race.yaml", as_yaml(race))
     cores = sorted(os.sched_getaffinity(0))
     training = {name: threading.Lock() for name in run_names(race)}
     places = queue.SimpleQueue()
-    for i in range(cfg.at_once):
+    for i in range(command.at_once):
         places.put(cores[i * race.cores : (i + 1) * race.cores])
 
     def work(name: str) -> None:
@@ -153,7 +167,7 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
         try:
             contestant, seed = run_names(race)[name]
             trained = f"{trains_for(race, contestant)}-{seed}"
-            run_folder = Path(cfg.runs) / folder.name / trained
+            run_folder = Path(command.runs) / folder.name / trained
             with training[trained]:
                 train(race, contestant, seed, run_folder)
             scores = run_folder / f"scores-{contestant}"
@@ -163,8 +177,9 @@ def run(cfg: DictConfig, race: Race, folder: Path) -> None:
         finally:
             places.put(mine)
 
-    names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in (cfg.only or race.contestants)]
-    with ThreadPoolExecutor(cfg.at_once) as pool:
+    wanted = command.only or race.contestants
+    names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in wanted]
+    with ThreadPoolExecutor(command.at_once) as pool:
         runs = [pool.submit(work, name) for name in names]
         try:
             for one in runs:

@@ -5,30 +5,43 @@ blocks from bottom to top, tokens from left to right. The masks are those of sam
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import conditions
 import sample
+from checkpoints.config import Count, Seeds, Share, parse_seeds
+from checkpoints.generate import streams
 from guidance import Guidance
-from routing_module import draw_keep_ids, num_kept
+from routing_module import Routing
 from system import UserError, cli
+from system.settings import parse
+
+
+@dataclass(frozen=True)
+class Showing:
+    """The keys of configs/show_routes.yaml."""
+
+    ckpt: str | None = None
+    seeds: Seeds = "0-3"
+    gamma: Share | None = None
+    step: Count = 0
+    out: str | None = None
 
 
 def kept_tokens(run: sample.Run, seeds: list[int], gamma: float | None, step: int) -> list[torch.Tensor]:
     """Which tokens each route keeps at call `step`: a list of bool (B, N)."""
-    streams, tokens = sample.streams(seeds, "strong"), run.model.num_tokens
+    draws, tokens = streams(seeds, "strong"), torch.empty(len(seeds), run.model.num_tokens, 0)
     for _ in range(step + 1):  # every call draws for each route in turn
-        kept = []
+        routing, kept = Routing(gamma, draws), []
         for route in run.model.routes:
-            ratio = route.selection_ratio if gamma is None else gamma
-            mask = torch.ones(len(seeds), tokens, dtype=torch.bool)
-            if num_kept(tokens, ratio) < tokens:
-                ids = draw_keep_ids(len(seeds), tokens, ratio, generators=streams, selection=route.selection)  # (B, K)
-                mask = torch.zeros_like(mask).scatter(1, ids, True)
-            kept.append(mask)
+            ids = routing.draw(route, tokens)  # (B, K)
+            mask = torch.full(tokens.shape[:2], ids is None)
+            kept.append(mask if ids is None else mask.scatter(1, ids, True))
     return kept
 
 
@@ -41,10 +54,10 @@ def through_blocks(run: sample.Run, kept: list[torch.Tensor]) -> torch.Tensor:
     return passes
 
 
-def darkened(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def darkened(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """uint8 (B, 3, H, W), bool (B, N) -> the images with the patches of the other tokens darkened: (B, H, W, 3)."""
-    side, (height, width) = int(mask.shape[1] ** 0.5), images.shape[2:]
-    patches = mask.view(-1, 1, side, side).repeat_interleave(height // side, 2).repeat_interleave(width // side, 3)
+    (height, width), (rows, columns) = images.shape[2:], grid
+    patches = mask.view(-1, 1, *grid).repeat_interleave(height // rows, 2).repeat_interleave(width // columns, 3)
     tint = torch.tensor([70, 20, 90]).view(1, 3, 1, 1)
     return torch.where(patches, images.int(), images.int() // 2 + tint).permute(0, 2, 3, 1)
 
@@ -52,13 +65,12 @@ def darkened(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def main(overrides: list[str]) -> None:
     from matplotlib import pyplot as plt
 
-    config = cli.load_config("show_routes", overrides)
-    run = sample.load_given(config.ckpt, "mnist-tread-rf")
+    shown = parse(Showing, cli.load_config("show_routes", overrides))
+    seeds, run = parse_seeds(shown.seeds), sample.load_given(shown.ckpt, "mnist-tread-rf")
     if not run.model.routes:
         raise UserError(f"{run.checkpoint} has no routes; needed: a model trained with routes (model=tread)")
-    seeds = sample.parse_seeds(config.seeds)
-    kept = kept_tokens(run, seeds, config.gamma, config.step)
-    labels = sample.labels_for(run.num_classes, seeds, "balanced")
+    kept = kept_tokens(run, seeds, shown.gamma, shown.step)
+    labels = conditions.choose("balanced", seeds, run.pool)
     images = torch.cat(list(sample.generate(run, Guidance(), seeds, labels))).cpu()
     passes = through_blocks(run, kept)
 
@@ -68,7 +80,7 @@ def main(overrides: list[str]) -> None:
         axes[row, 0].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
         axes[row, 0].set_title(f"seed {seed}", fontsize=8)
         for column, (route, mask) in enumerate(zip(run.model.routes, kept), start=1):
-            axes[row, column].imshow(darkened(images, mask)[row].numpy(), interpolation="nearest")
+            axes[row, column].imshow(darkened(images, mask, route.grid)[row].numpy(), interpolation="nearest")
             stays = f"{mask[row].sum()} of {mask.shape[1]} tokens"
             axes[row, column].set_title(f"{stays} in blocks {route.start_layer_idx}..{route.end_layer_idx}", fontsize=8)
         axes[row, -1].imshow(passes[row].numpy(), aspect="auto", origin="lower", cmap="gray", vmin=0, vmax=1)
@@ -76,7 +88,7 @@ def main(overrides: list[str]) -> None:
         axes[row, -1].title.set_fontsize(8)
         for axis in axes[row, :-1]:
             axis.set_axis_off()
-    out = Path(config.out) if config.out else run.folder / "routes.png"
+    out = Path(shown.out) if shown.out else run.folder / "routes.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(out, dpi=120)

@@ -24,14 +24,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoints.run_folder import latest_checkpoint, step_of
+from checkpoints.config import Settings
+from checkpoints.naming import sweep_name
+from checkpoints.resuming import HARMLESS, differences
+from checkpoints.run_folder import START_AGAIN, latest_checkpoint, read_config, step_of
 from system import UserError, cli
 from system.files import reserve, write_text_atomic
 from system.launchers import end_with_parent
-from training.naming import is_this_run, job_name
-from training.stopping import EXIT_START_AGAIN, START_AGAIN
+from system.settings import parse
+from training.stopping import EXIT_START_AGAIN
 
 SLURM_JOB = "slurm_job"  # in the run folder: the id of the job that trains it
+CHOSEN_BY_MACHINE = (*HARMLESS, "train.precision", "train.compile")
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -95,12 +99,12 @@ def plan(overrides: Sequence[str]) -> list[Job]:
     parent = names[-1].removeprefix("run_name=") if names else "multirun"
     jobs = []
     for row in rows:
-        name = f"run_name={parent}/{job_name([row[i] for i in swept])}"
+        name = f"run_name={parent}/{sweep_name([row[i] for i in swept])}"
         row = [*(row[i] if i in swept else given[i] for i in range(len(given))), name]
-        config = cli.load_config("config", row)
-        folder = Path(config.results_dir) / config.run_name
-        jobs.append(Job(row, folder, config.train.max_steps))
-        if (folder / "config.yaml").is_file() and not is_this_run(folder, config):
+        settings = parse(Settings, cli.load_config("config", row))
+        folder = Path(settings.results_dir) / settings.run_name
+        jobs.append(Job(row, folder, settings.train.max_steps))
+        if (folder / "config.yaml").is_file() and differences(read_config(folder), settings, CHOSEN_BY_MACHINE):
             raise UserError(f"{folder} is a run of other settings; needed: another run_name, for this sweep's folder")
     return jobs
 

@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checkpoints.config import Data
 from data import prepare
 from evaluation.features import CLASSIFIERS, Classifier, real_images
 from randomness import seeded_generator, uniform
 from system import UserError, cli
 from system.files import usual_mode
+from system.settings import parse
 
 EPOCHS = {"mnist": 20, "fashion": 8}
 AUGMENTATION = {"mnist": 1.0, "fashion": 0.4}  # clothes hang straight
@@ -70,10 +72,10 @@ def train(name: str, images: torch.Tensor, labels: torch.Tensor) -> Classifier:
 
 
 def main(overrides: list[str]) -> None:
-    data, started = cli.load_config("train_classifier", overrides).data, time.time()
+    data, started = parse(Data, cli.load_config("train_classifier", overrides)["data"], "data"), time.time()
     if data.name not in CLASSIFIERS:
         raise UserError(f"data={data.name}; needed: {' or '.join(CLASSIFIERS)}")
-    prepare(data.name, data.path, data.get("source"))
+    prepare(data.name, data.path, data.source)
     net = train(data.name, *real_images(data.name, "train", data.path))
     images, labels = real_images(data.name, "val", data.path)
     with torch.no_grad():

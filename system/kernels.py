@@ -12,13 +12,14 @@ plain_on = {"cpu"}  # types of device on which attention takes its plain form
 
 
 @contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Attention takes the form of GPUs on CPUs too: what it keeps in memory is counted there without a driver."""
-    plain_on.discard("cpu")
+def as_on_gpus(on: bool = True) -> Iterator[None]:
+    """on: attention takes the form of GPUs on CPUs too, so that what it keeps in memory is counted without a driver."""
+    before = set(plain_on)
+    plain_on.difference_update({"cpu"} if on else ())
     try:
         yield
     finally:
-        plain_on.add("cpu")
+        plain_on.update(before)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

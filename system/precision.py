@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from system import UserError
 from system.launchers import launcher_arguments
 from system.processes import from_first, is_main
 
@@ -16,12 +17,14 @@ def decide_precision(wanted: str, device: torch.device) -> str:
     """bf16 or fp32, the same on all processes, all of which must call this.
 
     "auto" follows the launcher's --mixed_precision. Without it, it is bf16 on CUDA devices of capability 8.0 and newer
-    and on CPUs whose bf16 products are faster (`cpu_precision`), and fp32 elsewhere. Raises UserError where auto fails
-    on the first process.
+    and on CPUs whose bf16 products are faster (`cpu_precision`), and fp32 elsewhere. Raises UserError for a launcher's
+    word that is neither.
     """
     if wanted == "auto":
-        wanted = launched_precision() or "auto"
-    return from_first(lambda: choose(device)) if wanted == "auto" else wanted
+        wanted = launched_precision() or from_first(lambda: choose(device))
+    if wanted not in ("bf16", "fp32"):
+        raise UserError(f"precision {wanted!r}; needed: bf16 or fp32 (fp16 overflows in long runs and is not offered)")
+    return wanted
 
 
 def launched_precision() -> str | None:

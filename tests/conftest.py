@@ -9,6 +9,7 @@ import socket
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +123,32 @@ def run(tiny_overrides, tmp_path):
     return run
 
 
+def loss_of(net, objective, x, condition, generators=None):
+    """The loss of each row as a training step takes it: (B,)."""
+    routing = net.training_routing(len(x), generators, x.device)
+    return net.reduce(*objective.errors(partial(net, routing=routing), x, condition, generators), routing)
+
+
 def numbers(folder):
     """The log without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def poison(monkeypatch, bad_step, value=float("nan")):
+    """One latent of one step becomes NaN or infinity, as a corrupted sample would be."""
+    import data
+
+    make_loader = data.make_loader
+
+    def poisoned(*args, **settings):
+        for step, (raw, condition) in enumerate(make_loader(*args, **settings), settings["start_step"] + 1):
+            if step == bad_step:
+                raw = raw.clone()
+                raw[0, 0, 0, 0] = value
+            yield raw, condition
+
+    monkeypatch.setattr(data, "make_loader", poisoned)
 
 
 def assert_same_run(a, b):

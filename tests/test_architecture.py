@@ -1,25 +1,31 @@
-"""The floor plan of docs/architecture.md, held against the imports: `python -m tests.test_architecture` prints it."""
+"""The layers of docs/architecture.md, held against the imports: `python -m tests.test_architecture` prints them."""
 
 import ast
 import re
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_ROOT_FILES, MAX_FLOORS, MAX_DOORS, MAX_DATA_MODULES, MAX_ARGUMENTS = 18, 9, 95, 13, 7
-# A room is a file at the root or a package. It may import rooms of lower floors only.
-FLOORS = [
-    {"system"},
-    {"randomness", "autoencoder"},
-    {"routing_module", "solvers", "data"},
-    {"dit", "edm", "ddpm", "guidance", "cost", "routing_diffusers"},
-    {"lightningdit", "maskdit"},
+MAX_ROOT_FILES, MAX_LAYERS, MAX_DOORS, MAX_DATA_MODULES, MAX_ARGUMENTS = 21, 10, 110, 13, 7
+MAX_LINES = {"routing_module.py": 160, "contracts.py:Network": 60, "routing_module.py:run_blocks": 40}
+# A room is a file at the root or a package. It may import rooms of lower layers only.
+LAYERS = [
+    {"system", "randomness", "routing_module"},
+    {"solvers", "autoencoder", "conditions", "routing_blocks"},
+    {"data", "contracts", "routing_diffusers"},
+    {"dit", "edm", "ddpm", "guidance"},
+    {"lightningdit", "maskdit", "weights"},
     {"sprint", "checkpoints"},
-    {"sample", "evaluation", "training"},
-    {"fid", "export", "rf"},
-    {"train"},
+    {"cost", "sample", "evaluation"},
+    {"training", "rf"},
+    {"fid", "export", "train"},
     {"scripts"},
 ]
+# What only the backbones themselves know of, their official key tables (weights/) and bench's plain reference.
+INSIDE = {"attn", "mlp", "adaLN_modulation", "final_layer", "products", "positions", "pos_embed"}
+BACKBONES = {"dit", "lightningdit", "sprint", "maskdit", "weights"}
 # Their arguments are the papers': samplers, and constructors of networks.
 LONG_SIGNATURES = {"edm_sampler", "flow_sampler", "ddpm_sampler"}
 LONG_SIGNATURES |= {f"{network}.__init__" for network in ("DiT", "LightningDiT", "MaskDiT", "Sprint")}
@@ -74,14 +80,14 @@ def functions() -> dict[str, int]:
 
 
 def test_every_door_leads_down():
-    floor = {name: i for i, rooms in enumerate(FLOORS) for name in rooms}
-    assert {room(module) for module in modules()} <= floor.keys()
-    assert [door for door in sorted(doors()) if floor[door[0]] <= floor[door[1]]] == []
+    layer = {name: i for i, rooms in enumerate(LAYERS) for name in rooms}
+    assert {room(module) for module in modules()} == layer.keys()
+    assert [door for door in sorted(doors()) if layer[door[0]] <= layer[door[1]]] == []
 
 
-def test_the_floors_are_the_documented_ones():
+def test_the_layers_are_the_documented_ones():
     rows = re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in sorted(rows, key=lambda row: int(row[0]))] == FLOORS
+    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in sorted(rows, key=lambda row: int(row[0]))] == LAYERS
 
 
 def test_the_modules_of_a_package_form_no_circle():
@@ -92,16 +98,75 @@ def test_the_modules_of_a_package_form_no_circle():
 
 
 def test_the_house_stays_small():
-    assert len([path for path in modules().values() if len(path.parts) == 1]) <= MAX_ROOT_FILES
+    print(measures())
+    assert len(root_files()) <= MAX_ROOT_FILES
     data_modules = [p for p in modules().values() if p.parts[0] == "data" and p.name != "__init__.py"]
     assert len(data_modules) <= MAX_DATA_MODULES
-    assert len(longest_path()) <= MAX_FLOORS
+    assert len(longest_path()) <= MAX_LAYERS == len(LAYERS)
     assert len(doors()) <= MAX_DOORS
 
 
 def test_no_function_takes_more_than_seven_arguments():
     long = {name for name, count in functions().items() if count > MAX_ARGUMENTS}
     assert {name.partition(":")[2] for name in long} <= LONG_SIGNATURES
+
+
+def test_the_method_and_the_contract_fit_on_a_page():
+    assert {name: lines for name, lines in lengths().items() if lines > MAX_LINES[name]} == {}
+
+
+def test_the_method_needs_torch_alone():
+    tree = ast.parse((ROOT / "routing_module.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {"torch"}
+
+
+def test_only_backbones_know_what_is_inside_a_network():
+    assert list(looks_inside()) == []
+
+
+def looks_inside() -> Iterator[str]:
+    """file:line of what reaches into a network from outside. data/ has none, and its positions are those of samples."""
+    for name, path in modules().items():
+        if room(name) in BACKBONES | {"data"}:
+            continue
+        tree = ast.parse((ROOT / path).read_text())
+        if str(path) == "scripts/bench.py":  # the plain step, and what OpCounter has counted
+            tree.body = [node for node in tree.body if not getattr(node, "name", "").lower().startswith("plain")]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                counted = str(path) == "scripts/bench.py" and node.attr == "products"
+                size = node.attr == "size" and ast.unparse(node.value).rpartition(".")[2] == "model"
+                if (node.attr in INSIDE and not counted) or size:
+                    yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def lengths() -> dict[str, int]:
+    """The lines of what MAX_LINES names."""
+    found = {}
+    for name in MAX_LINES:
+        path, _, part = name.partition(":")
+        text = (ROOT / path).read_text()
+        nodes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        found[name] = nodes[part].end_lineno - nodes[part].lineno + 1 if part else len(text.splitlines())
+    return found
+
+
+def root_files() -> list[Path]:
+    return [path for path in modules().values() if len(path.parts) == 1]
+
+
+def measures() -> str:
+    """The house in figures."""
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in modules().values()}
+    scripts = sum(n for path, n in lines.items() if path.parts[0] == "scripts")
+    return "\n".join([
+        f"{len(root_files())} root files, {len(doors())} doors, {len(longest_path())} layers",
+        f"longest chain {' > '.join(longest_path())}",
+        f"{sum(lines.values()) - scripts} lines of library, {scripts} of scripts",
+        *(f"{n} lines of {name}" for name, n in lengths().items()),
+    ])  # fmt: skip
 
 
 def longest_path() -> list[str]:
@@ -118,7 +183,6 @@ def longest_path() -> list[str]:
 
 
 if __name__ == "__main__":
-    for number, rooms in reversed(list(enumerate(FLOORS))):
+    for number, rooms in reversed(list(enumerate(LAYERS))):
         print(f"{number:2}  {', '.join(sorted(rooms))}")
-    root_files = sum(len(path.parts) == 1 for path in modules().values())
-    print(f"{root_files} root files, {len(doors())} doors, longest chain {' > '.join(longest_path())}")
+    print(measures())

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from checkpoints.curves import read_log
 from system import UserError
-from training.curves import read_log
 
 
 def line(step, loss, step_s=0.5, batch=16):

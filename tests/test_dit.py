@@ -1,7 +1,6 @@
 """The backbone is the published one: keys, counts, arithmetic, initialisation."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import cost
+from conditions import Text
 from ddpm import DDPM
 from dit import SIZES, Block, DiT, unpatchify
 from edm import EDM
@@ -17,6 +17,7 @@ from lightningdit import LightningBlock, LightningDiT, rotary_angles, rotate
 from rf import RectifiedFlow
 from routing_module import Routing, draw_keep_ids, gather_tokens
 from system import cli
+from tests.conftest import loss_of
 
 
 def official_keys(depth):
@@ -51,11 +52,20 @@ def test_counts_are_the_published_ones(size):
         assert net.macs(Routing()) / net.macs() == pytest.approx(routed, abs=5e-4)
 
 
+CONDITIONS = {
+    "class": (dict(num_classes=7), torch.zeros(1, dtype=torch.int64)),
+    "text": (dict(condition="text", text_width=5), Text(torch.randn(1, 3, 5), torch.ones(1, 3, dtype=torch.bool))),
+    "none": (dict(condition="none"), None),
+}
+
+
 @pytest.mark.parametrize("network", [DiT, LightningDiT])
-def test_formula_counts_what_the_network_multiplies(network):
-    routes = [dict(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=3)]
-    net = network(8, 2, 3, 64, 5, 4, num_classes=7, learn_sigma=True, routes=routes)
-    x, t, y = torch.randn(1, 3, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)
+@pytest.mark.parametrize("size, condition", [((8, 8), "class"), ((4, 12), "text"), ((12, 4), "none")])
+def test_formula_counts_what_the_network_multiplies(network, size, condition):
+    routes, (settings, y) = [dict(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=3)], CONDITIONS[condition]
+    net = network(size, 2, 3, 64, 5, 4, learn_sigma=True, routes=routes, **settings)
+    x, t = torch.randn(1, 3, *size), torch.rand(1)
+    assert net.latent_shape == (3, *size) and net.num_tokens == math.prod(size) // 4
     for routing in (None, Routing(), Routing(0.75)):
         with FlopCounterMode(display=False) as counter:
             net(x, t, y, routing=routing)
@@ -92,6 +102,8 @@ def test_positions_encode_column_first():
     position = net.pos_embed[0].view(4, 4, 32)  # (row, column, D)
     assert torch.equal(position[0, :, :16], position[3, :, :16])  # the first half does not know the row
     assert torch.equal(position[:, 0, 16:], position[:, 3, 16:])  # the second half does not know the column
+    wide = DiT((4, 8), 2, 1, 32, 1, 2).pos_embed[0]  # two rows of four columns: those of the square
+    assert torch.equal(wide, net.pos_embed[0][:8])
     omega = 10000 ** -(torch.arange(8) / 8)
     torch.testing.assert_close(position[0, 3, :8], torch.sin(3 * omega))
     torch.testing.assert_close(position[0, 3, 8:16], torch.cos(3 * omega))
@@ -139,8 +151,11 @@ def test_patches_return_to_their_places():
     # A patch's 12 numbers in the order of the final layer: row, column, channel.
     with torch.no_grad():
         patches = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 12)
-    assert torch.equal(unpatchify(patches, 2, 3), x)
+    assert torch.equal(unpatchify(patches, 2, (4, 4)), x)
     assert net(x, torch.rand(2), torch.tensor([0, 1])).shape == x.shape
+    x = torch.randn(2, 3, 4, 6)
+    patches = x.view(2, 3, 2, 2, 3, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 6, 12)
+    assert torch.equal(unpatchify(patches, 2, (2, 3)), x)
 
 
 @pytest.mark.parametrize("bad", ["DiT-M/2", "DiT-XL", "XL2", "DiT-S/x"])
@@ -169,7 +184,7 @@ def randomized(net):
 def test_rotation_depends_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16)
-    angles = rotary_angles(16, 5).view(5, 5, 16)
+    angles = rotary_angles(16, 5, 5).view(5, 5, 16)
 
     def score(at, other):
         a, b = angles[at], angles[other]
@@ -185,7 +200,7 @@ def test_rotation_depends_on_distance_alone():
 def test_lightning_block_is_its_arithmetic():
     torch.manual_seed(0)
     block, x, c = randomized(LightningBlock(32, 4, 4.0, qk_norm=True)), torch.randn(2, 9, 32), torch.randn(2, 32)
-    angles = rotary_angles(8, 3)
+    angles = rotary_angles(8, 3, 3)
     w = dict(block.named_parameters())
     shift1, scale1, gate1, shift2, scale2, gate2 = (
         F.silu(c) @ w["adaLN_modulation.1.weight"].T + w["adaLN_modulation.1.bias"]
@@ -209,7 +224,7 @@ def test_lightning_block_is_its_arithmetic():
     h = norm(a, w["norm2.weight"]) * (1 + scale2) + shift2
     one, two = (h @ w["mlp.w12.weight"].T + w["mlp.w12.bias"]).chunk(2, -1)
     expected = a + gate2 * ((F.silu(one) * two) @ w["mlp.w3.weight"].T + w["mlp.w3.bias"])
-    got = block(x, c, angles.cos()[None, None], angles.sin()[None, None])
+    got = block(x, c, angles.cos()[None], angles.sin()[None])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -220,16 +235,16 @@ def test_a_routed_token_keeps_its_own_angle():
     x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 3])
     keep_ids = draw_keep_ids(2, 16, 0.5, generators=torch.Generator().manual_seed(5))
     c = net.t_embedder(t) + net.y_embedder(y)
-    angles = rotary_angles(8, 4)
+    angles = rotary_angles(8, 4, 4)
 
     def run(tokens, kept_angles):
-        every = angles.cos()[None, None], angles.sin()[None, None]
+        every = angles.cos()[None], angles.sin()[None]
         tokens = net.blocks[0](tokens, c, *every)
         kept = gather_tokens(tokens, keep_ids)
         for block in net.blocks[1:3]:
-            kept = block(kept, c, kept_angles.cos()[:, None], kept_angles.sin()[:, None])
+            kept = block(kept, c, kept_angles.cos(), kept_angles.sin())
         full = torch.stack([rows.index_copy(0, ids, new) for rows, ids, new in zip(tokens, keep_ids, kept)])
-        return unpatchify(net.final_layer(net.blocks[3](full, c, *every), c), 2, 1)
+        return unpatchify(net.final_layer(net.blocks[3](full, c, *every), c), 2, (4, 4))
 
     tokens = net.x_embedder(x) + net.pos_embed
     got = net(x, t, y, routing=Routing(generators=torch.Generator().manual_seed(5)))
@@ -291,5 +306,5 @@ def test_lightning_on_a_gpu_asks_the_host_for_nothing(objective):
     with FakeTensorMode(), torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
         net = LightningDiT(8, 2, 4, 32, 4, 4, num_classes=3, routes=routes, qk_norm=True)
         x, y = torch.empty(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
-        loss = objective().loss(partial(net, routing=Routing()), x, y)
+        loss = loss_of(net, objective(), x, y)
     assert loss.shape == (2,) and loss.device.type == "cuda"

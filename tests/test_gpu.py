@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
 
 import train as training
+from checkpoints.generate import generate_latents
 from checkpoints.load import Run
 from cost import step_memory
 from data import BatchPlan
@@ -20,13 +20,13 @@ from evaluation import metrics
 from guidance import Guidance
 from randomness import seeded_generator
 from routing_module import Routing, draw_keep_ids, gather_tokens, scatter_tokens
-from sample import generate_latents
-from system import cli
 from system.compiling import compile_blocks
 from system.precision import tf32
 from system.processes import start_processes
 from tests.conftest import ROOT, assert_same_run
-from training.prepare import build
+from tests.made_runs import made_settings
+from training.ema import update_averages
+from training.prepare import TrainingData, build_objective, build_state
 from training.stopping import EXIT_START_AGAIN
 
 TREAD = [dict(selection_ratio=0.5, start_layer_idx=2, end_layer_idx=-4)]
@@ -46,19 +46,19 @@ class Latents:
 
 @pytest.fixture
 def step():
-    """step(number), state and config of a routed DiT-S/2 in bf16 on the GPU; its batches are on the device already."""
+    """step(number), state and settings of a routed DiT-S/2 in bf16 on the GPU; its batches are there already."""
     keys = ["data=imagenet256", "model.size=DiT-S/2", "train.precision=bf16", "train.global_batch_size=32"]
-    cfg = cli.load_config("config", keys)
-    OmegaConf.resolve(cfg)
-    state, objective = build(cfg, start_processes(), new=True)
+    settings = made_settings(keys)
+    state = build_state(settings, start_processes(), build_objective(settings, 32), new=True)
     batch = torch.randn(32, 4, 32, 32, device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
-    plan = BatchPlan(32, 32, 1, 0, 1)
+    data = TrainingData(Latents, Latents, BatchPlan(32, 32, 1, 0, 1))
 
     def take(number):
-        training.train_step(state, objective, Latents, iter([batch]), number, plan, cfg)
-        training.update_ema(state.ema, state.model, 0.9)
+        state.step = number
+        training.train_step(settings, data, state, iter([batch]))
+        update_averages(state.averages, state.model, number, 0.9, False)
 
-    return take, state, cfg
+    return take, state, settings
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def syncs_are_errors():
 def test_a_step_never_waits_and_does_not_compile_again(step, compiled, syncs_are_errors):
     take, state, _ = step
     torch.compiler.reset()
-    compile_blocks(state.model, compiled)
+    compile_blocks(state.model.all_blocks, compiled)
     for number in (1, 2):
         take(number)
     graphs = counters["stats"]["unique_graphs"]
@@ -86,7 +86,7 @@ def test_a_step_never_waits_and_does_not_compile_again(step, compiled, syncs_are
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sampling_never_waits(precision, syncs_are_errors):
     net = DiT(size="DiT-S/2", learn_sigma=False, routes=TREAD).cuda().eval().requires_grad_(False)
-    run = Run(net, EDM(), None, OmegaConf.create(), torch.device("cuda"), precision)
+    run = Run(net, EDM(), None, None, torch.device("cuda"), precision)
     labels = torch.zeros(4, dtype=torch.int64, device="cuda")
     draw = lambda: generate_latents(run, Guidance(1.5, None, 0.3, 0.7, "same"), range(4), labels, {"num_steps": 3})
     draw()
@@ -133,13 +133,13 @@ def test_errors_against_float64(way, bound):
 
 @on_gpu
 def test_the_peak_is_the_predicted_one(step):
-    take, state, cfg = step
+    take, _, settings = step
     take(1)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     take(2)
-    memory = step_memory(cfg, device="cuda")
+    memory = step_memory(settings, device="cuda")
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(memory.peak(32) - memory.state, rel=0.1)
 
 

@@ -4,19 +4,20 @@ import math
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
+from checkpoints.generate import generate_latents
 from checkpoints.load import Run
 from edm import EDM
 from guidance import Branch, Guidance, guide, pair
 from randomness import seeded_generator
 from rf import RectifiedFlow
 from routing_module import Routing
-from sample import generate_latents, guidance_from
+from sample import Sampling
 from system import cli
+from system.settings import parse
 
 
 def at(t):
@@ -24,7 +25,7 @@ def at(t):
 
 
 def preset(name, *overrides):
-    return guidance_from(cli.load_config("sample", [f"guidance={name}", *overrides]))
+    return parse(Sampling, cli.load_config("sample", [f"guidance={name}", *overrides])).alone
 
 
 def test_scale_one_or_outside_the_interval_never_calls_the_weak_branch():
@@ -123,12 +124,12 @@ def small():
     return net.eval().requires_grad_(False)
 
 
-def run_of(net, objective, sampler):
-    return Run(net, objective, None, OmegaConf.create({"sampler": sampler}), torch.device("cpu"))
+def run_of(net, objective):
+    return Run(net, objective, None, None, torch.device("cpu"), pool=torch.arange(3))
 
 
 def latents_of(net, objective, guidance, seeds=(0, 1, 2), labels=None, **sampler):
-    run = run_of(net, objective, {"num_steps": 4} | sampler)
+    run = run_of(net, objective)
     labels = torch.tensor([s % 3 for s in seeds]) if labels is None else torch.tensor(labels)
     return generate_latents(run, guidance, list(seeds), labels, {"num_steps": 4} | sampler), run
 
@@ -161,7 +162,7 @@ def test_methods_differ_and_all_of_them_read_the_label(small, objective, name):
 def test_the_weak_branch_may_be_another_network(small):
     torch.manual_seed(1)
     weak = dit.DiT(8, 2, 1, 32, 2, 2, num_classes=3, learn_sigma=False)
-    run, other = (run_of(net, RectifiedFlow(), {"num_steps": 4}) for net in (small, weak))
+    run, other = (run_of(net, RectifiedFlow()) for net in (small, weak))
     guidance = Guidance(1.5, weak_label="same", weak_ckpt="any")
     found = generate_latents(run, guidance, [0, 1], torch.tensor([0, 1]), {"num_steps": 4}, weak=other)
     assert (found - latents_of(small, RectifiedFlow(), Guidance(), seeds=(0, 1))[0]).abs().max() > 1e-3
@@ -190,7 +191,7 @@ def test_cost_of_sparse_guidance_beside_classifier_free(size, gammas, ratio):
         net = dit.DiT(size=f"DiT-{size}", routes=routes)
 
     class Counted:
-        in_channels, input_size, num_classes, macs = 4, 32, 1000, net.macs
+        latent_shape, null_condition, macs = (4, 32, 32), torch.tensor([1000]), net.macs
 
         def __call__(self, x, t, y, *, routing=None):
             with shapes_only:

@@ -1,6 +1,7 @@
 """MaskDiT: network and loss against a few independent lines, the official files, what training them means."""
 
 import argparse
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import export
 from checkpoints.generate import generate_latents
 from checkpoints.load import build_network, load_run
+from contracts import pixel_mean
 from ddpm import DDPM
 from edm import EDM
 from guidance import Guidance
@@ -20,6 +22,7 @@ from rf import RectifiedFlow
 from routing_blocks import block_tokens
 from routing_module import Routing, draw_keep_ids
 from system import UserError, cli
+from tests.conftest import loss_of
 from tests.made_runs import made_settings
 from training.prepare import start_from
 
@@ -122,18 +125,14 @@ def per_patch(value):
 @pytest.mark.parametrize("objective", [EDM(), RectifiedFlow(), DDPM()], ids=["edm", "rf", "ddpm"])
 def test_the_loss_is_that_of_visible_patches_and_a_tenth_of_the_reconstruction(objective):
     net, (x, _, y) = small(), batch()
-    found = net.training_loss(objective, net, x, y, seeded_generator(6))
-    generator, seen = seeded_generator(6), {}
+    found = loss_of(net, objective, x, y, seeded_generator(6))
+    generator = seeded_generator(6)
     ids = draw_keep_ids(4, 64, 0.5, generators=generator)  # before all that the objective draws
 
     def watched(*inputs):
         return net(*inputs, routing=Routing(keep_ids=ids))
 
-    def hold(error, x_t, denoised):
-        seen.update(error=error, x_t=x_t, denoised=denoised)
-        return torch.zeros(len(error))
-
-    objective.loss(watched, x, y, generator, reduce=hold)
+    seen = dict(zip(("error", "x_t", "denoised"), objective.errors(watched, x, y, generator)))
     for i in range(4):
         visible = torch.zeros(64, dtype=torch.bool).scatter(0, ids[i], True)
         target = per_patch(seen["x_t"][i])
@@ -153,14 +152,9 @@ def test_what_an_objective_hands_to_a_reduction_is_its_own_loss(objective):
         seen["in"] = x_in
         return 0.3 * x_in
 
-    plain = objective.loss(net, x, y, seeded_generator(0))
-
-    def mean(error, x_t, denoised):
-        seen.update(x_t=x_t, denoised=denoised)
-        return error.flatten(1).mean(dim=1)
-
-    torch.testing.assert_close(objective.loss(net, x, y, seeded_generator(0), reduce=mean), plain, rtol=1e-5, atol=0)
-    scale = (seen["x_t"] / seen["in"]).flatten(1)
+    error, x_t, denoised = objective.errors(net, x, y, seeded_generator(0))
+    torch.testing.assert_close(error.flatten(1).mean(dim=1), pixel_mean(error), rtol=1e-5, atol=0)
+    scale = (x_t / seen["in"]).flatten(1)
     assert ((scale - scale[:, :1]).abs() < 1e-2).all()  # the input is x_t, scaled by a number for each sample
 
     def perfect(x_in, t, y):
@@ -174,8 +168,27 @@ def test_what_an_objective_hands_to_a_reduction_is_its_own_loss(objective):
         variance = sigma**2 + 0.25
         return (x - 0.25 / variance * x_in * variance.sqrt()) / (sigma * 0.5 / variance.sqrt())
 
-    objective.loss(perfect, x, y, seeded_generator(0), reduce=mean)
-    torch.testing.assert_close(seen["denoised"], x, rtol=0, atol=2e-3)
+    error, _, denoised = objective.errors(perfect, x, y, seeded_generator(0))
+    torch.testing.assert_close(denoised, x, rtol=0, atol=2e-3)
+    assert pixel_mean(error).max() < 1e-3
+
+
+def test_the_loss_takes_the_mask_that_the_call_drew():
+    """Other draws, other loss; the ids that `Routing` records are those that `reduce` reads."""
+    net, (x, _, y) = small(), batch()
+    routing = net.training_routing(4, seeded_generator(1), x.device)
+    assert routing.drawn == [] and routing.keep_ids.shape == (4, 32)
+    errors = EDM().errors(partial(net, routing=routing), x, y, seeded_generator(2))
+    (drawn,) = routing.drawn
+    assert torch.equal(drawn, routing.keep_ids)
+    assert torch.equal(drawn, draw_keep_ids(4, 64, 0.5, generators=seeded_generator(1)))
+    own = net.reduce(*errors, routing)
+    routing.drawn[0] = draw_keep_ids(4, 64, 0.5, generators=seeded_generator(3))
+    assert (net.reduce(*errors, routing) != own).all()
+    assert torch.equal(net.reduce(*errors, None), pixel_mean(errors[0]))
+    on_all = Routing(0.0)
+    net(x, torch.rand(4), y, routing=on_all)
+    assert on_all.drawn == [None] and torch.equal(net.reduce(*errors, on_all), pixel_mean(errors[0]))
 
 
 def test_masked_training_reaches_every_parameter_and_unmasked_all_but_the_mask_token():
@@ -183,15 +196,15 @@ def test_masked_training_reaches_every_parameter_and_unmasked_all_but_the_mask_t
     for ratio, untouched in ((0.5, []), (0.0, ["mask_token"])):
         net = small(selection_ratio=ratio)
         assert [n for n, p in net.named_parameters() if not p.requires_grad] == untouched
-        net.training_loss(EDM(), net, x, y, seeded_generator(0)).sum().backward()
+        loss_of(net, EDM(), x, y, seeded_generator(0)).sum().backward()
         assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == untouched
 
 
 def test_nothing_masked_is_the_plain_loss():
     net, (x, _, y) = small(selection_ratio=0.0), batch()
     torch.testing.assert_close(
-        net.training_loss(EDM(), net, x, y, seeded_generator(2)),
-        EDM().loss(net, x, y, seeded_generator(2)),
+        loss_of(net, EDM(), x, y, seeded_generator(2)),
+        pixel_mean(EDM().errors(net, x, y, seeded_generator(2))[0]),
         rtol=0,
         atol=0,
     )
@@ -236,13 +249,13 @@ def test_counted_cost_is_what_runs_and_what_was_published():
     "changes, message",
     [
         (dict(decoder_num_heads=3), "must be divisible by decoder_num_heads"),
-        (dict(selection="structured", input_size=14), "a side of 7"),
+        (dict(selection="structured", input_size=14), "this grid of 49 tokens"),
         (dict(selection_ratio=1.0), "in \\[0, 1\\)"),
         (dict(patch_size=1, in_channels=1, input_size=8), "needed: mae_weight=0"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         small(**changes)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from contracts import pixel_mean
 from edm import EDM
 from randomness import BatchSlice, normal, seeded_generator
 from rf import RectifiedFlow
@@ -10,6 +11,11 @@ from rf import RectifiedFlow
 
 def zero_net(x, t, y):
     return torch.zeros_like(x)
+
+
+def loss_of(objective, net, x, y, generators):
+    """The mean error of each row: (B,)."""
+    return pixel_mean(objective.errors(net, x, y, generators)[0])
 
 
 def test_edm_denoiser_is_the_identity_at_no_noise():
@@ -37,8 +43,21 @@ def test_edm_loss_of_a_network_that_says_nothing():
     """With F = 0 the expected E|c_skip (x + n) - x|^2 * weight is 1 at every sigma, if x has std sigma_data."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(20000, 1, 2, 2, generator=g) * 0.5
-    loss = EDM().loss(zero_net, x, torch.zeros(len(x), dtype=torch.int64), g)
+    loss = loss_of(EDM(), zero_net, x, torch.zeros(len(x), dtype=torch.int64), g)
     assert loss.shape == (20000,) and loss.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_mean_of_weighted_errors_is_the_weighted_mean_to_the_bit():
+    """So that the loss is the one of Eq. 8, rounded once a sample, although networks reduce errors pixel by pixel."""
+    edm, x, y = EDM(), torch.randn(64, 3, 9, 7), torch.zeros(64, dtype=torch.int64)
+    error, x_t, denoised = edm.errors(lambda x, t, y: x.sin(), x, y, seeded_generator(0))
+    sigma = (edm.P_mean + edm.P_std * normal((64,), seeded_generator(0))).exp()
+    weight = (sigma**2 + edm.sigma_data**2) / (sigma * edm.sigma_data) ** 2
+    mean = (denoised - x).square().flatten(1).mean(dim=1)
+    assert torch.equal(pixel_mean(error), weight * mean)
+    assert torch.equal(error, weight.view(-1, 1, 1, 1) * (denoised - x).square())
+    assert not torch.equal(error.flatten(1).mean(dim=1), weight * mean)  # which rounds elsewhere
+    assert pixel_mean(error[:5]).tolist() == error[:5].flatten(1).mean(dim=1).tolist()  # a part has no factors
 
 
 def test_flow_loss_is_zero_for_the_true_velocity_and_ends_are_data_and_noise():
@@ -52,7 +71,7 @@ def test_flow_loss_is_zero_for_the_true_velocity_and_ends_are_data_and_noise():
             t = t.view(-1, 1, 1, 1)
             return (x_t - (1 - t) * 2) / t - 2
 
-        assert RectifiedFlow(timesteps).loss(net, x, y, g).max() < 1e-3
+        assert loss_of(RectifiedFlow(timesteps), net, x, y, g).max() < 1e-3
         assert 0 <= seen[0].min() and seen[0].max() <= 1
     with pytest.raises(ValueError, match="uniform"):
         RectifiedFlow("lognormal")
@@ -61,9 +80,10 @@ def test_flow_loss_is_zero_for_the_true_velocity_and_ends_are_data_and_noise():
 @pytest.mark.parametrize("objective", [EDM(), RectifiedFlow("uniform"), RectifiedFlow()])
 def test_loss_of_a_row_does_not_depend_on_the_split(objective):
     x, y = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(6, dtype=torch.int64)
-    whole = objective.loss(zero_net, x, y, BatchSlice(seeded_generator(1), 0, 6))
+    whole = loss_of(objective, zero_net, x, y, BatchSlice(seeded_generator(1), 0, 6))
     parts = [
-        objective.loss(zero_net, x[s : s + 2], y[s : s + 2], BatchSlice(seeded_generator(1), s, 6)) for s in (0, 2, 4)
+        loss_of(objective, zero_net, x[s : s + 2], y[s : s + 2], BatchSlice(seeded_generator(1), s, 6))
+        for s in (0, 2, 4)
     ]
     torch.testing.assert_close(whole, torch.cat(parts))
 
@@ -88,7 +108,7 @@ def contrastive_parts(size=6, **settings):
     losses = []
     for start in range(0, 6, size):
         rows, part = BatchSlice(seeded_generator(1), start, 6), slice(start, start + size)
-        losses.append(RectifiedFlow(**settings).loss(net, x[part], y[part], rows))
+        losses.append(loss_of(RectifiedFlow(**settings), net, x[part], y[part], rows))
     return torch.cat(losses), x, y, net
 
 
@@ -119,6 +139,6 @@ def test_pairs_do_not_depend_on_an_even_split(size):
 def test_a_lone_row_has_nothing_to_contrast_with():
     x, y = torch.randn(3, 1, 4, 4), torch.zeros(3, dtype=torch.int64)
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    plain = RectifiedFlow().loss(zero_net, x, y, seeded())
-    contrastive = RectifiedFlow(contrastive=0.5, null_label=NULL).loss(zero_net, x, y, seeded())
+    plain = loss_of(RectifiedFlow(), zero_net, x, y, seeded())
+    contrastive = loss_of(RectifiedFlow(contrastive=0.5, null_label=NULL), zero_net, x, y, seeded())
     assert (plain == contrastive).tolist() == [False, False, True]

@@ -11,13 +11,11 @@ from data import BatchPlan
 from dit import DiT
 from lightningdit import LightningDiT
 from rf import RectifiedFlow
-from system import cli
-from tests.conftest import assert_same_run, numbers
-from tests.test_step import TREAD, Latents, OpCounter, settings
-from tests.test_train import poison
-from training.guard import FiniteGuard
+from scripts.bench import OpCounter
+from tests.conftest import assert_same_run, numbers, poison
+from tests.made_runs import made_settings
+from tests.test_step import TREAD, latents_of, settings, state_of
 from training.optimizer import make_optimizer
-from training.prepare import TrainState, resolve_config
 from training.stopping import EXIT_START_AGAIN
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic of Jordan's post
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs 
 
 
 def muon_settings(*overrides):
-    return cli.load_config("config", ["optimizer=muon", *overrides]).optimizer
+    return made_settings(["optimizer=muon", *overrides]).optimizer
 
 
 def muon_state(device="cpu", mode="stop", network=DiT):
@@ -34,7 +32,22 @@ def muon_state(device="cpu", mode="stop", network=DiT):
     with torch.device(device):
         model = network(learn_sigma=False, routes=TREAD, **sizes)
     optimizer = make_optimizer(model, muon_settings(), 1e-3)
-    return TrainState(model, model, None, optimizer, FiniteGuard(optimizer, torch.device(device), mode))
+    return state_of(model, {}, optimizer, device, RectifiedFlow(), mode)
+
+
+def block_of(**parts):
+    block = nn.Module()
+    for name, part in parts.items():
+        setattr(block, name, part)
+    return block
+
+
+def listed(name, blocks):
+    """A module with a list of blocks under this name, which is all that Muon asks of a network."""
+    model = nn.Module()
+    setattr(model, name, nn.ModuleList(blocks))
+    model.all_blocks = tuple(blocks)
+    return model
 
 
 def of_muon(model, optimizer):
@@ -52,12 +65,14 @@ def test_muon_takes_the_matrices_of_attention_and_mlp(network, of_mlp):
 
 
 def test_muon_takes_those_of_any_stack_of_blocks():
-    block = lambda: nn.ModuleDict({"attn": nn.Linear(4, 4), "adaLN": nn.Linear(4, 8)})
-    model = nn.ModuleDict({
-        "decoder_blocks": nn.ModuleList([block(), block()]), "mlp": nn.Linear(4, 4), "fusion": nn.Linear(8, 4),
-    })  # fmt: skip
+    """Of those that the network lists, and not what a block leaves to AdamW, at any depth."""
+    model = listed("decoder_blocks", [block_of(mixer=nn.Linear(4, 4), table=nn.Linear(4, 8)) for _ in range(2)])
+    model.mlp, model.fusion = nn.Linear(4, 4), nn.Linear(8, 4)
+    for block in model.decoder_blocks:
+        block.table = nn.Sequential(nn.SiLU(), block.table)
+        block.left_to_adamw = ("table",)
     optimizer = make_optimizer(model, muon_settings(), 1e-3)
-    assert of_muon(model, optimizer) == {"decoder_blocks.0.attn.weight", "decoder_blocks.1.attn.weight"}
+    assert of_muon(model, optimizer) == {"decoder_blocks.0.mixer.weight", "decoder_blocks.1.mixer.weight"}
 
 
 def newton_schulz(m):
@@ -75,7 +90,7 @@ def test_two_steps_of_a_matrix_are_an_independent_newton_schulz(shape, rounded, 
     if not rounded:
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     torch.manual_seed(0)
-    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(shape[1], shape[0])})])})
+    model = listed("blocks", [block_of(mlp=nn.Linear(shape[1], shape[0]))])
     weight, lr, clip, decay = model.blocks[0].mlp.weight, 1e-2, 2.0, 0.1
     optimizer = make_optimizer(model, muon_settings(f"optimizer.weight_decay={decay}"), lr)
     optimizer.grad_scale = torch.tensor(clip)
@@ -93,8 +108,7 @@ def test_two_steps_of_a_matrix_are_an_independent_newton_schulz(shape, rounded, 
 
 @pytest.mark.parametrize("mode, value", [("stop", float("nan")), ("skip", float("inf"))])
 def test_a_bad_step_changes_no_bit(mode, value):
-    config, plan = settings(global_batch_size=4), BatchPlan(4, 4, 1, 0, 1)
-    config.train.precision = "fp32"
+    config, data = settings(global_batch_size=4, precision="fp32"), latents_of(BatchPlan(4, 4, 1, 0, 1))
     state = muon_state(mode=mode)
     for parameter in state.model.parameters():  # adaLN-Zero would pass no gradient to the blocks
         nn.init.normal_(parameter, std=0.1)
@@ -105,7 +119,8 @@ def test_a_bad_step_changes_no_bit(mode, value):
         return [tensor.detach().clone() for tensor in (*state.model.parameters(), *fields)]
 
     def take(step, latent):
-        training.train_step(state, RectifiedFlow(), Latents, iter([(latent, batch[1])]), step, plan, config)
+        state.step = step
+        training.train_step(config, data, state, iter([(latent, batch[1])]))
 
     take(1, batch[0])
     first = everything()
@@ -161,9 +176,9 @@ def test_the_state_of_another_optimizer_is_refused(run, before, after):
     assert "\n" not in str(error.value) and kept == {path: path.read_bytes() for path in folder.glob("checkpoints/*/*")}
 
 
-def test_muon_is_refused_where_torch_has_none(monkeypatch):
+def test_muon_is_refused_where_torch_has_none(run, monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     monkeypatch.setattr(torch, "__version__", "2.8.0")
-    config = cli.load_config("config", ["optimizer=muon"])
-    with pytest.raises(ValueError, match="needs torch 2.9 or newer, this is 2.8.0"):
-        resolve_config(config, training.start_processes())
+    for more in ("train.dry_run=true", "train.dry_run=false"):
+        with pytest.raises(ValueError, match="needs torch 2.9 or newer, this is 2.8.0"):
+            run("none", "optimizer=muon", more)

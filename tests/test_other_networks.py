@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from routing_module import Route, RoutedBlocks, draw_keep_ids, routing
+from routing_blocks import RoutedBlocks, routing
+from routing_module import Route, draw_keep_ids
 
 
 class GatedRecurrence(nn.Module):

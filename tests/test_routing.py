@@ -5,7 +5,8 @@ import torch
 
 from dit import DiT
 from randomness import BatchSlice, seeded_generator
-from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, resolve_routes, scatter_tokens
+from routing_blocks import resolve_routes
+from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, scatter_tokens
 
 
 def tiny(routes=(), depth=6):

@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from randomness import BatchSlice
+from routing_blocks import routing
 from routing_diffusers import FAMILIES, ListedBlocks, route, unroute
-from routing_module import draw_keep_ids, routing
+from routing_module import draw_keep_ids
 from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,8 @@ import torch
 from dit import DiT
 from guidance import Guidance, check_networks
 from randomness import BatchSlice, seeded_generator
-from routing_module import Route, Routing, cell_of, draw_keep_ids, gather_tokens, pad_tokens, resolve_routes
+from routing_blocks import block_tokens, resolve_routes
+from routing_module import Route, Routing, cell_of, draw_keep_ids, gather_tokens, scatter_tokens
 from system import UserError, cli
 
 PUBLISHED = {0.75: (2, 1), 0.5: (2, 2), 0.625: (4, 6), 0.875: (4, 2)}  # ratio: (cell, tokens kept in it)
@@ -24,7 +25,7 @@ def in_cells(keep_ids, side, cell):
 @pytest.mark.parametrize("ratio", PUBLISHED)
 def test_every_cell_keeps_exactly_its_count(ratio):
     cell, count = PUBLISHED[ratio]
-    assert cell_of(256, ratio) == (cell, count)
+    assert cell_of(256, ratio) == (cell, 16, count)
     ids = draw_keep_ids(50, 256, ratio, generators=seeded_generator(0), selection="structured")
     assert (in_cells(ids, 16, cell) == count).all()
     assert ids.dtype == torch.int64 and (ids.diff(dim=1) > 0).all()
@@ -34,7 +35,7 @@ def test_every_cell_keeps_exactly_its_count(ratio):
 def test_every_position_is_kept_equally_often(ratio):
     """Chi-square over the positions of 8 x 8 tokens. Draws of one cell depend on each other: each has its own sum."""
     draws, side = 20_000, 8
-    cell, count = cell_of(side**2, ratio)
+    cell, _, count = cell_of(side**2, ratio)
     ids = draw_keep_ids(draws, side**2, ratio, generators=seeded_generator(1), selection="structured")
     seen = torch.bincount(ids.flatten(), minlength=side**2).double()
     share, n = count / cell**2, cell**2
@@ -63,38 +64,50 @@ def test_random_draws_are_the_numbers_they_always_were():
     assert torch.equal(ids, scores.argsort(dim=1, descending=True)[:, :20].sort(dim=1).values)
 
 
+@pytest.mark.parametrize("selection", ["random", "structured"])
+def test_a_grid_need_not_be_square(selection):
+    """4 x 6 tokens: the cells are 2 x 2 of that grid; a list of 24 tokens in a square grid has none."""
+    ids = draw_keep_ids(50, 24, 0.75, generators=seeded_generator(0), selection=selection, grid=(4, 6))
+    assert ids.shape == (50, 6) and (ids.diff(dim=1) > 0).all()
+    cells = ids // 6 // 2 * 3 + ids % 6 // 2
+    counts = torch.stack([torch.bincount(row, minlength=6) for row in cells])
+    assert (counts == 1).all() == (selection == "structured")
+    with pytest.raises(ValueError, match="grid of 24 tokens"):
+        draw_keep_ids(1, 24, 0.75, selection="structured")
+
+
 @pytest.mark.parametrize(
     "side, ratio, message",
     [
-        (16, 0.6, "the nearest that do: 0.5625 and 0.625"),
-        (16, 0.97, "the nearest that do: 0.875 and 0.9375"),
-        (14, 0.625, "the nearest that do: 0.5 and 0.75"),  # 4 does not divide 14
-        (14, 0.9, "the nearest that do: 0.5 and 0.75"),
-        (7, 0.75, "a side of 7; needed: a side that 2 divides"),
-        (9, 0.5, "a side of 9"),
+        (16, 0.6, "the nearest ratios that do: 0.5625 and 0.625"),
+        (16, 0.97, "the nearest ratios that do: 0.875 and 0.9375"),
+        (14, 0.625, "the nearest ratios that do: 0.5 and 0.75"),  # 4 does not divide 14
+        (14, 0.9, "the nearest ratios that do: 0.5 and 0.75"),
+        (7, 0.75, "divides this grid of 49 tokens, 7 in a row; needed: selection=random"),
+        (9, 0.5, "divides this grid of 81 tokens"),
     ],
 )
 def test_what_no_cell_gives_is_refused_with_what_is_near(side, ratio, message):
     for refused in (
         lambda: draw_keep_ids(2, side**2, ratio, selection="structured"),
-        lambda: resolve_routes([Route(ratio, 1, 2, "structured")], 6, side**2),
+        lambda: resolve_routes([Route(ratio, 1, 2, "structured")], 6, (side, side)),
         lambda: DiT(side, 1, 1, 32, 6, 2, routes=[Route(ratio, 1, 2, "structured")]),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ValueError, match=message):
             refused()
 
 
 def test_an_unknown_selection_is_refused():
-    with pytest.raises(UserError, match="selection=grid; needed: random or structured"):
+    with pytest.raises(ValueError, match="selection=grid; needed: random or structured"):
         resolve_routes([Route(0.5, 1, 2, "grid")], 6)
-    with pytest.raises(UserError, match="selection_ratio, start_layer_idx and end_layer_idx"):
+    with pytest.raises(ValueError, match="selection_ratio, start_layer_idx and end_layer_idx"):
         resolve_routes([dict(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=2, select="random")], 6)
 
 
 def test_a_route_may_say_how_it_selects():
     as_before = dict(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=-2)
     assert resolve_routes([as_before], 6) == (Route(0.5, 1, 4, "random"),)
-    assert resolve_routes([as_before | {"selection": "structured"}], 6, 64) == (Route(0.5, 1, 4, "structured"),)
+    assert resolve_routes([as_before | {"selection": "structured"}], 6, (8, 8)) == (Route(0.5, 1, 4, "structured"),)
 
 
 def test_blocks_inside_a_structured_route_see_tokens_of_every_cell():
@@ -109,7 +122,7 @@ def test_blocks_inside_a_structured_route_see_tokens_of_every_cell():
     net(x, t, y, routing=Routing(generators=seeded_generator(0)))
     ids = draw_keep_ids(3, 64, 0.75, generators=seeded_generator(0), selection="structured")
     assert torch.equal(seen[1], gather_tokens(seen[0], ids)) and (in_cells(ids, 8, 2) == 1).all()
-    assert net.block_tokens(Routing()) == [64, 16, 16, 16, 16, 64]
+    assert block_tokens(net.routes, Routing(), 6, 64) == [64, 16, 16, 16, 16, 64]
 
 
 def test_given_ids_are_taken_as_they_are():
@@ -123,7 +136,7 @@ def test_given_ids_are_taken_as_they_are():
 
 def test_a_mask_token_fills_the_places_of_the_others():
     kept, ids = torch.randn(2, 3, 4), torch.tensor([[0, 2, 5], [1, 2, 3]])
-    full = pad_tokens(kept, ids, torch.full((1, 1, 4), 7.0), 6)
+    full = scatter_tokens(kept, ids, torch.full((1, 1, 4), 7.0).expand(2, 6, 4))
     assert torch.equal(gather_tokens(full, ids), kept)
     inside = torch.zeros(2, 6, dtype=torch.bool).scatter(1, ids, True)
     assert (full[~inside] == 7).all() and full.shape == (2, 6, 4)
@@ -139,7 +152,7 @@ def test_sparse_guidance_by_a_structured_route_needs_ratios_it_has():
         check_networks(changing, net, net)
 
 
-@pytest.mark.parametrize("selection, message", [("structured", "a side of 7"), ("grid", "selection=grid")])
+@pytest.mark.parametrize("selection, message", [("structured", "this grid of 49 tokens"), ("grid", "selection=grid")])
 def test_a_selection_that_does_not_fit_is_one_line_and_exit_code_2(selection, message, capsys):
     import cost
 

@@ -3,38 +3,36 @@
 import copy
 import os
 import subprocess
-import sys
 from functools import partialmethod
-from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import bench
-import show_routes
-
 import cost
-import sample
 import train as training
-from checkpoints.load import Run, load_run, round_linears
+from checkpoints.generate import branches, generate_latents, streams
+from checkpoints.load import Run, build_network, load_run, round_linears
 from checkpoints.run_folder import latest_checkpoint
 from dit import DiT
 from edm import EDM
 from guidance import Guidance
 from maskdit import MaskDiT
 from randomness import seeded_generator
+from routing_blocks import block_tokens
 from routing_module import Route, Routing, draw_keep_ids
 from sprint import Sprint
-from system import UserError, cli
+from system import UserError
 from system.compiling import compile_blocks
-from system.instantiate import instantiate
-from tests.conftest import COMPARED, ROOT, TORCHRUN, assert_same_run, numbers
-from tests.made_runs import make_run
+from tests.conftest import COMPARED, ROOT, TORCHRUN, assert_same_run, loss_of, numbers, poison
+from tests.made_runs import made_settings, make_run
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
+
+
+def tokens_of(net, routing):
+    """The number of tokens in each of the network's blocks."""
+    return block_tokens(net.routes, routing, len(net.blocks), net.num_tokens)
+
 
 METHODS = {
     "tread": [
@@ -88,16 +86,8 @@ def test_accumulation_is_the_same_step(run, method):
 
 @pytest.mark.parametrize("method", ["sprint", "maskdit"])
 def test_a_step_that_is_not_finite_updates_nothing(run, method, monkeypatch):
-    make_loader = training.data.make_loader
-
-    def poisoned(*args, **settings):
-        for step, (raw, y) in enumerate(make_loader(*args, **settings), settings["start_step"] + 1):
-            raw = raw.clone()
-            raw[0, 0, 0, 0] = float("nan") if step == 3 else raw[0, 0, 0, 0]
-            yield raw, y
-
     _, before = run("before", *METHODS[method], "train.max_steps=2")
-    monkeypatch.setattr(training.data, "make_loader", poisoned)
+    poison(monkeypatch, 3)
     code, folder = run("stops", *METHODS[method], "train.save_every=1", "train.log_every=7")
     assert code == EXIT_NOT_FINITE
     for name in COMPARED[:2]:
@@ -113,7 +103,7 @@ def test_the_second_stage_starts_from_the_first(run, first, second, tmp_path):
     assert code == 0
     before, after = (load_run(path, weights, device="cpu").model for path, weights in ((folder, "ema"), (then, "raw")))
     assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
-    assert set(after.block_tokens(Routing())) == {16}
+    assert set(tokens_of(after, Routing())) == {16}
 
 
 def networks():
@@ -138,26 +128,27 @@ def test_one_graph_a_token_count(name, checkpointed, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
     make, of_blocks = networks()[name]
     net = make()
-    net.gradient_checkpointing = checkpointed
+    for block in net.all_blocks:
+        block.recompute = checkpointed
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     round_linears(ema)
-    compile_blocks(net, "blocks")
-    compile_blocks(ema, "blocks", dynamic=True)
+    compile_blocks(net.all_blocks, "blocks")
+    compile_blocks(ema.all_blocks, "blocks", dynamic=True)
     counters.clear()
     x, y = torch.randn(4, 4, 16, 16), torch.zeros(4, dtype=torch.int64)
 
     def train(step):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = net.training_loss(EDM(), net, x, y, seeded_generator(step)).sum()
+            loss = loss_of(net, EDM(), x, y, seeded_generator(step)).sum()
         loss.backward()
 
     def evaluate():
-        run = Run(ema, EDM(), None, OmegaConf.create(), torch.device("cpu"), "bf16")
+        run = Run(ema, EDM(), None, None, torch.device("cpu"), "bf16")
         guidances = [Guidance(), Guidance(scale=2.0), Guidance(1.5, None, 0.25, 0.75, "same")]
-        guidances += [Guidance(3.0, weak_path="drop")] if net.path_drop else []
+        guidances += [Guidance(3.0, weak_path="drop")] if isinstance(net, Sprint) else []
         for guidance in guidances:
             for n in (5, 3):
-                sample.generate_latents(run, guidance, range(n), torch.zeros(n, dtype=torch.int64), {"num_steps": 2})
+                generate_latents(run, guidance, range(n), torch.zeros(n, dtype=torch.int64), {"num_steps": 2})
 
     for step in range(2):
         train(step)
@@ -174,18 +165,18 @@ def test_sparse_guidance_takes_a_ratio_for_each_branch(name):
     net = networks()[name][0]().eval().requires_grad_(False)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    run = Run(net, EDM(), None, OmegaConf.create(), torch.device("cpu"))
+    run = Run(net, EDM(), None, None, torch.device("cpu"))
     y = torch.tensor([0, 1, 2])
-    strong, weak = sample.branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), range(3), y)
+    strong, weak = branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), range(3), y)
     x, t = torch.randn(3, 4, 16, 16), torch.tensor(0.7)
     seen = []
     for block in net.blocks:
         block.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
     strong(x, t), weak(x, t)
-    assert seen == net.block_tokens(Routing(0.25))[:8] + net.block_tokens(Routing(0.75))[:8]
+    assert seen == tokens_of(net, Routing(0.25)) + tokens_of(net, Routing(0.75))
     assert min(seen[:8]) == 48 and min(seen[8:]) == 16
-    alone = sample.branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), [1], y[1:2])[1](x[1:2], t)
-    again = sample.branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), range(3), y)[1](x, t)
+    alone = branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), [1], y[1:2])[1](x[1:2], t)
+    again = branches(run, run, Guidance(1.5, None, 0.25, 0.75, "same"), range(3), y)[1](x, t)
     torch.testing.assert_close(alone, again[1:2], rtol=1e-4, atol=1e-4)  # an image depends on its own seed alone
 
 
@@ -194,23 +185,27 @@ SMALL = ["model.depth=6", "model.hidden_size=32", "model.num_heads=2", "sampler.
 
 @pytest.mark.parametrize("model", ["sprint", "maskdit"])
 def test_show_routes_shows_the_tokens_that_sampling_keeps(model, tmp_path):
+    from scripts import show_routes
+
     folder = make_run(tmp_path / "run", [f"model={model}", *SMALL])
     run = load_run(folder, device="cpu")
     (kept,) = show_routes.kept_tokens(run, [4, 9], None, 0)
     (route,) = run.model.routes
-    masks = sample.streams([4, 9], "strong")
+    masks = streams([4, 9], "strong")
     ids = draw_keep_ids(2, run.model.num_tokens, route.selection_ratio, generators=masks, selection=route.selection)
     assert torch.equal(kept.nonzero()[:, 1].view(2, -1), ids)
     passes = show_routes.through_blocks(run, [kept])
-    assert passes.sum(dim=2).tolist() == [run.model.block_tokens(Routing())] * 2
+    assert passes.sum(dim=2).tolist() == [tokens_of(run.model, Routing())] * 2
     show_routes.main([f"ckpt={folder}", "seeds=0-1", f"out={tmp_path / 'routes.png'}"])
     assert (tmp_path / "routes.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("model", ["sprint", "maskdit"])
 def test_the_bench_knows_it(model):
+    from scripts import bench
+
     settings = ["train.global_batch_size=8", "train.compile=off", "train.precision=fp32", "train.micro_batch_size=4"]
-    report = bench.bench(cli.load_config("config", [f"model={model}", *SMALL[:3], *settings]), compare=False, rounds=2)
+    report = bench.bench(made_settings([f"model={model}", *SMALL[:3], *settings]), compare=False, rounds=2)
     dense, routed = (report["kinds"][f"ours {way}"] for way in ("dense", "routed"))
     for row in (dense, routed):
         assert row["gmacs_counted"] == pytest.approx(row["gmacs"], rel=0.02) and row["host_waits"] == 0
@@ -228,7 +223,7 @@ def test_cost_is_printed_before_a_run(capsys):
 
 
 def test_guidance_of_previews_is_refused_before_the_first_step(run):
-    with pytest.raises(UserError, match="needs a model trained with path drop"):
+    with pytest.raises(UserError, match="drop_path needs a network with a deep path"):
         run("dit", "model=dit", "guidance@preview=path_drop", "train.dry_run=true", "preview.every=1")
 
 
@@ -242,28 +237,28 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("experiment", PUBLISHED)
 def test_the_stages_have_the_papers_setting(experiment):
-    cfg, wanted = cli.load_config("config", [f"experiment={experiment}", "results_dir=runs"]), PUBLISHED[experiment]
+    cfg, wanted = made_settings([f"experiment={experiment}", "results_dir=runs"]), PUBLISHED[experiment]
     with torch.device("meta"):
-        net = instantiate(cfg.model)
+        net = build_network(cfg)
     assert (len(net.blocks), net.pos_embed.shape[-1], net.num_tokens) == (28, 1152, 256)
     assert net.routes[0].selection_ratio == wanted["selection_ratio"]
     train = cfg.train
     assert (train.max_steps, train.global_batch_size, train.lr, train.warmup_steps) == tuple(list(wanted.values())[1:])
     clip = 1.0 if experiment.startswith("sprint") else None  # MaskDiT's own code does not
     assert (train.ema_decay, train.label_dropout, train.decay_steps, train.grad_clip) == (0.9999, 0.1, 0, clip)
-    assert (list(cfg.optimizer.betas), cfg.optimizer.weight_decay) == ([0.9, 0.999], 0)
+    assert (cfg.optimizer.betas, cfg.optimizer.weight_decay) == ((0.9, 0.999), 0)
     if experiment.startswith("sprint"):
-        assert cfg.objective.timesteps == "logit_normal" and net.path_drop == 0.1
+        assert cfg.objective["timesteps"] == "logit_normal" and net.path_drop == 0.1
         names = set(net.state_dict())
         assert {
             "blocks.0.attn.q_norm.weight",
             "blocks.0.mlp.w12.weight",
         } <= names and "blocks.0.norm1.weight" not in names
     else:
-        assert (cfg.objective.P_mean, cfg.objective.P_std, cfg.objective.sigma_data) == (-1.2, 1.2, 0.5)
+        assert [cfg.objective[key] for key in ("P_mean", "P_std", "sigma_data")] == [-1.2, 1.2, 0.5]
         assert net.mae_weight == 0.1 and len(net.decoder_blocks) == 8
     if experiment.endswith("finetune"):
-        first = cli.load_config("config", [f"experiment={experiment.removesuffix('_finetune')}"])
+        first = made_settings([f"experiment={experiment.removesuffix('_finetune')}"])
         model, objective = ("sprint", "rf") if "sprint" in experiment else ("maskdit", "edm")
         assert (
             first.run_name is None
@@ -287,10 +282,8 @@ def test_each_stage_dry_runs(row, tmp_path, capsys, monkeypatch):
         "train.global_batch_size=2",
         "init_from=null",
     ]
-    config = cli.load_config(
-        "config", [*row.split(), *small, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
-    )
-    assert training.train(config) == 0
+    settings = [*row.split(), *small, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
+    assert training.train(made_settings(settings)) == 0
     out = capsys.readouterr().out
     assert "GPU-hours" in out and "dry run    one step" in out and "nan" not in out
     assert not list(tmp_path.iterdir())

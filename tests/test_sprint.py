@@ -18,6 +18,7 @@ import sample
 import sprint
 from checkpoints.generate import branches, generate_latents
 from checkpoints.load import Run, build_network, load_run
+from checkpoints.naming import settings_name
 from dit import DiT
 from guidance import Guidance
 from randomness import BatchSlice, seeded_generator
@@ -26,7 +27,7 @@ from routing_blocks import block_tokens
 from routing_module import Routing, draw_keep_ids
 from sprint import Sprint
 from system import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, loss_of
 from tests.made_runs import made_settings, make_run
 from training.prepare import start_from
 
@@ -58,10 +59,9 @@ def expected(net, x, t, y, keep_ids=None):
     for i in range(len(x)):
         one, condition = tokens[i : i + 1], c[i : i + 1]
         ids = torch.arange(64) if keep_ids is None else keep_ids[i]
-        angles = net.angles[0]
 
-        def through(blocks, sequence, places, condition=condition, angles=angles):
-            where = (angles[places].cos()[None, None], angles[places].sin()[None, None]) if net.rotary else ()
+        def through(blocks, sequence, places, condition=condition):
+            where = (net.cos[:, places], net.sin[:, places]) if net.rotary else ()
             for block in blocks:
                 sequence = block(sequence, condition, *where)
             return sequence
@@ -101,7 +101,7 @@ def test_the_mask_token_is_not_trained_and_saved():
     net = small()
     assert "mask_token" in net.state_dict() and "mask_token" not in dict(net.named_parameters())
     assert 0.01 < small(hidden_size=512, num_heads=4).mask_token.std() < 0.03
-    net.training_loss(RectifiedFlow(), net, *batch()[::2], seeded_generator(0)).sum().backward()
+    loss_of(net, RectifiedFlow(), *batch()[::2], seeded_generator(0)).sum().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -175,7 +175,7 @@ def test_published_cost_of_xl():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_structured_selection_needs_a_grid_that_cells_divide(backbone):
-    with pytest.raises(UserError, match="needed: a side that 2 divides, or selection=random"):
+    with pytest.raises(ValueError, match="needed: selection=random"):
         small(backbone, input_size=14)
     small(backbone, input_size=14, selection="random")
     with pytest.raises(UserError, match="leave none of 4"):
@@ -185,7 +185,7 @@ def test_structured_selection_needs_a_grid_that_cells_divide(backbone):
 
 
 def guided_run(net):
-    return Run(net.requires_grad_(False), RectifiedFlow(), None, None, torch.device("cpu"))
+    return Run(net.requires_grad_(False), RectifiedFlow(), None, None, torch.device("cpu"), pool=torch.arange(3))
 
 
 def test_path_drop_guidance_is_the_one_rule_with_a_weak_branch_without_g():
@@ -225,8 +225,10 @@ def test_path_drop_guidance_on_other_models_is_one_line_and_exit_code_2(tmp_path
     command = [sys.executable, "sample.py", f"ckpt={tmp_path / 'dit'}", "guidance=path_drop", "seeds=0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "needs a model trained with path drop (model=sprint)" in done.stderr and not list(tmp_path.rglob("*.png"))
-    with pytest.raises(UserError, match="drop_path needs"):
+    assert "weak_path: drop_path needs a network with a deep path to drop (model=sprint)" in done.stderr and not list(
+        tmp_path.rglob("*.png")
+    )
+    with pytest.raises(ValueError, match="drop_path needs"):
         DiT(8, 2, 1, 32, 6, 2, routes=[dict(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=2)])(
             torch.randn(1, 1, 8, 8), torch.rand(1), torch.tensor([0]), routing=Routing(drop_path=True)
         )
@@ -238,8 +240,9 @@ def test_a_run_is_sampled_with_path_drop_guidance(model, tmp_path):
     out = tmp_path / "out"
     sample.main([f"ckpt={tmp_path / 'run'}", "guidance=path_drop", "seeds=0-1", f"out={out}", "interval=[0.1,1]"])
     assert len(list(out.rglob("*.png"))) == 3
-    folder = sample.settings_name(Guidance(3.0, interval=(0.1, 1), weak_path="drop"), None)
-    assert folder == "cfg3-pathdrop-t0.1-1"
+    names = [settings_name(Guidance(3.0, interval=(low, 1), weak_path="drop")) for low in (0.1, 0.2)]
+    assert all(name.startswith("scale-3.0_interval-") and name.endswith("_weak_path-drop") for name in names)
+    assert len(set(names)) == 2
 
 
 # The official layout, by hand: shapes and names as its files have them, and what they compute.

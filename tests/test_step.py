@@ -2,60 +2,66 @@
 
 import copy
 import math
-import sys
 from collections import Counter
 from contextlib import nullcontext
 from functools import partialmethod
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import bench
-from bench import OpCounter
-
-import cost
 import lightningdit
 import train as training
+from checkpoints.generate import generate_latents
 from checkpoints.load import Run, round_linears
 from cost import BYTES_PER_PARAMETER
 from data import BatchPlan
-from dit import Attention, Block, DiT, gelu
+from dit import Block, DiT
 from edm import EDM
 from guidance import Guidance
 from randomness import seeded_generator, uniform
 from rf import RectifiedFlow
 from routing_module import Routing
-from sample import generate_latents
-from system import cli
+from scripts.bench import OpCounter
+from system import kernels
 from system.compiling import compile_blocks
+from system.kernels import gelu
+from tests.conftest import loss_of
+from tests.made_runs import made_settings
+from training.ema import update_averages
 from training.guard import FiniteGuard
-from training.prepare import TrainState
+from training.prepare import TrainedEma, TrainingData, TrainState
 
 TREAD = [dict(selection_ratio=0.5, start_layer_idx=2, end_layer_idx=-4)]
 
 
 def settings(**train):
-    config = cli.load_config("config", [f"train.{key}={value}" for key, value in train.items()])
-    config.train.precision = "bf16"
-    return config
+    keys = {"precision": "bf16"} | train
+    return made_settings([f"train.{key}={'null' if value is None else value}" for key, value in keys.items()])
 
 
-def state_on(device, routes=TREAD, size="DiT-S/2"):
+def state_on(device, routes=TREAD, size="DiT-S/2", objective=None):
     torch.manual_seed(0)
     with torch.device(device):
         model = DiT(size=size, learn_sigma=False, routes=routes)
         ema = DiT(size=size, learn_sigma=False, routes=routes).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return TrainState(model, model, ema, optimizer, FiniteGuard(optimizer, torch.device(device), "stop"))
+    return state_of(model, {"ema": ema}, optimizer, device, objective or EDM())
+
+
+def state_of(model, averages, optimizer, device="cpu", objective=None, mode="stop"):
+    """A TrainState before step 1."""
+    device = torch.device(device)
+    ema = TrainedEma(averages.get("ema"), objective, None, None, device)
+    return TrainState(model, model, averages, optimizer, FiniteGuard(optimizer, device, mode), objective, ema, step=1)
+
+
+def latents_of(plan):
+    return TrainingData(Latents, Latents, plan)
 
 
 class Latents:
@@ -78,17 +84,23 @@ def test_a_cuda_step_never_waits_and_copies_only_its_batch(objective, monkeypatc
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     config, plan = settings(global_batch_size=8, micro_batch_size=4), BatchPlan(8, 4, 2, 0, 1)
     with FakeTensorMode():
-        state = state_on("cuda")
+        state = state_on("cuda", objective=objective)
         raw, y = torch.empty(4, 4, 32, 32, dtype=torch.float16), torch.empty(4, dtype=torch.int64)
         for step in (1, 2):
             with OpCounter() as counter:
-                training.set_learning_rate(state.optimizer, step, config.train)
-                training.train_step(state, objective, Latents, iter([(raw, y)] * 2), step, plan, config)
-                training.update_ema(state.ema, state.model, 0.999)
+                state.step = step
+                training.train_step(config, latents_of(plan), state, iter([(raw, y)] * 2))
+                update_averages(state.averages, state.model, step, 0.999, False)
     batch_bytes = 2 * (raw.numel() * 2 + y.numel() * 8)
     assert counter.to_cpu == 0 and counter.to_gpu == batch_bytes and counter.blocking == 0
     assert len(attended) == 2 * 2 * 12  # two steps of two micro-batches through twelve blocks
     assert counter.calls["_fused_adamw_"] == 1 and counter.calls["_foreach_lerp_"] == 1
+
+
+def recompute(net, on):
+    """Gradient checkpointing, as train.gradient_checkpointing sets it."""
+    for block in net.all_blocks:
+        block.recompute = on
 
 
 def made_up_gradients(loss):
@@ -107,8 +119,7 @@ def made_up_gradients(loss):
 def test_the_backward_pass_asks_for_no_value():
     net = DiT(size="DiT-XS/4", num_classes=10, learn_sigma=False, routes=TREAD)
     y = torch.zeros(2, dtype=torch.int64)
-    routed = lambda x, t, y: net(x, t, y, routing=Routing(generators=torch.Generator().manual_seed(0)))  # noqa: E731
-    loss = EDM().loss(routed, torch.randn(2, 4, 32, 32), y, torch.Generator().manual_seed(0)).mean()
+    loss = loss_of(net, EDM(), torch.randn(2, 4, 32, 32), y, torch.Generator().manual_seed(0)).mean()
     with OpCounter() as counter:
         loss.backward()
     assert counter.waits == 0 and sum(counter.calls.values()) > 100
@@ -129,17 +140,16 @@ def test_optimizer_and_ema_are_few_calls():
     state.optimizer.grad_scale = torch.ones(())  # as train_step clips
     with OpCounter() as counter:
         state.optimizer.step()
-        training.update_ema(state.ema, state.model, 0.999)
+        update_averages(state.averages, state.model, 1, 0.999, False)
     assert sum(counter.calls.values()) - counter.calls.get("detach", 0) <= 8, counter.calls
 
 
 @pytest.mark.parametrize("fp32_after_route, in_fp32", [(False, 0.0), (True, 0.119)])
 def test_nearly_all_matrix_work_is_bf16(fp32_after_route, in_fp32):
-    """P7, of a routed B/2; the backward pass has the same types twice. The share that TREAD's own code has in float32
-    is the one that cost.py prints."""
+    """P7, of a routed B/2; the backward pass has the same types twice. TREAD's own code has an eighth in float32."""
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), OpCounter() as counter:
         net = state_on("cpu", size="DiT-B/2").model
-        net.fp32_blocks = {9} if fp32_after_route else set()
+        net.blocks[9].keeps_fp32 = fp32_after_route
         net(torch.randn(2, 4, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.int64), routing=Routing())
     work = {torch.bfloat16: 0, torch.float32: 0}
     for (dtype, ((a, _), (b, _))), count in counter.products.items():
@@ -147,13 +157,11 @@ def test_nearly_all_matrix_work_is_bf16(fp32_after_route, in_fp32):
     assert work[torch.float32] / sum(work.values()) == pytest.approx(in_fp32, abs=0.01)
 
 
-def test_float32_after_a_route_where_it_is_asked_for(capsys):
-    cost.main(["model.size=DiT-B/2", "data=imagenet256", "model.fp32_after_route=true"])
-    assert "11.9% of a routed pass" in capsys.readouterr().out
+def test_float32_after_a_route_where_it_is_asked_for():
     for network in (DiT, lightningdit.LightningDiT):
         sizes = dict(size="DiT-XS/4", input_size=16, in_channels=4, num_classes=10, learn_sigma=False)
         net = network(**sizes, routes=TREAD, fp32_after_route=True)
-        assert net.fp32_blocks == {9}
+        assert [i for i, block in enumerate(net.blocks) if block.keeps_fp32] == [9]
         round_linears(net)  # bf16 sampling
         inputs = torch.randn(2, 4, 16, 16), torch.rand(2), torch.zeros(2, dtype=torch.int64)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), OpCounter() as counter:
@@ -168,7 +176,7 @@ def test_float32_after_a_route_where_it_is_asked_for(capsys):
 def test_a_training_step_is_three_forward_passes_or_four(checkpointed, ratio):
     with FakeTensorMode():
         net = state_on("cpu", size="DiT-B/2").model
-        net.gradient_checkpointing = checkpointed
+        recompute(net, checkpointed)
         x, t, y = torch.randn(2, 4, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.int64)
         with FlopCounterMode(display=False) as step:
             loss = net(x, t, y, routing=Routing()).sum()
@@ -198,11 +206,11 @@ def test_training_evaluation_and_guidance_share_at_most_four_graphs(network, of_
     eager = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # graphs are counted, none is built
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
     net = network(16, 4, 4, hidden_size=32, depth=8, num_heads=2, num_classes=10, learn_sigma=False, routes=TREAD)
-    net.gradient_checkpointing = checkpointed
+    recompute(net, checkpointed)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     cpu = torch.device("cpu")
-    compile_blocks(net, "blocks")
-    compile_blocks(ema, "blocks", dynamic=True)
+    compile_blocks(net.all_blocks, "blocks")
+    compile_blocks(ema.all_blocks, "blocks", dynamic=True)
     counters.clear()
     x, y, t = torch.randn(4, 4, 16, 16), torch.zeros(4, dtype=torch.int64), torch.rand(4)
 
@@ -212,7 +220,7 @@ def test_training_evaluation_and_guidance_share_at_most_four_graphs(network, of_
         loss.backward()
 
     def evaluate():
-        run = Run(ema, EDM(), None, OmegaConf.create(), cpu, "bf16")
+        run = Run(ema, EDM(), None, None, cpu, "bf16")
         cfg, sparse = Guidance(scale=2.0), Guidance(1.5, None, 0.3, 0.7, "same")
         for guidance in (Guidance(), cfg, sparse):
             for n in (5, 3):
@@ -242,7 +250,7 @@ def test_what_blocks_do_apart_where_cpus_compile_them_is_as_exact(block, precisi
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.1, generator=seeded)
     x, c = torch.randn(8, K, 128, generator=seeded), torch.randn(8, 128, generator=seeded)
-    where = () if type(block) is Block else tuple(torch.randn(2, 8, 1, K, 32, generator=seeded))
+    where = () if type(block) is Block else tuple(torch.randn(2, 8, K, 32, generator=seeded))
 
     def run(block, x, c, *where):
         for p in block.parameters():
@@ -287,18 +295,18 @@ def test_a_compiled_backward_pass_takes_no_exponential_for_gelu():
 
 @pytest.mark.parametrize("grad_clip", [1e-3, 1e3, None])
 def test_a_step_clips_as_pytorch_does(grad_clip):
-    config, plan = settings(global_batch_size=4, label_dropout=0.0), BatchPlan(4, 4, 1, 0, 1)
-    config.train.precision, config.train.grad_clip = "fp32", grad_clip
+    config = settings(global_batch_size=4, label_dropout=0.0, precision="fp32", grad_clip=grad_clip)
+    plan = BatchPlan(4, 4, 1, 0, 1)
     batch = torch.randn(4, 4, 32, 32), torch.zeros(4, dtype=torch.int64)
-    state, other = state_on("cpu", size="DiT-XS/4"), state_on("cpu", size="DiT-XS/4")
+    state, other = (state_on("cpu", size="DiT-XS/4", objective=RectifiedFlow()) for _ in range(2))
     for optimizer in (state.optimizer, other.optimizer):
         optimizer.param_groups[0]["eps"] = 1e-3  # or AdamW's first step would not depend on the gradient's size
-    _, grad_norm = training.train_step(state, RectifiedFlow(), Latents, iter([batch]), 1, plan, config)
+    _, grad_norm = training.train_step(config, latents_of(plan), state, iter([batch]))
+    training.set_learning_rate(other.optimizer, training.learning_rate(1, config.train))
 
     rows = plan.slice(seeded_generator(config.seed, "train", 1), 0)
     uniform((4,), rows)  # of the label dropout
-    routed = lambda x, t, y: other.model(x, t, y, routing=Routing(generators=rows))
-    RectifiedFlow().loss(routed, *batch, rows).mean().backward()
+    loss_of(other.model, RectifiedFlow(), *batch, rows).mean().backward()
     expected = torch.nn.utils.clip_grad_norm_(other.model.parameters(), grad_clip or math.inf)
     other.optimizer.step()
     torch.testing.assert_close(grad_norm, expected)
@@ -311,7 +319,7 @@ def activation_peak(size, routed, gradient_checkpointing=False):
     """Bytes at batch 256, on made-up tensors."""
     with FakeTensorMode():
         state = state_on("cpu", size=size)
-        state.model.gradient_checkpointing = gradient_checkpointing
+        recompute(state.model, gradient_checkpointing)
         tracker = MemTracker()
         tracker.track_external(state.model)
         x, t, y = torch.randn(256, 4, 32, 32), torch.rand(256), torch.zeros(256, dtype=torch.int64)
@@ -326,7 +334,7 @@ def activation_peak(size, routed, gradient_checkpointing=False):
 @pytest.mark.parametrize("size, bar", [("DiT-B/2", 0.74), ("DiT-XL/2", 0.62)])
 def test_routing_saves_memory_as_well(size, bar, monkeypatch):
     """P8. Where all that is kept is linear in tokens, the limits are 0.708 and 0.589. Attention as on GPUs."""
-    monkeypatch.setattr(Attention, "attend", bench.PlainAttention.attend)
+    monkeypatch.setattr(kernels, "plain_on", set())
     ratio = activation_peak(size, routed=True) / activation_peak(size, routed=False)
     assert 0.58 < ratio <= bar
 
@@ -343,7 +351,7 @@ def test_state_is_twenty_bytes_a_parameter():
     state.optimizer.step()
     moments = [value for held in state.optimizer.state.values() for value in held.values()]
     parameters = list(state.model.parameters())
-    weights = [*state.model.state_dict().values(), *state.ema.state_dict().values()]
+    weights = [*state.model.state_dict().values(), *state.averages["ema"].state_dict().values()]
     held = [*weights, *(p.grad for p in parameters), *moments]
     used = sum(tensor.numel() * tensor.element_size() for tensor in held)
     assert 1 <= used / (BYTES_PER_PARAMETER * sum(p.numel() for p in parameters)) <= 1.02
@@ -354,7 +362,7 @@ def test_sampling_asks_the_device_for_no_value(objective, monkeypatch):
     """On a device without values, whoever asks for one raises."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no such device
     net = DiT(16, size="DiT-XS/4", num_classes=10, learn_sigma=False, routes=TREAD).to("meta")
-    run = Run(net, objective, None, OmegaConf.create(), torch.device("meta"))
+    run = Run(net, objective, None, None, torch.device("meta"), pool=torch.arange(10))
     seeds, labels = range(3), torch.zeros(3, dtype=torch.int64)
     sparse, random = Guidance(1.5, None, 0.3, 0.7, "same"), Guidance(2.0, (0.1, 0.9), weak_label="random")
     for guidance in (Guidance(), Guidance(2.0), sparse, random):
