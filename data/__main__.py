@@ -12,12 +12,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from data.convert import Conversion, convert
 from data.encoding import LatentEncoding
 from data.inspect import as_text, inspect
 from data.shards import finalize, read_manifest
 from system import UserError, cli
-from system.settings import parse
 
 
 def main(argv: list[str]) -> int:
@@ -30,10 +31,10 @@ def main(argv: list[str]) -> int:
         return 1 if report["wrong"] else 0
     if verb == "index":
         (path,), overrides = _split(verb, arguments, 1)
-        _index(Path(path), cli.load_config("index", overrides), bool(overrides))
+        _index(Path(path), OmegaConf.to_container(cli.load_config("index", overrides)), bool(overrides))
         return 0
     (source, target), overrides = _split(verb, arguments, 2)
-    manifest = convert(source, target, parse(Conversion, cli.load_config("convert", overrides)))
+    manifest = convert(source, target, Conversion(**OmegaConf.to_container(cli.load_config("convert", overrides))))
     print(f"{target}: {_counts(manifest)}; python -m data inspect {shlex.quote(target)} says more")
     return 0
 

@@ -449,7 +449,7 @@ def test_the_next_command_can_be_pasted_from_a_folder_of_any_name(tmp_path, caps
     assert data.__main__.main(["inspect", str(folder), "--json"]) == 0
     words = shlex.split(json.loads(capsys.readouterr().out)["next"])
     given = cli.load_config("config", words[2:])
-    assert words[:2] == ["python", "train.py"] and given["data"]["path"] == str(folder)
+    assert words[:2] == ["python", "train.py"] and given.data.path == str(folder)
     with pytest.raises(UserError, match="an empty path"):  # as an unset variable of a shell leaves it
         data.__main__.main(["inspect", ""])
 

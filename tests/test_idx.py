@@ -17,9 +17,8 @@ from evaluation import features
 from evaluation.reference import MAX_FEATURES, shipped_reference
 from system import UserError, cli
 from tests.conftest import ROOT
-from tests.made_runs import made_settings
 from tests.made_sets import idx, write_idx
-from training.prepare import batch_plan, open_data
+from training.prepare import open_data
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 
@@ -50,24 +49,19 @@ def test_pictures_need_not_be_square(tmp_path):
     assert open_latents(tmp_path / "made").shape == (1, 20, 28)
 
 
-def opened(settings):
-    dist = PartialState(cpu=True)
-    return open_data(settings, dist, batch_plan(settings.train, dist))
-
-
 def test_made_shards_are_made_again_only_when_damaged(tmp_path, capsys):
     write_idx(tmp_path / "files")
     keys = ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"]
-    settings = made_settings(keys)
-    opened(settings)
+    cfg = cli.load_config("config", keys)
+    open_data(cfg, PartialState(cpu=True))
     assert capsys.readouterr().out.count("made does not exist: data.source's pictures are made there") == 1
     shard = tmp_path / "made/val-000000.tar"
     before = shard.read_bytes(), shard.stat().st_mtime_ns
-    loaded = opened(settings)
-    assert (len(loaded.train), len(loaded.val)) == (30, 20) and not capsys.readouterr().out
+    train, val = open_data(cfg, PartialState(cpu=True))
+    assert (len(train), len(val)) == (30, 20) and not capsys.readouterr().out
     assert before == (shard.read_bytes(), shard.stat().st_mtime_ns)
     shard.write_bytes(before[0][:5000])
-    opened(settings)
+    open_data(cfg, PartialState(cpu=True))
     assert shard.read_bytes() == before[0]
 
 
@@ -130,9 +124,9 @@ def test_bad_files_get_one_line_and_leave_nothing(case, tmp_path, capsys):
     file = tmp_path / "files" / name
     contents = damage(file.read_bytes())
     file.write_bytes(contents) if contents is not None else file.unlink()
-    settings = made_settings(["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"])
+    cfg = cli.load_config("config", ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"])
     with pytest.raises(SystemExit) as refused, cli.user_errors():
-        opened(settings)
+        open_data(cfg, PartialState(cpu=True))
     error = capsys.readouterr().err
     assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
     assert not (tmp_path / "made").exists()
