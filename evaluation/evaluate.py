@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,8 +21,11 @@ from evaluation.score import describe_scoring, distance_name, read_part, score, 
 from system import UserError
 from system.processes import start_processes
 
-# Of folders' names: what changes no score, or is told otherwise.
-UNNAMED = ("ckpt", "images", "out", "batch_size", "digits", "fashion", "every", "extractor")
+# Left out of folders' names: what changes no score, and what `score_name` tells in its own way.
+UNNAMED = (
+    "ckpt", "images", "out", "batch_size", "digits", "fashion", "every", "extractor", "extractor_weights",
+    "extractor_sha256", "ref", "metrics", "precision", "compile",
+)  # fmt: skip
 
 
 def extractor_and_reference(settings: Scoring) -> tuple[Extractor, Reference]:
@@ -127,10 +130,12 @@ def describe_run(run: Run, settings: Scoring) -> dict:
     }  # fmt: skip
 
 
-def score_name(settings: Scoring, extractor: Extractor, n: int, precision: str = "fp32") -> str:
-    """<distance>-<settings>: equal names, equal scores. precision: what `auto` came to."""
-    settings = replace(settings, precision="auto" if precision == "fp32" else precision)
-    parts = [distance_name(extractor, n), settings_name(settings, UNNAMED)]
+def score_name(settings: Scoring, extractor: Extractor, n: int, precision: str = "fp32", compile: str = "off") -> str:
+    """<distance>-<settings>: equal names, equal scores. precision, compile: what the run is generated with."""
+    parts = [distance_name(extractor, n)]
     parts += [extractor.sha256[:6]] if settings.extractor_weights is not None else []
     parts += [cached_reference(settings.ref).sha256[:6]] if settings.ref is not None else []
-    return "-".join(parts)
+    parts += ["_".join(settings.metrics)] if settings.metrics is not None else []
+    parts += [precision] if precision != "fp32" else []
+    parts += ["compiled"] if compile != "off" else []
+    return "-".join([*parts, settings_name(settings, UNNAMED)])
