@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.archives import LABEL, Tree, is_picture, open_tree, split_name
+from data.archives import LABEL, Tree, is_picture, open_tars, open_tree, split_name
 from system import UserError
 
 IDX_NAME = re.compile(r"(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
@@ -41,7 +41,7 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
             return _open_idx(_choose(path, find_idx(path), split))
     tree = open_tree(path)
     if path.is_dir() and not any(map(is_picture, tree.names)):
-        for suffix, opener in ((".parquet", _open_parquet), (".tar", _open_tars)):
+        for suffix, opener in ((".parquet", _open_parquet), (".tar", _open_labelled_tars)):
             if names := [name for name in tree.names if name.endswith(suffix)]:
                 groups = defaultdict(list)
                 for name in names:
@@ -68,18 +68,12 @@ def _choose(path: Path, groups: dict, split: str | None):
     return groups[split]
 
 
-def _open_tars(folder: Path, names: list[str]) -> Tree:
-    trees = {name: open_tree(folder / name) for name in names}
-    for name, tree in trees.items():
-        if not any(split_name(member)[1] == LABEL for member in tree.names):
-            raise UserError(f"{folder / name} has no labels; needed: <key>.cls beside each picture, as in WebDataset")
-    members = sorted(f"{name}/{member}" for name, tree in trees.items() for member in tree.names)
-
-    def read(name: str) -> bytes:
-        tar, _, member = name.partition(".tar/")
-        return trees[f"{tar}.tar"].read(member)
-
-    return Tree(members, read)
+def _open_labelled_tars(folder: Path, names: list[str]) -> Tree:
+    tree = open_tars({f"{name}/": folder / name for name in names})
+    labelled = {name.partition(".tar/")[0] + ".tar" for name in tree.names if split_name(name)[1] == LABEL}
+    if bare := [name for name in names if name not in labelled]:
+        raise UserError(f"{folder / bare[0]} has no labels; needed: <key>.cls beside each picture, as in WebDataset")
+    return tree
 
 
 def _open_parquet(folder: Path, names: list[str]) -> Tree:
@@ -210,10 +204,15 @@ def _read_array(path: Path, ndim: int) -> np.ndarray:
 
 def _open_idx(pair: IdxPair) -> Tree:
     images, labels = read_idx(pair)
-    header = b"P5 %d %d 255\n" % images.shape[:0:-1]  # a grey picture that Pillow reads: PGM
 
     def read(name: str) -> bytes:
         row, _, kind = name.partition(".")
-        return b"%d" % labels[int(row)] if kind == LABEL else header + images[int(row)].tobytes()
+        return b"%d" % labels[int(row)] if kind == LABEL else as_picture(images[int(row)])
 
     return Tree([f"{i:08d}.{kind}" for i in range(len(labels)) for kind in (LABEL, "pgm")], read)
+
+
+def as_picture(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W) or (H, W, 3) as a file that Pillow reads: PGM or PPM."""
+    height, width, *channels = pixels.shape
+    return b"P%d %d %d 255\n" % (6 if channels else 5, width, height) + pixels.tobytes()
