@@ -157,26 +157,21 @@ def find_idx(source: str | Path) -> dict[str, IdxPair]:
     """
     source = Path(source)
     folder, wanted = (source, None) if source.is_dir() else (source.parent, source.name)
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found: dict[tuple[str, str], Path] = {}
+    found: dict[str, dict[str, Path]] = {}  # {split: {"images" or "labels": file}}
     sets = set()
-    for name in names:
-        if (match := IDX_NAME.fullmatch(name)) and wanted in (None, match[1]):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (match := IDX_NAME.fullmatch(path.name)) and wanted in (None, match[1]):
             sets.add(match[1] or "")
-            split = "train" if match[2] == "train" else "test"
-            found.setdefault((split, match[3]), folder / name)  # the plain file before its .gz
+            split = found.setdefault("train" if match[2] == "train" else "test", {})
+            split.setdefault(match[3], path)  # the plain file before its .gz
     if len(sets) > 1:
         raise UserError(f"{source} has IDX files of {', '.join(sorted(sets))}; needed: one, {source}/{max(sets)}")
-    pairs = {}
-    for split in ("train", "test"):
-        files = [found.get((split, what)) for what in ("images", "labels")]
-        if all(files):
-            pairs[split] = IdxPair(*files)
-        elif any(files):
-            raise UserError(f"{source} has {next(filter(None, files)).name} alone; needed: images and labels")
-    if not pairs:
+    for files in found.values():
+        if len(files) == 1:
+            raise UserError(f"{source} has {next(iter(files.values())).name} alone; needed: images and labels")
+    if not found:
         raise UserError(f"{source} has no IDX files; needed: train-images-idx3-ubyte, train-labels-idx1-ubyte, or .gz")
-    return pairs
+    return {split: IdxPair(**found[split]) for split in ("train", "test") if split in found}
 
 
 def read_idx(pair: IdxPair) -> tuple[np.ndarray, np.ndarray]:
@@ -188,13 +183,12 @@ def read_idx(pair: IdxPair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_array(path: Path, ndim: int) -> np.ndarray:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        try:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, shape, numbers = file.read(4), file.read(4 * ndim), file.read()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is cut off or damaged ({error})") from None
-    needed = bytes((0, 0, 8, ndim))
-    if magic != needed:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is cut off or damaged ({error})") from None
+    if magic != (needed := bytes((0, 0, 8, ndim))):
         raise UserError(f"{path} begins with {magic.hex(' ')}; needed: {needed.hex(' ')}, an IDX file of uint8")
     shape = tuple(np.frombuffer(shape.ljust(4 * ndim, b"\0"), ">u4").tolist())
     if len(numbers) != math.prod(shape) or not numbers:
