@@ -4,6 +4,7 @@ Nothing is ever extracted, so that a member's name cannot reach the file system.
 outside and members of absurd size are faults. Tar has checksums for its headers only: contents are checked elsewhere.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -64,10 +65,11 @@ def members(file: BinaryIO, faults: list[str]) -> Iterator[Member]:
             faults.append(f"member {name!r} at byte {place} is a link or a device, not a regular file")
 
 
-def member_name(fd: int, offset: int) -> str:
-    """The name in the header that precedes the contents at `offset`; '?' if no valid header is left there."""
-    header = _header(os.pread(fd, BLOCK, offset - BLOCK))
-    return header[0] if header else "?"
+def sample_key(path: Path, offset: int) -> str:
+    """The key of the sample whose array begins at `offset` of a tar, read back; '?' if that is not possible."""
+    with contextlib.suppress(OSError, TypeError), open(path, "rb") as file:
+        return split_name(_header(os.pread(file.fileno(), BLOCK, offset - BLOCK))[0])[0]
+    return "?"
 
 
 def split_name(name: str) -> tuple[str, str]:

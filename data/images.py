@@ -1,5 +1,6 @@
 """Pictures on disk, for encoding and for scoring: `open_images(path)`."""
 
+import contextlib
 import struct
 import sys
 import zipfile
@@ -54,7 +55,9 @@ class Images:
             raise UserError(f"{self.path}: {self.names[i]} has {image.n_frames} frames; needed: one")
         if image.mode in ("I", "F"):
             raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8 or 16 bits per channel")
-        orientation = _orientation(image)
+        orientation = 1  # upright, where EXIF does not say or cannot be parsed
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):
+            orientation = image.getexif().get(ORIENTATION)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return (image.transpose(TURNS[orientation]) if orientation in TURNS else image).convert("RGB")
@@ -124,7 +127,10 @@ class Images:
             if (missing := next((name for name in self.names if name not in labels), None)) is not None:
                 raise UserError(f"{self.path} has labels, but none for picture {missing}")
             return [labels[name] for name in self.names], []
-        folders = _class_folders(self.names)
+        parts = [name.split("/")[:-1] for name in self.names]
+        while len({tuple(p[:1]) for p in parts}) == 1 and len({tuple(p) for p in parts}) > 1:
+            parts = [p[1:] for p in parts]  # the first folder, as long as all share it
+        folders = [p[0] if p else "" for p in parts]
         classes = sorted(set(folders))
         if len(classes) > 1 and SPLIT_FOLDERS.issuperset(classes):
             raise UserError(f"{self.path} has {', '.join(classes)} as class folders; needed: the path of one split")
@@ -203,22 +209,6 @@ def _map_array(path: Path, key: str) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
         raise UserError(f"{path}: {key} is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")
     return pixels[..., 0] if pixels.shape[3:] == (1,) else pixels
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's 1..8; 1 (upright) if there is none or it cannot be parsed."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return 1
-
-
-def _class_folders(names: list[str]) -> list[str]:
-    """The first folder of each name after those that all names share; '' for pictures outside any."""
-    parts = [name.split("/")[:-1] for name in names]
-    while len({tuple(p[:1]) for p in parts}) == 1 and len({tuple(p) for p in parts}) > 1:
-        parts = [p[1:] for p in parts]
-    return [p[0] if p else "" for p in parts]
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, MAX_MEMBER, TEXT, Member, member_name, members, split_name
+from data.archives import ARRAY, LABEL, MAX_MEMBER, TEXT, Member, members, sample_key, split_name
 from system import UserError
 from system.files import atomic_file, locked, sha256_of
 from system.launchers import usable_cpus
@@ -270,13 +270,6 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
 def _is_read_error(fault: str) -> bool:
     """Whether the system failed to read a shard that exists, rather than found damage in it."""
     return any(fault.endswith(f": {os.strerror(code)}") for code in errno.errorcode if code != errno.ENOENT)
-
-
-def sample_key(path: Path, offset: int) -> str:
-    """The key of the sample whose array begins at `offset`, read back from the shard; '?' if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return split_name(member_name(file.fileno(), offset))[0]
-    return "?"
 
 
 def describe_sample(path: Path, offset: int) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from conditions import Condition, Text
+from data.archives import sample_key
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
-from data.index import Index, describe_sample, sample_key
+from data.index import Index, describe_sample
 from randomness import Generators, seeded_generator
 from system import UserError
 
