@@ -117,12 +117,9 @@ class Images:
         labels = dataset_json(self.path, self.tree)
         beside = {split_name(name)[0]: name for name in self.tree.names if split_name(name)[1] == LABEL}
         if labels is None and beside:
-            keys = {name: split_name(name)[0] for name in self.names}
-            labels = {
-                name: parse_number(self.tree.read(beside[key]), f"{self.path}: {beside[key]}")
-                for name, key in keys.items()
-                if key in beside
-            }
+            pairs = ((name, beside.get(split_name(name)[0])) for name in self.names)
+            said = ((name, label, self.tree.read(label)) for name, label in pairs if label)
+            labels = {name: parse_number(number, f"{self.path}: {label}") for name, label, number in said}
         if labels is not None:
             if (missing := next((name for name in self.names if name not in labels), None)) is not None:
                 raise UserError(f"{self.path} has labels, but none for picture {missing}")

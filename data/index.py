@@ -19,7 +19,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -183,8 +183,7 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     """The entry of a sample. Raises UserError saying what is wrong with it."""
     if missing := [extension for extension in PARTS[layout.condition] if extension not in parts]:
         raise UserError(f"has no .{missing[0]}")
-    needed = f"{layout.dtype} {layout.shape}"
-    _, *row = read_array(fd, parts[ARRAY], layout.dtype, layout.shape[:1], layout.shape[1:], needed)
+    _, *row = _read_array(fd, parts[ARRAY], layout.dtype, layout.shape)
     if layout.condition == "class":
         text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
         top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
@@ -192,26 +191,26 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
             raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
         row.append(int(text))
     if layout.condition == "text":
-        needed = f"{layout.text_dtype} (1..{layout.text_length or ''}, {layout.text_width})"
         try:
-            lengths = range(1, (layout.text_length or MAX_MEMBER) + 1)
-            row += read_array(fd, parts[TEXT], layout.text_dtype, lengths, (layout.text_width,), needed)
+            row += _read_array(
+                fd, parts[TEXT], layout.text_dtype, (layout.text_length, layout.text_width), longest=True
+            )
         except UserError as error:
             raise UserError(f"has a .{TEXT} that {error}") from None
     return tuple(row)
 
 
-def read_array(
-    fd: int, member: Member, dtype: str, lengths: Collection[int], rest: tuple[int, ...], needed: str
-) -> tuple[int, int, int, int]:
-    """(length, offset, header bytes, CRC) of an array (length, *rest). Raises UserError saying what is wrong with it.
+def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: bool = False) -> tuple[int, int, int, int]:
+    """(length, offset, header bytes, CRC) of an array. Raises UserError saying what is wrong with it.
 
-    lengths: those that may be. needed: the same in words.
+    needed: its shape. longest: needed[0] is the largest length there may be, if it is known, and 1 the smallest.
     """
     contents = os.pread(fd, member.size, member.offset)
     shape, found, start = npy_header(contents)
-    if found != dtype or len(shape) == 0 or shape[0] not in lengths or shape[1:] != rest:
-        raise UserError(f"is {found} {shape}; needed: {needed}")
+    is_long = not longest or (shape and 1 <= shape[0] <= (needed[0] or MAX_MEMBER))
+    if found != dtype or not is_long or shape[longest:] != needed[longest:]:
+        words = f"(1..{needed[0] or ''}, {needed[1]})" if longest else needed
+        raise UserError(f"is {found} {shape}; needed: {dtype} {words}")
     numbers = contents[start:]
     if len(numbers) != np.dtype(dtype).itemsize * math.prod(shape):
         raise UserError(f"has {len(numbers)} bytes of numbers, not those of {dtype} {shape}")
@@ -254,8 +253,8 @@ def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
 
 @lru_cache(maxsize=64)  # all samples of a set have the same header
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
-    stream = BytesIO(header)
     try:
+        stream = BytesIO(header)
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)

@@ -147,16 +147,11 @@ def as_text(report: dict) -> str:
             held += ": " + " ".join(f"{label}:{n}" for label, n in counts.items())
     elif held == "text":
         held = f"texts of up to {report['text_length']} tokens of width {report['text_width']}"
-    lines = {
-        "path": report["path"],
-        "format": report["format"],
+    lines = {key: report[key] for key in ("path", "format")} | {
         "kind": f"{report['kind']} ({report['reason']})",
         "entries": ", ".join(f"{split} {n}" for split, n in report["counts"].items()) + f"; flip {report['flip']}",
         "stored": f"{report['dtype']} {tuple(report['stored_shape'])}; the model sees {tuple(report['shape'])}",
-        "mean": " ".join(f"{value:.3f}" for value in report["mean"]),
-        "std": " ".join(f"{value:.3f}" for value in report["std"]),
-        "condition": held,
-        "wrong": "\n          ".join(report["wrong"]) or "nothing",
-        "next": report["next"],
     }
+    lines |= {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
+    lines |= {"condition": held, "wrong": "\n          ".join(report["wrong"]) or "nothing", "next": report["next"]}
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())

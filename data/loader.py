@@ -31,7 +31,7 @@ WINDOW = 32768  # samples; a set no larger than this is shuffled as a whole
 class BatchPlan:
     """How a global batch is divided: global_batch_size = world_size * micro_batch_size * accumulation.
 
-    Micro-batch m of rank r begins at row (m * world_size + r) * micro_batch_size. UserError for sizes that do not match.
+    Micro-batch m of rank r begins at row (m * world_size + r) * micro_batch_size. Raises UserError for other sizes.
     """
 
     global_batch_size: int

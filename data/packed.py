@@ -42,10 +42,11 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
     tree = open_tree(path)
     if path.is_dir() and not any(map(is_picture, tree.names)):
         for suffix, opener in ((".parquet", _open_parquet), (".tar", _open_labelled_tars)):
-            if names := [name for name in tree.names if name.endswith(suffix)]:
-                groups = defaultdict(list)
-                for name in names:
-                    groups[_split_in(name)].append(name)
+            groups = defaultdict(list)  # by the last word of a file's path that names a split
+            for name in (name for name in tree.names if name.endswith(suffix)):
+                words = [word for word in re.findall("[a-z]+", name.lower()) if word in SPLITS]
+                groups[SPLITS[words[-1]] if words else None].append(name)
+            if groups:
                 return opener(path, _choose(path, groups, split))
         if any(map(IDX_NAME.fullmatch, tree.names)):
             return _open_idx(_choose(path, find_idx(path), split))
@@ -54,15 +55,10 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
     return tree
 
 
-def _split_in(name: str) -> str | None:
-    """train, val or test: the last such word in a file's path."""
-    return next((SPLITS[w] for w in reversed(re.findall("[a-z]+", name.lower())) if w in SPLITS), None)
-
-
 def _choose(path: Path, groups: dict, split: str | None):
     if split is None and len(groups) == 1:
-        return next(iter(groups.values()))
-    if split is None or split not in groups:
+        (split,) = groups
+    elif split is None or split not in groups:
         found = ", ".join(sorted(name or "null" for name in groups))
         raise UserError(f"{path} has files of split={found}; needed: one of them{f', not {split}' if split else ''}")
     return groups[split]

@@ -3,13 +3,11 @@
 meta.json is written last, so that where it exists the shards are complete. Its keys:
 
 kind, scale, bias     the latent encoding (encoding.py); scale and bias are null for sample_scaled
-codec                 what turns latents into pixels, as recorded at encoding; null if unknown
-codec_sha256          of its weights; null if unknown
+codec, codec_sha256   what turns latents into pixels, and the hash of its weights; null if unknown
 shape, dtype          of each stored array
 condition             "class", "text" or "none": what samples hold beside latents; class where the key is missing
 num_classes           labels are 0..num_classes-1; null without labels
-text_width            texts are (tokens, text_width); null without texts, as are the next two
-text_dtype            of each text
+text_width, _dtype    texts are (tokens, text_width) of text_dtype; null without texts, as is the next
 text_length           tokens of the longest text
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
 counts                {split: entries}
@@ -82,8 +80,7 @@ def _check_condition(folder: Path, held: str, wanted: str) -> None:
 
 def has_split(path: str | Path, split: str) -> bool:
     """Whether a data folder has shards of this split."""
-    folder = Path(path)
-    return folder.is_dir() and bool(split_shards(folder, split, read_manifest(folder)))
+    return Path(path).is_dir() and bool(split_shards(Path(path), split, read_manifest(Path(path))))
 
 
 def split_shards(folder: Path, split: str, manifest: dict) -> list[str]:

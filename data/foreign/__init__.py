@@ -182,17 +182,18 @@ def _lightningdit(path: Path) -> Source | None:
     return source
 
 
-def _npy_files(path: Path, folder: str, prefix: str, by_folder: bool = False) -> Source | None:
+def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | None = None) -> Source | None:
     """`.npy` files whose names begin with `prefix`, in a folder or, if it needs no name, a zip.
 
-    Without labels in a dataset.json there, each top folder is a class with by_folder, and else every class is 0.
+    Labels are those of the dataset.json there. Without any, each top folder is a class, and where more is `known` of a
+    format there is one class.
     """
     root = path / folder if path.name != folder else path
     if not root.is_dir() and (folder or path.suffix != ".zip"):
         return None
     tree = open_tree(root)
     names = [n for n in tree.names if n.endswith(".npy") and n.rpartition("/")[2].startswith(prefix)]
-    top = {name: name.rpartition("/")[0].partition("/")[0] if by_folder else "" for name in names}
+    top = {name: "" if known else name.rpartition("/")[0].partition("/")[0] for name in names}
     number = {name: i for i, name in enumerate(sorted(set(top.values())))}
     labels = dataset_json(root, tree) or {name: number[top[name]] for name in names}
     if (unlabelled := next((name for name in names if name not in labels), None)) is not None:
@@ -201,24 +202,7 @@ def _npy_files(path: Path, folder: str, prefix: str, by_folder: bool = False) ->
     def array(i: int, mirrored: bool) -> np.ndarray:
         return _latent(tree.read(names[i]), str(root / names[i]))
 
-    return Source(len(names), array, lambda i: labels[names[i]])
-
-
-def _repa(path: Path) -> Source | None:
-    source = _npy_files(path, "vae-sd", "img-mean-std-")
-    return source and replace(source, kind="mean_std", scale=SD_SCALE, codec=_sd_codec("mse"))
-
-
-def _edm2(path: Path) -> Source | None:
-    source = _npy_files(path, "", "img-mean-std-")
-    scale = [EDM2_FINAL_STD / std for std in EDM2_STD]
-    bias = [-mean * EDM2_FINAL_STD / std for mean, std in zip(EDM2_MEAN, EDM2_STD)]
-    return source and replace(source, kind="mean_std", scale=scale, bias=bias)
-
-
-def _speedrundit(path: Path) -> Source | None:
-    source = _npy_files(path, "vae-in", "")
-    return source and replace(source, kind="sample_raw", scale=INVAE_SCALE)
+    return Source(len(names), array, lambda i: labels[names[i]], **known or {})
 
 
 def _read_npy(contents: bytes) -> np.ndarray:
@@ -242,13 +226,20 @@ def _latent(contents: bytes, place: str, parse: Callable[[bytes], np.ndarray] = 
     return array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
 
 
+# Of sets of .npy files: the folder they lie in, how their names begin, and what is known of them.
+REPA = ("vae-sd", "img-mean-std-", {"kind": "mean_std", "scale": SD_SCALE, "codec": _sd_codec("mse")})
+SPEEDRUNDIT = ("vae-in", "", {"kind": "sample_raw", "scale": INVAE_SCALE})
+EDM2_SCALE = [EDM2_FINAL_STD / std for std in EDM2_STD]
+EDM2_BIAS = [-mean * EDM2_FINAL_STD / std for mean, std in zip(EDM2_MEAN, EDM2_STD)]
+EDM2 = ("", "img-mean-std-", {"kind": "mean_std", "scale": EDM2_SCALE, "bias": EDM2_BIAS})
+
 FORMATS: dict[str, Callable[[Path], Source | None]] = {
     "maskdit_lmdb": _maskdit_lmdb,
     "lightningdit": _lightningdit,
     "maskdit_wds": _maskdit_wds,
     "fastdit": _fastdit,
-    "repa": _repa,
-    "speedrundit": _speedrundit,
-    "edm2": _edm2,
-    "npy": partial(_npy_files, folder="", prefix="", by_folder=True),
+    "repa": lambda path: _npy_files(path, *REPA),
+    "speedrundit": lambda path: _npy_files(path, *SPEEDRUNDIT),
+    "edm2": lambda path: _npy_files(path, *EDM2),
+    "npy": _npy_files,
 }
