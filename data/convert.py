@@ -7,9 +7,9 @@ last `val` of them become the validation split.
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +63,12 @@ def convert(source_path: str, target: str, settings: Conversion) -> dict:
     with locked(folder / ".convert.lock"):
         missing = [name for name in shards if not (folder / name).exists()]
         jobs = [(source_path, source.format, flip, settings.dtype, folder / name, shards[name]) for name in missing]
-        _run(jobs, settings.workers or usable_cpus())
+        workers = max(1, min(settings.workers or usable_cpus(), len(jobs)))
+        context = multiprocessing.get_context("spawn")  # a fork could inherit locks that torch's threads hold
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            done = map(_write, jobs) if workers == 1 else pool.map(_write, jobs)
+            for _ in tqdm(done, total=len(jobs), unit="shard", disable=None):  # None: only on a terminal
+                pass
         return finalize(folder, encoding, codec=source.codec, flip=flip, num_classes=settings.num_classes)
 
 
@@ -101,18 +106,6 @@ def entries(image: int, flip: str) -> list[tuple[str, bool]]:
     """(key, mirrored) of the entries that an image becomes: one, or two with flip "both"."""
     plain, mirrored = (f"{image:08d}", False), (f"{image:08d}-flip", True)
     return [plain, mirrored] if flip == "both" else [plain]
-
-
-def _run(jobs: list[tuple], workers: int) -> None:
-    progress = partial(tqdm, total=len(jobs), unit="shard", disable=None)  # None: only on a terminal
-    if workers == 1 or len(jobs) < 2:
-        for job in progress(jobs):
-            _write(job)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork could inherit locks that torch's threads hold
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        for done in progress(as_completed([pool.submit(_write, job) for job in jobs])):
-            done.result()
 
 
 _open_source = lru_cache(maxsize=1)(open_source)  # once in each process

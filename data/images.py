@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, parse_number, split_name
-from data.packed import as_picture, open_pictures
+from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError
 
-SPLIT_FOLDERS = {"train", "training", "val", "validation", "test"}
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
 ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture with each of its values upright
 TURNS = dict(zip(range(2, 9), (
@@ -129,7 +128,7 @@ class Images:
             parts = [p[1:] for p in parts]  # the first folder, as long as all share it
         folders = [p[0] if p else "" for p in parts]
         classes = sorted(set(folders))
-        if len(classes) > 1 and SPLIT_FOLDERS.issuperset(classes):
+        if len(classes) > 1 and set(SPLITS).issuperset(classes):
             raise UserError(f"{self.path} has {', '.join(classes)} as class folders; needed: the path of one split")
         number = {folder: i for i, folder in enumerate(classes)}
         return [number[folder] for folder in folders], classes

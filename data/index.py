@@ -72,10 +72,9 @@ class Index:
 
 
 def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> Index:
-    """The index of the named shards of a folder: from the cache, or built and then cached.
+    """The index of the named shards of a folder, checked against meta.json: from the cache, or built and then cached.
 
-    manifest: the contents of meta.json, {} if there is none; the shards are checked against its `shards` (name, n,
-    sha256) and its layout.
+    manifest: the contents of meta.json, {} if there is none.
     """
     stamp = _stamp(folder, shards, manifest)
 
@@ -131,10 +130,9 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
 def validate_shard(
     path: Path, layout: Layout, described: dict | None, before: np.ndarray | None
 ) -> tuple[np.ndarray | list, list[str]]:
-    """The valid samples of a shard and what is wrong with the others.
+    """The valid samples of a shard and what is wrong with the others. described: its {n, sha256} in the manifest.
 
-    described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
-    that have changed since.
+    before: its entries in an earlier index, which identify the samples that have changed since.
     """
     for attempt in (1, 2):
         try:
@@ -207,8 +205,8 @@ def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: boo
     """
     contents = os.pread(fd, member.size, member.offset)
     shape, found, start = npy_header(contents)
-    is_long = not longest or (shape and 1 <= shape[0] <= (needed[0] or MAX_MEMBER))
-    if found != dtype or not is_long or shape[longest:] != needed[longest:]:
+    fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or MAX_MEMBER))
+    if found != dtype or not fits or shape[longest:] != needed[longest:]:
         words = f"(1..{needed[0] or ''}, {needed[1]})" if longest else needed
         raise UserError(f"is {found} {shape}; needed: {dtype} {words}")
     numbers = contents[start:]

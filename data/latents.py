@@ -69,36 +69,32 @@ class Latents:
     def __len__(self) -> int:
         return len(self._index.entries)
 
-    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition]:
+    def read(self, indices: Sequence[int], faults: list[str] | None = None) -> tuple[torch.Tensor, Condition]:
         """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length.
 
-        Damage raises UserError or, with on_error="skip", is reported.
+        Damage raises UserError or, with on_error="skip", is reported: to the list `faults`, if there is one, by loader
+        processes, whose own reports would be lost.
         """
-        raw, condition, faults = self.read_with_faults(indices)
-        self.report(faults)
-        return raw, condition
-
-    def read_with_faults(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition, list[str]]:
-        """As `read`, with a line for each sample skipped: for loader processes, whose own reports would be lost."""
         rows = np.empty((len(indices), self._row_bytes), np.uint8)
         texts = np.empty((len(indices), self.text_length, self._token_bytes), np.uint8)
-        used, faults = np.array(indices, np.int64), []
+        used, skipped = np.array(indices, np.int64), []
         for i, index in enumerate(used.tolist()):
             while fault := self._read_sample(int(used[i]), rows[i], texts[i]):
                 if self.on_error == "stop":
                     raise UserError(f"damaged data in {self.folder}: {fault}")
-                faults.append(fault)
+                skipped.append(fault)
                 used[i] = (used[i] + 1) % len(self)
                 if used[i] == index:
                     raise UserError(f"damaged data in {self.folder}: no readable sample is left; last: {fault}")
-        raw = torch.from_numpy(rows).view(self.dtype).view(len(used), *self.stored_shape)
+        self.report(skipped) if faults is None else faults.extend(skipped)
+        raw, condition = torch.from_numpy(rows).view(self.dtype).view(len(used), *self.stored_shape), None
         if self.condition == "class":
-            return raw, torch.from_numpy(self.labels[used].astype(np.int64)), faults
-        if self.condition == "none":
-            return raw, None, faults
-        states = torch.from_numpy(texts).view(getattr(torch, self._index.layout.text_dtype))  # (B, T, D)
-        lengths = torch.from_numpy(self._index.entries["length"][used])
-        return raw, Text(states, torch.arange(self.text_length) < lengths[:, None]), faults
+            condition = torch.from_numpy(self.labels[used].astype(np.int64))
+        elif self.condition == "text":
+            states = torch.from_numpy(texts).view(getattr(torch, self._index.layout.text_dtype))  # (B, T, D)
+            lengths = torch.from_numpy(self._index.entries["length"][used])
+            condition = Text(states, torch.arange(self.text_length) < lengths[:, None])
+        return raw, condition
 
     def conditions(self, count: int) -> Condition:
         """Up to `count` conditions, spread evenly over the set."""

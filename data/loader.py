@@ -137,8 +137,9 @@ class MicroBatches(Dataset):
             for window in set(windows).difference(self._requested):
                 self.latents.will_need(self.order.window(*window))
             self._requested = windows
+        faults: list[str] = []
         try:
-            return self.latents.read_with_faults(self.order(positions))
+            return *self.latents.read(self.order(positions), faults), faults
         except UserError as error:
             return error  # raised in a worker, it would arrive with its traceback in its message
 

@@ -47,12 +47,10 @@ def open_latents(
 ) -> Latents:
     """The latents of one split of a data folder: shards with a meta.json, or CompVis's without one.
 
-    kind: as in encoding.py; None takes meta.json's, and sample_scaled if there is no meta.json.
-    on_error: "stop" raises at damage; "skip" leaves damaged shards and samples out, reports each in one line and counts
-    it in `Latents.faults`; a sample found damaged later is replaced by the next good one.
-    condition: class, text or none, which ignores what else the shards hold.
-    Raises UserError for a folder that is missing or has no shards, for damage, and for a kind or a condition that does
-    not fit.
+    kind: None = meta.json's, or sample_scaled without one. on_error: "stop" raises at damage; "skip" leaves damaged
+    shards and samples out, with a line for each in `Latents.faults`, and replaces a sample found damaged later by the
+    next good one. condition: class, text or none, which ignores what else the shards hold. Raises UserError for a
+    folder without shards, for damage, and for a kind or a condition that does not fit.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -173,10 +171,7 @@ def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int) -> None:
 
 
 def reserve(folder: Path, recipe: dict) -> None:
-    """Makes the folder and records in it what it is for: an interrupted job can resume, and no other one mixes in.
-
-    Raises UserError if the folder was reserved for something else or holds shards of unknown origin.
-    """
+    """Makes the folder and records what it is for, so that a job can resume. UserError where it holds another's."""
     folder.mkdir(parents=True, exist_ok=True)
     note, text = folder / ".recipe.json", json.dumps(recipe, sort_keys=True)
     if note.exists():
@@ -209,15 +204,12 @@ def finalize(
         raise UserError(f"no shards train-*.tar in {folder}")
     paths = [folder / name for shards in found.values() for name in shards]
     manifest = asdict(find_layout(paths, condition, num_classes)) | {"shards": []}
-    indices = {}
-    for split, shards in found.items():
-        indices[split] = index = build_index(folder, shards, manifest)
+    indices = {split: build_index(folder, shards, manifest) for split, shards in found.items()}
+    for split, index in indices.items():
         if index.faults:
             raise UserError(f"damaged data in {folder}: {index.faults[0]}")
-        manifest["shards"] += [
-            {"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)}
-            for name, n in zip(shards, np.diff(index.ends, prepend=0).tolist())
-        ]
+        for name, n in zip(index.shards, np.diff(index.ends, prepend=0).tolist()):
+            manifest["shards"].append({"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)})
     entries = [index.entries for index in indices.values()]
     if manifest["condition"] == "class":
         manifest["num_classes"] = num_classes or 1 + max(int(part["label"].max()) for part in entries)
@@ -227,8 +219,8 @@ def finalize(
         manifest["text_length"] = max(int(part["length"].max()) for part in entries)
     manifest |= asdict(encoding) | {"codec": codec, "codec_sha256": codec_sha256, "flip": flip}
     manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
-    first = next(iter(indices.values()))
-    manifest["mean"], manifest["std"] = channel_stats(Latents(folder, manifest, first, encoding, "stop", "none"))
+    latents = Latents(folder, manifest, next(iter(indices.values())), encoding, "stop", "none")
+    manifest["mean"], manifest["std"] = channel_stats(latents)
     for split, index in indices.items():
         save_index(folder, split, index, manifest)
     write_manifest(folder, manifest)
