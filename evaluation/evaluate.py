@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 import conditions
 from checkpoints.config import Scoring
 from checkpoints.generate import generate, load_weak
