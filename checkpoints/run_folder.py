@@ -229,8 +229,6 @@ def find_checkpoint(ckpt: str | Path, key: str = "ckpt") -> Path:
     family, path = split_family(ckpt)
     if not path.exists():
         raise UserError(f"{key}={ckpt}: no such file or folder; needed: a run, a checkpoint or a file of weights")
-            f"{key}={ckpt}: no such file or folder; needed: a run folder, a checkpoint or a file of weights"
-        )
     if path.is_file() or (path / MANIFEST).is_file() and family is None:
         return path
     if (path / "config.json").is_file():  # an export
