@@ -150,7 +150,8 @@ def calc_row(settings: Calc, alone: bool) -> dict:
     extractor, reference = extractor_and_reference(settings)
     if settings.ckpt is not None:
         run = load_scored(settings)
-        name = f"{run.step:07d}-{score_name(settings, extractor, len(settings.all_seeds), run.precision)}"
+        told = score_name(settings, extractor, len(settings.all_seeds), run.precision, run.compile)
+        name = f"{run.step:07d}-{told}"
         folder = row_folder(settings, run.folder / "eval", f"{run.folder.name}-{run.sha256[:6]}", name, alone)
         result = evaluate(run, settings, extractor, reference, folder / "parts")
         names = {"run": run.folder.name, "guidance": sample.settings_name(settings.alone)}

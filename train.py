@@ -305,7 +305,8 @@ def score_ema(settings: Settings, state: TrainState, run_folder: Path) -> dict[s
     extractor, reference = extractor_and_reference(settings.eval)
     result = evaluate(state.ema, settings.eval, extractor, reference)
     if result:
-        name = score_name(settings.eval, extractor, len(settings.eval.all_seeds), state.ema.precision)
+        ema, images = state.ema, len(settings.eval.all_seeds)
+        name = score_name(settings.eval, extractor, images, ema.precision, ema.compile)
         write_metrics(result, run_folder / "eval" / f"{state.step:07d}-{name}")
     return {f"eval/{name}": result[name] for name in result if name.startswith(SCORES)}
 

@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 import fid
 import sample
 from checkpoints import load
+from checkpoints.naming import settings_name
 from data.images import open_images
-from evaluation import features, metrics, score
+from evaluation import evaluate, features, metrics, score
 from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
 from system import cli, compiling
 from system.files import sha256_of
+from system.settings import parse
 from tests.conftest import TORCHRUN
 from tests.made_inception import noise, write_made_weights
 
@@ -426,8 +428,8 @@ def trained(tmp_path_factory, digits):
 
 
 def seeds_generated(monkeypatch, stop_after: int = 1000) -> list[int]:
-    """The seeds that sample.generate is asked to make from now on; it breaks off after so many batches."""
-    asked, generate = [], sample.generate
+    """The seeds that `generate` is asked to make from now on; it breaks off after so many batches."""
+    asked, generate = [], evaluate.generate
 
     def watched(run, guidance, seeds, labels, batch_size, *, steps=None):
         batches = generate(run, guidance, seeds, labels, batch_size, steps=steps)
@@ -437,7 +439,7 @@ def seeds_generated(monkeypatch, stop_after: int = 1000) -> list[int]:
             asked.extend(seeds[i * batch_size : (i + 1) * batch_size])
             yield batch
 
-    monkeypatch.setattr(sample, "generate", watched)
+    monkeypatch.setattr(evaluate, "generate", watched)
     return asked
 
 
@@ -478,7 +480,7 @@ def test_killed_and_started_again(trained, digits, tmp_path, monkeypatch):
         read[path.name] = path.stat().st_mtime_ns
         return read_part(path, device)
 
-    monkeypatch.setattr(fid, "read_part", watched)
+    monkeypatch.setattr(evaluate, "read_part", watched)
     again = calc(*settings, f"out={out}")
     assert read == finished
     once = calc(*settings, f"out={tmp_path / 'once'}")
@@ -489,16 +491,19 @@ def test_killed_and_started_again(trained, digits, tmp_path, monkeypatch):
 def test_each_setting_of_a_sampler_has_a_folder_of_its_own(trained, digits):
     before = set(trained.glob("eval/*"))
     for sampler in (["sampler=edm"], ["sampler=edm", "sampler.rho=5"], ["sampler=edm"], ["sampler=rf"]):
-        fid.main(["calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-11", "steps=2", "metrics=[fd]", *sampler])
-    made = sorted(path.name.partition("ema")[2] for path in set(trained.glob("eval/*")) - before)
-    assert len(made) == 3 and sum("denoised_heun_" in name for name in made) == 2
+        settings = [f"digits={digits}", "seeds=0-11", "steps=2", "metrics=[fd]", "precision=fp32", *sampler]
+        fid.main(["calc", f"ckpt={trained}", *settings])
+    made = {path.name for path in set(trained.glob("eval/*")) - before}
+    assert len(made) == 3 and all(name.startswith("0000002-fd_mnist-fd-seeds-0-11_steps-2_sampler-") for name in made)
 
 
 def test_metrics_json_says_what_the_number_depends_on(trained, digits):
     settings = ["seeds=5-40", "guidance=sparse", "steps=3", "labels=balanced"]
-    fid.main(["calc", f"ckpt={trained}", f"digits={digits}", *settings])
-    (path,) = trained.glob("eval/*sparse*/metrics.json")
-    assert path.parent.name.startswith("0000002-fd_mnist-sparse")
+    fid.main(["calc", f"ckpt={trained}", f"digits={digits}", *settings, "precision=fp32"])
+    (path,) = trained.glob("eval/*gamma*/metrics.json")
+    given = "scale-1.5_gamma_strong-0.2_gamma_weak-0.7_weak_label-same_seeds-5-40_labels-balanced_steps-3"
+    assert path.parent.name == f"0000002-fd_mnist-{given}"
+    assert settings_name(parse(fid.Calc, cli.load_config("fid", [f"ckpt={trained}", *settings])), ["ckpt"]) == given
     result = json.loads(path.read_text(), parse_constant=pytest.fail)  # plain JSON: no Infinity
     expected = {
         "n": 36, "seeds": "5-40", "labels": "balanced", "weights": "ema", "step": 2, "weak_label": "same",
@@ -517,11 +522,12 @@ def test_auto_compiles_in_calls_that_are_long_enough_and_says_so(trained, digits
     run, long = sample.load_run(trained), ["steps=3", "guidance=cfg"]
 
     def chosen(*overrides: str) -> str:
-        return fid.compile_for(run, cli.load_config("fid", [f"ckpt={trained}", *overrides]))
+        return fid.compile_for(run, parse(fid.Calc, cli.load_config("fid", [f"ckpt={trained}", *overrides])))
 
     assert chosen() == chosen("compile=off", "seeds=0-9999999") == "off" and chosen("compile=blocks") == "blocks"
     calls = 3 * 2 * 2  # Heun's two a step, each with a weak branch
-    monkeypatch.setattr(compiling, "WORTH_COMPILING", 50 * calls * run.model.macs() / 32)
+    weights = sum(p.numel() for p in run.model.parameters())
+    monkeypatch.setattr(compiling, "WORTH_COMPILING", 50 * calls * run.model.macs() / weights**0.5)
     assert [chosen(*long, f"seeds=0-{n - 1}") for n in (49, 50)] == ["off", "blocks"]
     assert chosen("steps=3", "seeds=0-49") == "off"
     run.device = torch.device("cuda")
@@ -532,7 +538,7 @@ def test_auto_compiles_in_calls_that_are_long_enough_and_says_so(trained, digits
     before = set(trained.glob("eval/*"))
     fid.main(["calc", f"ckpt={trained}", f"digits={digits}", *long, "seeds=0-49", "metrics=[fd]"])
     (made,) = set(trained.glob("eval/*")) - before
-    assert made.name.endswith("-compiled") and json.loads((made / "metrics.json").read_text())["compile"] == "blocks"
+    assert "-compiled-" in made.name and json.loads((made / "metrics.json").read_text())["compile"] == "blocks"
 
 
 def test_rows_of_one_call_never_share_a_folder(trained, pictures, digits, tmp_path):
@@ -563,11 +569,11 @@ def test_several_rows_make_a_table_and_a_plot(trained, digits, tmp_path, capsys)
     fid.main(["calc", *where, "weights=ema,raw", "guidance=none,cfg", "seeds=0-19", "steps=1", "metrics=[fd]"])
     header, *rows = (tmp_path / "scores.csv").read_text().splitlines()
     assert header.startswith("run,step,weights,guidance,n,fd_mnist,class_accuracy") and len(rows) == 8
-    settings = itertools.product(["tiny"], ["1", "2"], ["ema", "raw"], ["unguided-steps1", "cfg1.5-steps1"])
+    settings = itertools.product(["tiny"], ["1", "2"], ["ema", "raw"], ["default", "scale-1.5"])
     assert {tuple(row.split(",")[:4]) for row in rows} == set(settings)
     assert len(list(tmp_path.glob("*/metrics.json"))) == 8
     assert Image.open(tmp_path / "scores.png").size[0] > 400
-    assert capsys.readouterr().out.count("unguided-steps1") == 4
+    assert capsys.readouterr().out.count(" default ") == 4
 
 
 def test_two_processes_score_as_one(trained, digits, tmp_path):

@@ -10,16 +10,17 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from functools import partialmethod
+from types import SimpleNamespace
 import train as training
 from data import BatchPlan
 from dit import DiT
 from lightningdit import LightningDiT
 from rf import RectifiedFlow
-from system import cli
 from system.compiling import compile_blocks
 from system.processes import start_processes
+from tests.made_runs import made_settings
 from training.guard import FiniteGuard
-from training.prepare import TrainState
+from training.prepare import TrainingData, TrainState
 
 dist = start_processes()
 pieces = 0  # what a compiler is given
@@ -30,7 +31,7 @@ def counting(module, inputs):
     return module.forward  # graphs are counted, none is built
 
 torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend=counting)
-cfg = cli.load_config("config", ["train.global_batch_size=8", "train.precision=fp32"])
+settings = made_settings(["train.global_batch_size=8", "train.precision=fp32"])
 raw, y = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
 Latents = type("Latents", (), {"to_model_input": staticmethod(lambda raw, rows: raw)})
 ROUTES = [dict(selection_ratio=0.5, start_layer_idx=2, end_layer_idx=3)]
@@ -43,18 +44,20 @@ def steps(network, checkpointed, rank, world):
     model = network(8, 2, 4, hidden_size=192, depth=5, num_heads=2, num_classes=10, learn_sigma=False, routes=ROUTES)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    model.gradient_checkpointing = checkpointed
+    for block in model.all_blocks:
+        block.recompute = checkpointed
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, eps=1.0, fused=True)  # nearly linear in the gradient
     guard = FiniteGuard(optimizer, torch.device("cpu"), "stop")
     net = training.wrap(model, RectifiedFlow()) if world > 1 else model
-    compile_blocks(model, "blocks")
-    state = TrainState(net, model, None, optimizer, guard)
+    compile_blocks(model.all_blocks, "blocks")
+    on_cpu = SimpleNamespace(device=torch.device("cpu"))
+    state = TrainState(net, model, {}, optimizer, guard, RectifiedFlow(), on_cpu)
     plan, pieces = BatchPlan(8, 4 // world, 2, rank, world), 0
-    for step in (1, 2):
+    for state.step in (1, 2):
         rows = [plan.slice(None, micro).start for micro in range(2)]
         size = plan.micro_batch_size
         batches = iter([(raw[row : row + size], y[row : row + size]) for row in rows])
-        training.train_step(state, RectifiedFlow(), Latents, batches, step, plan, cfg)
+        training.train_step(settings, TrainingData(Latents, Latents, plan), state, batches)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), pieces
 
 for network in (DiT, LightningDiT):

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
@@ -15,19 +14,19 @@ import export
 import fid
 import train as training
 from checkpoints.load import load_run
-from checkpoints.power_ema import beta, coefficients, gamma_of, inner_product, reconstruct, width_of
 from checkpoints.run_folder import (
+    checkpoint_tensors,
     complete_checkpoints,
     latest_checkpoint,
     prune_checkpoints,
     read_tensors,
-    save_checkpoint,
     verify_checkpoint,
+    write_checkpoint,
 )
 from evaluation import table
-from system import cli
-from system.files import sha256_of
 from tests.conftest import assert_same_run
+from tests.made_runs import made_settings
+from training.ema import beta, coefficients, gamma_of, inner_product, reconstruct, update_averages, update_ema, width_of
 from training.stopping import EXIT_START_AGAIN
 
 WIDTHS, WEIGHT = (0.05, 0.1), "blocks.0.attn.proj.weight"
@@ -83,16 +82,15 @@ STEPS, SAVES, EXPONENTS = 3000, 20, (0.0, 0.5, 1.0, 2.0)
 def known_run(folder, keep_last):
     """A run whose four weights are known functions of the step: (step / STEPS)^exponent. -> the last checkpoint."""
     model = nn.Linear(4, 1, bias=False)
-    averages = {width: nn.Linear(4, 1, bias=False) for width in WIDTHS}
+    averages = {f"power_{width}": nn.Linear(4, 1, bias=False) for width in WIDTHS}
     optimizer = torch.optim.SGD(model.parameters())
     for step in range(1, STEPS + 1):
         weights = torch.tensor([[(step / STEPS) ** exponent for exponent in EXPONENTS]])
         model.weight.data.copy_(weights)
-        for width, average in averages.items():
-            training.update_ema(average, model, beta(width, step))
+        update_averages(averages, model, step, ema_decay=0.9, ema_ramp=False)
         if step % (STEPS // SAVES) == 0:
-            modules = {"model": model, "ema": model, **{f"power_{width:g}": averages[width] for width in WIDTHS}}
-            path = save_checkpoint(folder, step, modules=modules, optimizer=optimizer, state={}, config="a: 1\n")
+            tensors = checkpoint_tensors({"model": model, "ema": model, **averages}, optimizer)
+            path = write_checkpoint(folder, step, tensors, {}, "a: 1\n")
             prune_checkpoints(folder, keep_last, None)
     return path
 
@@ -147,9 +145,7 @@ def test_training_keeps_the_averages_and_resumes_to_the_bit(run):
     for width in WIDTHS:
         average = nn.ParameterList([torch.zeros(32, 32)])
         for step, path in enumerate(complete_checkpoints(fixed), 1):
-            training.update_ema(
-                average, nn.ParameterList([read_tensors(path / "model.safetensors")[WEIGHT]]), beta(width, step)
-            )
+            update_ema(average, nn.ParameterList([read_tensors(path / "model.safetensors")[WEIGHT]]), beta(width, step))
         assert torch.equal(read_tensors(latest_checkpoint(golden) / f"power_{width:g}.safetensors")[WEIGHT], average[0])
 
     assert run("cut", *power, stop_after=4)[0] == EXIT_START_AGAIN
@@ -173,28 +169,10 @@ def test_a_run_without_averages_is_not_resumed_with_them(run):
     run("late", stop_after=2)
     with pytest.raises(ValueError, match="another run: ema.widths was None"):
         run("late", "ema=power")
-    with pytest.raises(ValueError, match="no power average of width 0.05; needed: a run with it from its first step"):
+    with pytest.raises(
+        ValueError, match="has no power_0.05.safetensors; needed: a run with this average from its first step"
+    ):
         run("late", "ema=power", "resume_allow=[ema]")
-
-
-def test_runs_of_before_resume(run):
-    """Their configs lack the optimizer's name, ema, and the flow's contrastive term."""
-    _, golden = run("golden", "objective=rf")
-    _, folder = run("before", "objective=rf", stop_after=3)
-    path = latest_checkpoint(folder)
-    config = OmegaConf.load(path / "config.yaml")
-    for owner, key in ((config, "ema"), *((config[g], k) for g, k in NEWER)):
-        del owner[key]
-    (path / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    manifest = json.loads((path / "manifest.json").read_text())
-    size, sha256 = (path / "config.yaml").stat().st_size, sha256_of(path / "config.yaml")
-    manifest["files"]["config.yaml"] = {"bytes": size, "sha256": sha256}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    assert run("before", "objective=rf")[0] == 0
-    assert_same_run(golden, folder)
-
-
-NEWER = (("optimizer", "name"), ("objective", "contrastive"), ("objective", "null_label"))
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +185,7 @@ def averaged(tmp_path_factory, digits):
         "train.warmup_steps=0", "train.decay_steps=0", "train.compile=off", "train.precision=fp32", "preview.every=0",
         "train.save_every=2", "train.val_every=0", "train.keep_last=2",
     ]  # fmt: skip
-    assert training.train(cli.load_config("config", overrides)) == 0
+    assert training.train(made_settings(overrides)) == 0
     return root / "averaged"
 
 
@@ -219,7 +197,8 @@ def test_scores_against_width(averaged, digits, tmp_path, capsys):
     assert [row.split(",")[3] for row in rows] == ["", "0.05", "0.07", "0.12"]
     assert len({row.split(",")[6] for row in rows}) == 4  # four networks
     names = sorted(path.parent.name for path in tmp_path.glob("*/metrics.json"))
-    assert [name.split("steps1-")[1].split("-")[0] for name in names] == ["ema", "ema0.05", "ema0.07", "ema0.12"]
+    own, *widths = (name.split("_steps-1")[1] for name in names)
+    assert own == "" and widths == [f"_ema_width-{width}" for width in (0.05, 0.07, 0.12)]
     values = [json.loads((tmp_path / name / "metrics.json").read_text()).get("ema_width") for name in names]
     assert values == [None, 0.05, 0.07, 0.12]
     assert Image.open(tmp_path / "widths.png").size[0] > 400 and not (tmp_path / "scores.png").exists()

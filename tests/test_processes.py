@@ -124,13 +124,13 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
     script = tmp_path / "poisoned.py"
     script.write_text(
         "import os, sys, torch\nsys.path.insert(0, sys.argv[1])\n"
-        "import train\nfrom system import cli\nstep = train.train_step\n"
-        "def poisoned(state, objective, latents, batches, number, plan, cfg):\n"
-        "    if number == 6 and plan.rank == 1:\n"
+        "import train\nfrom tests.made_runs import made_settings\nstep = train.train_step\n"
+        "def poisoned(settings, loaded, state, batches):\n"
+        "    if state.step == 6 and loaded.plan.rank == 1:\n"
         "        state.model.final_layer.linear.bias.register_hook(lambda grad: grad * torch.inf)\n"
-        "    return step(state, objective, latents, batches, number, plan, cfg)\n"
+        "    return step(settings, loaded, state, batches)\n"
         "train.train_step = poisoned\n"
-        "sys.exit(train.train(cli.load_config('config', sys.argv[2:])))\n"
+        "sys.exit(train.train(made_settings(sys.argv[2:])))\n"
     )
     keys = [*settings[0], "run_name=poisoned", "train.save_every=5", "train.log_every=10"]
     command = [*TORCHRUN, str(script), str(ROOT), *keys]
@@ -253,9 +253,10 @@ def program(folder, change):
     """train.py with something changed, as a file to launch."""
     path = folder / "changed.py"
     lead = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom system import cli\n"
+    lead += "from tests.made_runs import made_settings\n"
     path.write_text(
         f"{lead}{change}\noverrides = [argument for argument in sys.argv[1:] if argument != 'train.py']\n"
-        "with cli.user_errors():\n    code = train.train(cli.load_config('config', overrides))\nsys.exit(code)\n"
+        "with cli.user_errors():\n    code = train.train(made_settings(overrides))\nsys.exit(code)\n"
     )
     return str(path)
 
@@ -278,9 +279,9 @@ def test_sigterm_to_the_launcher_leaves_an_evaluation_at_once(settings, digits):
 def test_an_error_of_one_process_is_told_once_with_its_traceback(settings, tmp_path):
     failing = program(
         tmp_path,
-        "step = train.train_step\ndef fail(state, objective, latents, batches, number, plan, cfg):\n"
-        "    if number == 5 and plan.rank == 1:\n        raise RuntimeError('made to fail')\n"
-        "    return step(state, objective, latents, batches, number, plan, cfg)\ntrain.train_step = fail\n",
+        "step = train.train_step\ndef fail(settings, loaded, state, batches):\n"
+        "    if state.step == 5 and loaded.plan.rank == 1:\n        raise RuntimeError('made to fail')\n"
+        "    return step(settings, loaded, state, batches)\ntrain.train_step = fail\n",
     )
     job = start([*TORCHRUN, failing], *settings[0], "run_name=raising")
     out, err = job.communicate(timeout=120)

@@ -244,16 +244,16 @@ def test_the_defaults_are_those_of_the_configs(composed, default):
 
 EXPERIMENTS = sorted(p.stem for p in (cli.CONFIG_DIR / "experiment").glob("*.yaml"))
 OVERRIDES = [[f"experiment={name}"] for name in EXPERIMENTS]
+GROUPS = ("model", "data", "objective", "sampler", "optimizer", "ema", "guidance@preview", "guidance@eval")
+OVERRIDES += [
+    [f"{group}={path.stem}"]
+    for group in GROUPS
+    for path in sorted((cli.CONFIG_DIR / group.partition("@")[0]).glob("*.yaml"))
+]
 OVERRIDES += [
     ["experiment=imagenet256", f"model={m}", f"objective={o}"] for m, o in zip(("dit", "sprint"), ("ddpm", "rf"))
 ]
-OVERRIDES += [
-    ["ema=power", "optimizer=muon"],
-    ["data=idx"],
-    ["data=fashion"],
-    ["data=imagenet512"],
-    ["train.compile=off"],
-]
+OVERRIDES += [["ema=power", "optimizer=muon"], ["train.compile=off"]]
 OVERRIDES += [["guidance@preview=sg_fid", "guidance@eval=cfg", "preview.interval=[0.2,3]", "eval.seeds=[0-3,7]"]]
 
 
@@ -265,6 +265,14 @@ def test_every_config_parses_and_comes_back_from_its_yaml(composed, overrides):
     assert from_file(read_yaml(text, "config.yaml"), "config.yaml") == settings
     muon = {"momentum", "nesterov", "ns_steps"}
     assert (muon <= set(yaml.safe_load(text)["optimizer"])) == (settings.optimizer.name == "muon")
+
+
+def test_an_objective_and_a_data_set_bring_their_defaults(composed):
+    for objective, takes in (("edm", "denoised"), ("rf", "velocity"), ("ddpm", "denoised")):
+        assert composed(f"objective={objective}")["sampler"]["takes"] == takes
+    assert composed("objective=rf", "sampler=edm")["sampler"]["takes"] == "denoised"
+    assert composed("experiment=sprint", "sampler=sde")["sampler"]["solver"] == "sde"
+    assert composed()["objective"]["P_mean"] == -0.4 and composed("data=fashion")["objective"]["P_mean"] == -1.2
 
 
 @pytest.mark.parametrize(

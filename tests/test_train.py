@@ -203,7 +203,11 @@ def test_scores_while_training_are_those_of_the_command_line(run, digits, capsys
     offline = json.loads((folder / "out" / "metrics.json").read_text())
     for name in ("fd_mnist", "class_accuracy"):
         assert in_training[f"eval/{name}"] == pytest.approx(offline[name], rel=1e-9)
-    assert len(list((folder / "eval").glob("0000002-fd_mnist-*/metrics.json"))) == 1
+    (made,) = (folder / "eval").glob("0000002-fd_mnist-*/metrics.json")
+    before = made.stat().st_mtime_ns
+    fid.main(["calc", f"ckpt={folder}", *same, "metrics=[fd]"])  # the same scores have one name
+    fid.main(["calc", f"ckpt={folder}", *same])  # and all metrics have another
+    assert made.stat().st_mtime_ns > before and len(list((folder / "eval").iterdir())) == 2
 
 
 def test_an_evaluation_that_crashes_costs_a_warning_and_the_save_came_first(run, digits, capsys):

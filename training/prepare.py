@@ -98,7 +98,10 @@ def batch_plan(train: Train, dist: PartialState) -> BatchPlan:
 
 def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> TrainingData:
     """Raises UserError where the latents' shape or conditions are not the model's."""
-    wanted, made = settings.data, {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "its pictures are"}
+    wanted, made = (
+        settings.data,
+        {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"},
+    )
     if wanted.path is None:
         raise UserError("data.path is missing; needed: a folder of latents (docs/data.md)")
     if wanted.prepare is not None:
