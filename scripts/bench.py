@@ -145,7 +145,7 @@ def plain_step(settings: Settings, loaded: TrainingData, state: TrainState, batc
         x = loaded.train.to_model_input(raw, rows)
         y = torch.where(uniform(y.shape, rows, device=device) < train.label_dropout, state.model.num_classes, y)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            routing = Routing(generators=rows)
+            routing = state.model.training_routing(len(x), rows, device)
             errors = state.objective.errors(partial(state.model, routing=routing), x, y, rows)
             loss = state.model.reduce(*errors, routing).mean()
         (loss / plan.accumulation).backward()
@@ -286,7 +286,7 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
     states = {"ours": (state, our_step, our_update)}
     if compare:
         states["plain"] = plain_state(state, settings), plain_step, plain_update
-    ways = {"dense": (), "routed": model.routes}
+    ways = {"dense": lambda *given: None, "routed": model.training_routing}
     report = {(whose, way): {} for whose in states for way in ways}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +298,7 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
         def step(whose: str, way: str) -> None:
             state, take, _ = states[whose]
             state.step += 1
-            state.model.routes = ways[way]
+            state.model.training_routing = ways[way]
             take(settings, loaded, state, batches)
 
         def each_step() -> None:
@@ -342,7 +342,6 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
         optimizer = lambda: with_gradients(state, torch.randn_like, lambda: seconds_of(state.optimizer.step, device))
         optimizer_s = statistics.median(optimizer() for _ in range(rounds))
 
-    model.routes = ways["routed"]
     gmacs = {"dense": model.macs() / 1e9, "routed": model.macs(Routing()) / 1e9}
     for kind, row in report.items():
         median = statistics.median(seconds[kind])
