@@ -72,8 +72,8 @@ def together() -> Iterator[None]:
     """Work that ends alike on all processes: what fails on one is raised on all, so that none goes on alone.
 
     The process that failed raises its own error; the others UserError or OtherProcessFailed, which name it. Preempted
-    on one is Preempted on all. All processes must come here. Collectives within the work need a `together` of their own before
-    them.
+    on one is Preempted on all. All processes must come here. Collectives within the work need a `together` of their
+    own before them.
     """
     global agreements
     own = None

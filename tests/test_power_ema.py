@@ -145,9 +145,7 @@ def test_training_keeps_the_averages_and_resumes_to_the_bit(run):
     for width in WIDTHS:
         average = nn.ParameterList([torch.zeros(32, 32)])
         for step, path in enumerate(complete_checkpoints(fixed), 1):
-            update_ema(
-                average, nn.ParameterList([read_tensors(path / "model.safetensors")[WEIGHT]]), beta(width, step)
-            )
+            update_ema(average, nn.ParameterList([read_tensors(path / "model.safetensors")[WEIGHT]]), beta(width, step))
         assert torch.equal(read_tensors(latest_checkpoint(golden) / f"power_{width:g}.safetensors")[WEIGHT], average[0])
 
     assert run("cut", *power, stop_after=4)[0] == EXIT_START_AGAIN
@@ -171,7 +169,7 @@ def test_a_run_without_averages_is_not_resumed_with_them(run):
     run("late", stop_after=2)
     with pytest.raises(ValueError, match="another run: ema.widths was None"):
         run("late", "ema=power")
-    with pytest.raises(ValueError, match="has no power_0.05.safetensors; needed: a run with this average from its first step"):
+    with pytest.raises(ValueError, match="no power_0.05.safetensors; needed: a run with this average from its first"):
         run("late", "ema=power", "resume_allow=[ema]")
 
 
