@@ -38,24 +38,22 @@ def size(condition: Condition) -> int | None:
 
 def rows(condition: Condition, index: slice | Sequence[int] | torch.Tensor) -> Condition:
     """The rows that `index` names: a slice, a list, or an int64 tensor (n,)."""
-    return _each(condition, lambda tensor: tensor[index])
+    return _each(lambda tensor: tensor[index], condition)
 
 
 def to(condition: Condition, device: torch.device | str) -> Condition:
     """The condition on a device; the host does not wait for the copy."""
-    return _each(condition, lambda tensor: tensor.to(device, non_blocking=True))
+    return _each(lambda tensor: tensor.to(device, non_blocking=True), condition)
 
 
 def join(a: Condition, b: Condition) -> Condition:
     """(A + B) rows of two conditions of one kind; the shorter texts are padded."""
-    if isinstance(a, Text):
-        return Text(*map(torch.cat, zip(*_equally_long(a, b))))
-    return None if a is None else torch.cat([a, b])
+    return _each(lambda *tensors: torch.cat(tensors), a, b)
 
 
 def repeat(null: Condition, n: int, device: torch.device | str) -> Condition:
     """The null condition, a batch of one, for n images."""
-    return _each(to(null, device), lambda tensor: tensor.expand(n, *tensor.shape[1:]).contiguous())
+    return _each(lambda tensor: tensor.expand(n, *tensor.shape[1:]).contiguous(), to(null, device))
 
 
 def drop(condition: Condition, null: Condition, rate: float, generators: Generators) -> Condition:
@@ -66,8 +64,9 @@ def drop(condition: Condition, null: Condition, rate: float, generators: Generat
     dropped = uniform(like.shape[:1], generators, device=like.device) < rate  # (B,)
     if not isinstance(condition, Text):
         return torch.where(dropped, int(null), condition)
-    pairs = zip(*_equally_long(to(null, like.device), condition))
-    return Text(*(torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+    return _each(
+        lambda a, b: torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), a, b), to(null, like.device), condition
+    )
 
 
 def choose(rule: str | int, seeds: Sequence[int], pool: Condition) -> Condition:
@@ -112,7 +111,7 @@ def check(condition: Condition, null: Condition) -> None:
         raise UserError(f"the network takes {KINDS[wanted]}, and {found}; needed: data.condition={wanted}")
     if kind == "class" and len(condition) and not 0 <= condition.min() <= condition.max() < int(null):
         raise UserError(f"labels {condition.min()}..{condition.max()}; the model has classes 0..{int(null) - 1}")
-    if kind == "text" and condition.states.shape[2] != null.states.shape[2]:
+    if kind == "text" and not alike(null, condition):
         found, wanted = (text.states.shape[2] for text in (condition, null))
         raise UserError(f"texts of width {found}; the network takes texts of width {wanted}")
 
@@ -130,10 +129,9 @@ def pool(null: Condition, kept: Condition = None) -> Condition:
 
 def alike(null: Condition, other: Condition) -> bool:
     """Whether two networks with these null conditions take the same ones: as many classes, or texts of one width."""
-    kind = kind_of(null)
-    if kind != kind_of(other) or kind == "none":
-        return kind == kind_of(other)
-    return int(null) == int(other) if kind == "class" else null.states.shape[2] == other.states.shape[2]
+    if isinstance(null, Text) and isinstance(other, Text):
+        return null.states.shape[2] == other.states.shape[2]
+    return kind_of(null) == kind_of(other) and (null is None or int(null) == int(other))
 
 
 def save(condition: Condition) -> dict[str, torch.Tensor]:
@@ -154,13 +152,11 @@ def _labels_or_mask(condition: torch.Tensor | Text) -> torch.Tensor:
     return condition.mask if isinstance(condition, Text) else condition
 
 
-def _each(condition: Condition, change: Callable[[torch.Tensor], torch.Tensor]) -> Condition:
-    if isinstance(condition, Text):
-        return Text(*map(change, condition))
-    return None if condition is None else change(condition)
-
-
-def _equally_long(*texts: Text) -> list[Text]:
-    longest = max(text.mask.shape[1] for text in texts)
-    missing = [longest - text.mask.shape[1] for text in texts]
-    return [Text(pad(text.states, (0, 0, 0, n)), pad(text.mask, (0, n))) for text, n in zip(texts, missing)]
+def _each(change: Callable[..., torch.Tensor], *same: Condition) -> Condition:
+    """A condition made of the tensors of conditions of one kind; shorter texts are padded."""
+    if not isinstance(same[0], Text):
+        return None if same[0] is None else change(*same)
+    longest = max(text.mask.shape[1] for text in same)
+    missing = [longest - text.mask.shape[1] for text in same]
+    states = (pad(text.states, (0, 0, 0, n)) if n else text.states for text, n in zip(same, missing))
+    return Text(change(*states), change(*(pad(t.mask, (0, n)) if n else t.mask for t, n in zip(same, missing))))

@@ -70,7 +70,7 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepMemory:
-    """Of an uncompiled step on a device of type "cuda" or "cpu". All is counted on the CPU: CUDA would need a driver."""
+    """Of an uncompiled step on "cuda" or "cpu". Both are counted on the CPU: CUDA would need a driver."""
     bf16 = settings.train.precision in ("bf16", "auto" if device == "cuda" else "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as made:
         net, objective = build_network(settings), build(settings.objective, Objective, "objective")

@@ -100,10 +100,6 @@ def routing(selection_ratio: float | None = None, generators: Source = None) -> 
 class RoutedBlocks(nn.ModuleList):
     """A network's list of blocks with routes through it, for a forward that is not ours.
 
-        net.blocks = RoutedBlocks(net.blocks, Route(0.5, 2, -3), per_token=["rotary"])
-        with routing(generators=generator):
-            loss = net(x).square().mean()
-
     Inside `routing`, iterating over the list yields a call for each block of a route: the first gathers, the last
     scatters, and whatever the network does between them sees the K kept tokens. A forward pass draws once, so gradient
     checkpointing, which runs blocks again, sees the same tokens. Outside, iterating yields the blocks themselves.
@@ -130,7 +126,12 @@ class RoutedBlocks(nn.ModuleList):
         super().__init__(blocks)
         self.per_token = per_token if isinstance(per_token, Mapping) else dict.fromkeys(per_token, gather_rows)
         self.output, self.text = output, text
-        self.arguments = argument_names(self[0]) if len(self) else ()
+        parameters = signature(self[0].forward).parameters if len(self) else {}
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+            raise ValueError(
+                f"{type(self[0]).__name__} does not name its arguments; needed: routes first, wrappers after"
+            )
+        self.arguments = tuple(parameters)
         unknown = [name for name in self.per_token if len(self) and name not in self.arguments[1:]]
         if unknown:
             found = f"{type(self[0]).__name__} takes {', '.join(self.arguments)}"
@@ -166,11 +167,8 @@ class RoutedBlocks(nn.ModuleList):
     def keep_ids(self, number: int, x: torch.Tensor, routing: Routing, notes: dict) -> torch.Tensor | None:
         """Which tokens of x (B, S, D) route `number` keeps: (B, K), or None for all."""
         text, image = self.layout(x, notes)
-        if number not in notes:
-            ratio, selection = routing.ratio_of(self.routes[number]), self.routes[number].selection
-            how = dict(generators=routing.generators, device=x.device, selection=selection)
-            drawn = num_kept(image, ratio) < image
-            notes[number] = draw_keep_ids(len(x), image, ratio, **how) if drawn else None
+        if number not in notes:  # drawn by a copy, as `routing` may last for many passes and would keep all their ids
+            notes[number] = replace(routing).draw(self.routes[number], x[:, :image])
         ids = notes[number]
         return ids if ids is None or image == x.shape[1] else keep_others(ids, text, image, x.shape[1])
 
@@ -201,19 +199,9 @@ class Span:
             raise ValueError(f"output={output}, and {found}; needed: the tokens' index in a tuple, or None without one")
         if not leaves:
             return out
-        return self.scatter(out) if output is None else (*out[:output], self.scatter(out[output]), *out[output + 1 :])
-
-    def scatter(self, kept: torch.Tensor) -> torch.Tensor:
-        """(B, K, D) -> (B, N, D), in the precision of the blocks' output, as without routing."""
-        return scatter_tokens(kept, self.ids, self.full.to(kept.dtype))
-
-
-def argument_names(block: nn.Module) -> tuple[str, ...]:
-    """Names of a forward's arguments. Raises ValueError for a wrapper, which has none."""
-    parameters = signature(block.forward).parameters
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-        raise ValueError(f"{type(block).__name__} does not name its arguments; needed: routes first, wrappers after")
-    return tuple(parameters)
+        kept = out if output is None else out[output]  # (B, K, D)
+        whole = scatter_tokens(kept, self.ids, self.full.to(kept.dtype))  # (B, N, D), in the blocks' precision
+        return whole if output is None else (*out[:output], whole, *out[output + 1 :])
 
 
 def gather_rows(value, keep_ids: torch.Tensor, num_tokens: int, name: str):

@@ -23,7 +23,7 @@ from checkpoints.config import Count, Generation, Seeds
 from checkpoints.generate import count_calls, generate
 from checkpoints.load import Run, load_run
 from checkpoints.naming import settings_name  # noqa: F401
-from system import cli
+from system import UserError, cli
 from system.building import build
 from system.launchers import own_process
 from system.processes import start_processes
@@ -118,6 +118,9 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     adjust(run, settings)
     if settings.steps is not None:
         run.settings = replace(run.settings, sampler=run.settings.sampler | {"num_steps": settings.steps})
+    if settings.class_idx is not None and (kind := conditions.kind_of(run.model.null_condition)) != "class":
+        found = f"class_idx={settings.class_idx}, and the network takes {conditions.KINDS[kind]}"
+        raise UserError(f"{found}; needed: labels=balanced, random or, of a text, its number")
     condition = conditions.choose(settings.rule, seeds, run.pool)
     out = Path(settings.out) if settings.out else default_folder(run, settings)
     manifest = gallery.reserve(out, settings_of(run, settings)) | {"checkpoint": str(run.checkpoint)}

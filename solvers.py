@@ -39,22 +39,20 @@ def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, gen
     settings = {key: value for key, value in settings.items() if value is not None}
     takes = settings.pop("takes", objective.predicts)
     choose("sampler.takes", takes, ("denoised", "velocity", "noise"))
+    settings["generators"] = generators
     if takes == "noise":
-        settings["alpha_bar"] = getattr(objective, "alpha_bar", None)
         denoise = predict if objective.predicts == "denoised" else as_denoised(predict)
-        return ddpm_sampler(denoise, noise, **settings, generators=generators)
-    predict = without_variance(predict)
+        return ddpm_sampler(denoise, noise, **settings, alpha_bar=getattr(objective, "alpha_bar", None))
+
+    def plain(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # without the variance that a network has learned
+        return predict(x, t)[:, : x.shape[1]]
+
     if takes == objective.predicts:
-        return objective.sample(predict, noise, **settings, generators=generators)
+        return objective.sample(plain, noise, **settings)
     if takes == "denoised":
-        return edm_sampler(as_denoised(predict), noise, **settings, generators=generators)
+        return edm_sampler(as_denoised(plain), noise, **settings)
     settings = {"t_start": flow_time(80, "denoised")} | settings  # denoisers are trained for finite noise levels
-    return flow_sampler(as_velocity(predict), noise, **settings, generators=generators)
-
-
-def without_variance(predict: Callable) -> Callable:
-    """The prediction alone, of one that has the network's learned variance after its channels."""
-    return lambda x, t: predict(x, t)[:, : x.shape[1]]
+    return flow_sampler(as_velocity(plain), noise, **settings)
 
 
 def as_velocity(denoise: Callable) -> Callable:
@@ -84,9 +82,6 @@ def flow_time(t, predicts: str):
     return t / (1 + t) if predicts == "denoised" else t
 
 
-# --- noise levels ---
-
-
 def edm_sampler(
     predict: Callable,  # predict(x, sigma) -> denoised
     noise: torch.Tensor,  # (B, C, h, w), N(0, 1)
@@ -112,8 +107,12 @@ def edm_sampler(
     """
     choose("solver", solver, ("heun", "euler"))
     choose("scaling", scaling, ("none", "vp"))
-    S_max = number("S_max", S_max)
-    low, high = sigma_range(discretization, sigma_min, sigma_max)
+    choose("discretization", discretization, SIGMA_RANGES)
+    S_max, ends = number("S_max", S_max), SIGMA_RANGES[discretization]
+    low = number("sigma_min", ends[0] if sigma_min is None else sigma_min)
+    high = number("sigma_max", ends[1] if sigma_max is None else sigma_max)
+    if not 0 < low < high < math.inf:
+        raise UserError(f"sigma_min {low:g}, sigma_max {high:g}; needed: 0 < sigma_min < sigma_max")
     sigmas = noise_levels(num_steps, discretization, low, high, rho)
     noise_schedule = schedule_named(schedule, low, high)
     t_steps = torch.cat([noise_schedule.time(sigmas), sigmas.new_zeros(1)])  # (num_steps + 1,)
@@ -126,7 +125,7 @@ def edm_sampler(
         shrink = sigma * rate / (1 + sigma**2) if scaling == "vp" else 0.0  # - s'(t) / s(t)
         return (rate / sigma - shrink) * x - rate * size(sigma) / sigma * predict(x / size(sigma), sigma)
 
-    x = noise.to(state_dtype(noise.device)) * sigmas[0] * size(sigmas[0])
+    x = state(noise) * sigmas[0] * size(sigmas[0])
     for t, t_next in zip(t_steps, t_steps[1:]):
         sigma = noise_schedule.sigma(t)
         if S_churn > 0 and S_min <= sigma <= S_max:
@@ -142,17 +141,6 @@ def edm_sampler(
     return x.float()
 
 
-def sigma_range(discretization: str, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """(lowest, highest) noise level; None = the discretization's own. Raises UserError."""
-    choose("discretization", discretization, SIGMA_RANGES)
-    default_min, default_max = SIGMA_RANGES[discretization]
-    low = default_min if sigma_min is None else number("sigma_min", sigma_min)
-    high = default_max if sigma_max is None else number("sigma_max", sigma_max)
-    if not 0 < low < high < math.inf:
-        raise UserError(f"sigma_min {low:g}, sigma_max {high:g}; needed: 0 < sigma_min < sigma_max")
-    return low, high
-
-
 def noise_levels(num_steps: int, discretization: str, low: float, high: float, rho: float = 7.0) -> torch.Tensor:
     """Noise levels from high to low (Table 1, "Time steps"): (num_steps,) float64. Raises UserError."""
     check_steps(num_steps)
@@ -166,8 +154,7 @@ def noise_levels(num_steps: int, discretization: str, low: float, high: float, r
     if discretization == "vp":
         return schedule_named("vp", low, high).sigma(1 + ramp * (VP_TIME_MIN - 1))
     levels = iddpm_levels()
-    levels = levels[(levels >= low) & (levels <= high)]
-    if not len(levels):
+    if not len(levels := levels[(levels >= low) & (levels <= high)]):
         raise UserError(f"iddpm has no noise level between sigma_min {low:g} and sigma_max {high:g}")
     return levels[((len(levels) - 1) * ramp).round().long()]
 
@@ -210,9 +197,6 @@ def schedule_named(name: str, low: float, high: float) -> NoiseSchedule:
     )
 
 
-# --- flows ---
-
-
 def flow_sampler(
     predict: Callable,  # predict(x, t) -> velocity
     noise: torch.Tensor,  # (B, C, h, w), N(0, 1)
@@ -234,7 +218,7 @@ def flow_sampler(
     if not 0 < number("t_start", t_start) <= 1:
         raise UserError(f"t_start {t_start}; needed: in (0, 1]")
     t_steps = t_start * flow_times(num_steps, shift, last_step if solver == "sde" else None)
-    x = noise.to(state_dtype(noise.device)) * t_start
+    x = state(noise) * t_start
     for t, t_next in zip(t_steps, t_steps[1:]):
         step, velocity = t_next - t, predict(x, t)
         if solver == "sde":
@@ -254,18 +238,12 @@ def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = Non
     check_steps(num_steps)
     if not 0 < shift < math.inf:
         raise UserError(f"shift {shift:g}; needed: above 0")
-    if last_step is None or num_steps == 1:
-        t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    elif not 0 < last_step < 1:
-        raise UserError(f"last_step {last_step}; needed: in (0, 1)")
-    else:
-        unshifted = last_step / (shift - (shift - 1) * last_step)
-        t = torch.linspace(1, unshifted, num_steps, dtype=torch.float64)
-        t = torch.cat([t, t.new_zeros(1)])
+    t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    if last_step is not None and num_steps > 1:
+        if not 0 < last_step < 1:
+            raise UserError(f"last_step {last_step}; needed: in (0, 1)")
+        t[:-1] = torch.linspace(1, last_step / (shift - (shift - 1) * last_step), num_steps, dtype=torch.float64)
     return shift * t / (1 + (shift - 1) * t)
-
-
-# --- the steps of DDPM ---
 
 
 def linear_alpha_bar(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> torch.Tensor:
@@ -279,8 +257,7 @@ def ddpm_sampler(
     *,
     num_steps: int = 250,
     solver: str = "ancestral",  # drawn from `generators`; or ddim, deterministic
-    variance: str
-    | None = None,  # of ancestral: learned, small (beta tilde), large (beta); None = learned, if there is one
+    variance: str | None = None,  # of ancestral: small (beta tilde), large (beta), learned; None = learned, if there
     spacing: str = "even",  # of the steps taken among those trained: even, as official DiT; leading, as diffusers
     alpha_bar: torch.Tensor | None = None,  # of the steps trained, (K,); None = linear_alpha_bar()
     generators: Generators = None,
@@ -296,11 +273,10 @@ def ddpm_sampler(
     none. The state is float64 where the device supports it. Raises UserError for unknown settings.
     """
     choose("solver", solver, ("ancestral", "ddim"))
-    if variance is not None:
-        choose("variance", variance, ("learned", "small", "large"))
+    choose("variance", variance or "small", ("learned", "small", "large"))
     alpha_bar = linear_alpha_bar() if alpha_bar is None else alpha_bar
     levels = torch.cat([alpha_bar[step_indices(num_steps, len(alpha_bar), spacing)], alpha_bar.new_ones(1)])
-    x, channels = noise.to(state_dtype(noise.device)), noise.shape[1]
+    x, channels = state(noise), noise.shape[1]
     for a, a_next in zip(levels, levels[1:]):
         sigma = ((1 - a) / a).sqrt()
         prediction = predict(x / a.sqrt(), sigma)
@@ -310,21 +286,15 @@ def ddpm_sampler(
         small = beta * (1 - a_next) / (1 - a) if solver == "ancestral" else torch.zeros_like(a)
         x = a_next.sqrt() * denoised + (1 - a_next - small).sqrt() * eps
         if solver == "ancestral" and a_next < 1:
-            log_variance = noise_log_variance(variance, small, beta, learned)
+            if variance == "learned" and not learned.shape[1]:
+                raise UserError("variance=learned: the network has no learned variance; needed: small, large or null")
+            if variance in ("small", "large") or not learned.shape[1]:
+                log_variance = (beta if variance == "large" else small).log()
+            else:
+                fraction = (learned + 1) / 2
+                log_variance = fraction * beta.log() + (1 - fraction) * small.log()
             x = x + (log_variance / 2).exp() * normal(x.shape, generators, device=x.device)
     return x.float()
-
-
-def noise_log_variance(
-    variance: str | None, small: torch.Tensor, large: torch.Tensor, learned: torch.Tensor
-) -> torch.Tensor:
-    """Of an ancestral step's noise: (), or (B, C, h, w) where it is learned. Raises UserError for a network without."""
-    if variance == "learned" and not learned.shape[1]:
-        raise UserError("variance=learned, and the network has no learned variance; needed: small, large or null")
-    if variance in ("small", "large") or not learned.shape[1]:
-        return (large if variance == "large" else small).log()
-    fraction = (learned + 1) / 2
-    return fraction * large.log() + (1 - fraction) * small.log()
 
 
 def step_indices(num_steps: int, trained: int, spacing: str) -> torch.Tensor:
@@ -335,12 +305,8 @@ def step_indices(num_steps: int, trained: int, spacing: str) -> torch.Tensor:
         raise UserError(f"num_steps {num_steps}; needed: at most the {trained} steps of training")
     if spacing == "leading":
         return torch.arange(num_steps).flip(0) * (trained // num_steps)
-    return (
-        (torch.arange(num_steps, dtype=torch.float64).flip(0) * ((trained - 1) / max(num_steps - 1, 1))).round().long()
-    )
-
-
-# --- all ---
+    order = torch.arange(num_steps, dtype=torch.float64).flip(0)
+    return (order * ((trained - 1) / max(num_steps - 1, 1))).round().long()
 
 
 def broadcast_t(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
@@ -350,9 +316,9 @@ def broadcast_t(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
     return t.float().expand(len(x))
 
 
-def state_dtype(device: torch.device) -> torch.dtype:
-    """Of a sampler's state: float64, except on Apple's GPUs, which lack it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def state(noise: torch.Tensor) -> torch.Tensor:
+    """A sampler's state: float64, except on Apple's GPUs, which lack it."""
+    return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
 
 def check_steps(num_steps: int) -> None:

@@ -10,24 +10,32 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from data.encoding import Kind, PerChannel
 from guidance import Guidance
 from system import UserError
-from system.settings import Check, above, at_least, at_most, between, inside, parse, refuse_interpolations
+from system.settings import (
+    Check,
+    Count,
+    Positive,
+    above,
+    at_least,
+    at_most,
+    between,
+    inside,
+    parse,
+    refuse_interpolations,
+)
 
 FORMAT = 1  # of config.yaml and of exports
 MAX_WIDTH = 0.28  # of a power average: gamma = 0, the plain mean of all steps, has width 0.2887
 
-Count = Annotated[int, at_least(0)]  # 0 = never, or none
-Positive = Annotated[int, at_least(1)]
 Share = Annotated[float, between(0, 1)]
 Width = Annotated[float, inside(0, MAX_WIDTH)]
 Weights = Literal["ema", "raw"]
 Precision = Literal["auto", "fp32", "bf16"]
 Seeds = int | str | tuple[int | str, ...]  # parse_seeds
-Kind = Literal["sample_scaled", "sample_raw", "moments_logvar", "mean_std"]  # of latents, see data/encoding.py
 Extractor = Literal["mnist", "fashion", "inception", "dinov2"]
 Metrics = tuple[Literal["fd", "sfid", "is", "pr", "kid"], ...]
-PerChannel = float | tuple[float, ...]  # a number, or one per channel
 
 
 def parse_seeds(seeds: Seeds) -> list[int]:

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 from system import UserError
-from system.files import write_text_atomic
+from system.files import atomic_file, write_text_atomic
 
 MANIFEST = "samples.json"
 WRITERS = 4  # threads; Pillow encodes without the interpreter's lock
@@ -47,14 +46,11 @@ def reserve(folder: Path, settings: dict) -> dict:
     if not path.is_file():
         return {"settings": settings}
     written = json.loads(path.read_text())
-    settings = json.loads(json.dumps(settings))
-    differing = [
-        f"{key} was {written['settings'].get(key)}, is {settings.get(key)}"
-        for key in sorted(written["settings"].keys() | settings.keys())
-        if written["settings"].get(key) != settings.get(key)
-    ]
-    if differing:
-        raise UserError(f"{folder} holds images of other settings ({'; '.join(differing)}); needed: another out=")
+    was, now = written["settings"], json.loads(json.dumps(settings))
+    keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if keys:
+        differing = "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys)
+        raise UserError(f"{folder} holds images of other settings ({differing}); needed: another out=")
     return written
 
 
@@ -81,13 +77,12 @@ def read_images(folder: Path, seeds: Sequence[int]) -> Iterator[np.ndarray]:
 def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
     """samples.npz, with one image in memory at a time: 50,000 of 256x256 pixels are 10 GB."""
     path = folder / "samples.npz"
-    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
     shape = (len(seeds), *next(read_images(folder, seeds[:1])).shape)
-    with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for image in read_images(folder, seeds):
-            member.write(image.tobytes())
-    os.replace(temporary, path)
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for image in read_images(folder, seeds):
+                member.write(image.tobytes())
     return path
 
 
@@ -118,8 +113,8 @@ def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     """uint8 (n, 3, H, W) => one PNG, `columns` images wide, with two black pixels around each."""
-    cells = nn.functional.pad(images.cpu(), (2, 0, 2, 0)).permute(0, 2, 3, 1)  # (n, H + 2, W + 2, 3)
-    columns = min(columns, len(cells))
-    cells = nn.functional.pad(cells, (0, 0) * 3 + (0, -len(cells) % columns))
-    rows = cells.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (H', W', 3)
-    save_image(nn.functional.pad(rows, (0, 0, 0, 2, 0, 2)).numpy(), path)
+    (n, _, H, W), columns = images.shape, min(columns, len(images))
+    grid = Image.new("RGB", (columns * (W + 2) + 2, -(-n // columns) * (H + 2) + 2))
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        grid.paste(Image.fromarray(image), (i % columns * (W + 2) + 2, i // columns * (H + 2) + 2))
+    save_image(np.asarray(grid), path)

@@ -19,7 +19,6 @@ from checkpoints.run_folder import (
     read_config,
     read_manifest,
     read_tensors,
-    read_weights,
     split_family,
     step_of,
     verify_checkpoint,
@@ -96,7 +95,7 @@ def load_run(
         beside = path / CONDITIONS_FILE
         verify_checkpoint(path, only=read + [CONDITIONS_FILE] * beside.is_file())
         settings, step = read_config(path), step_of(path)
-        found = read_weights(path, weights) if tensors is None else tensors
+        found = read_tensors(path / WEIGHTS_FILES[weights]) if tensors is None else tensors
     device = torch.device(device) if device is not None else start_processes().device
     model = build_network(settings)
     load_strictly(model, found, source=str(path))

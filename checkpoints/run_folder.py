@@ -44,19 +44,28 @@ NamedTensors = dict[str, dict[str, torch.Tensor]]
 
 def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
     """{file: {name: tensor}} of a checkpoint: the tensors themselves, not copies. The largest file comes first."""
-    weights = {f"{name}.safetensors": module.state_dict() for name, module in modules.items()}
-    return {"optimizer.safetensors": optimizer_tensors(modules["model"], optimizer)} | weights
+    names = {p: name for name, p in modules["model"].named_parameters()}
+    state = {
+        f"{names[p]}/{field}": torch.as_tensor(value)
+        for p, fields in optimizer.state.items()
+        for field, value in fields.items()
+    }
+    return {"optimizer.safetensors": state} | {f"{name}.safetensors": m.state_dict() for name, m in modules.items()}
 
 
 def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str) -> Path:
     """Writes the checkpoint of `step`, of `checkpoint_tensors`, and points `latest` at it.
 
     state: plain numbers and strings, for trainer_state.json. config: the settings, as YAML. Raises OSError where the
-    disk is full or cannot be written; earlier checkpoints are untouched.
+    disk cannot be written or has less than 102 % of the bytes free; earlier checkpoints are untouched.
     """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
-    check_free_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
+    needed = sum(t.nbytes for named in tensors.values() for t in named.values())
+    free = shutil.disk_usage(next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())).free
+    if free < needed * 1.02:
+        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
+        raise OSError(errno.ENOSPC, reason, str(run_folder))
     write_folder(target, tensors, texts)
     write_text_atomic(target.parent / "latest", target.name + "\n")
     remove_temporaries(run_folder)
@@ -74,7 +83,8 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
         with ThreadPoolExecutor() as pool:  # a file is hashed while the next is written
             entries = {name: pool.submit(seal, temporary / name) for name in texts}
             for name, named in tensors.items():
-                _save_tensors(named, temporary / name)
+                with usual_mode(temporary / name):
+                    save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, temporary / name)
                 entries[name] = pool.submit(seal, temporary / name)
         files = {name: entries[name].result() for name in sorted(entries)}
         manifest = {"step": step_of(target), "files": files}
@@ -86,8 +96,10 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
             shutil.rmtree(aside := target.with_name(f"{TEMPORARY}old_{target.name}"), ignore_errors=True)
             os.rename(target, aside)
         os.rename(temporary, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors reports what the operating system refused
+            raise OSError(errno.EIO, str(error), str(target)) from None
         raise
     sync(target.parent)
 
@@ -97,15 +109,6 @@ def seal(path: Path) -> dict:
     entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}  # while the system writes it out
     sync(path)
     return entry
-
-
-def check_free_space(run_folder: Path, needed: int) -> None:
-    """Raises OSError (ENOSPC) where the disk has less free than `needed` bytes plus a margin of 2 %."""
-    existing = next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed * 1.02:
-        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
-        raise OSError(errno.ENOSPC, reason, str(run_folder))
 
 
 def remove_temporaries(run_folder: Path) -> None:
@@ -118,25 +121,20 @@ def remove_temporaries(run_folder: Path) -> None:
 def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) -> None:
     """Deletes all but the newest `keep_last` checkpoints and those whose step is a multiple of `keep_every`.
 
-    Power averages stay, as snapshots. A checkpoint whose snapshot cannot be written stays whole.
+    Power averages stay, as snapshots in float16. A checkpoint whose snapshot cannot be written stays whole.
     """
     for path in complete_checkpoints(run_folder)[:-keep_last]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
-        try:
-            keep_averages(path)
+        try:  # 4 bytes a parameter of the checkpoint's 24
+            if averages := average_files(path):
+                halves = {p.name: {name: t.half() for name, t in read_tensors(p).items()} for p in averages.values()}
+                write_folder(run_folder / "snapshots" / path.name, halves, {})
         except (OSError, UserError) as error:
             print(f"warning: {path} is not deleted, for its averages cannot be kept: {error}", file=sys.stderr)
             continue
         (path / MANIFEST).unlink()  # from here on it is no checkpoint
         shutil.rmtree(path)
-
-
-def keep_averages(checkpoint: Path) -> None:
-    """Copies a checkpoint's power averages to snapshots/, in float16: 4 bytes a parameter of the checkpoint's 24."""
-    if averages := average_files(checkpoint):
-        halves = {p.name: {name: t.half() for name, t in read_tensors(p).items()} for p in averages.values()}
-        write_folder(checkpoint.parent.parent / "snapshots" / checkpoint.name, halves, {})
 
 
 def abandon_after(run_folder: Path, step: int) -> Path | None:
@@ -156,9 +154,8 @@ def abandon_after(run_folder: Path, step: int) -> Path | None:
     for path in sorted(later, key=step_of, reverse=True):
         os.rename(path, abandoned / (path.name if path.parent == folder else f"snapshot_{path.name}"))
     sync(folder)
-    remaining = complete_checkpoints(run_folder)
-    if remaining:
-        write_text_atomic(folder / "latest", remaining[-1].name + "\n")
+    if remaining := latest_checkpoint(run_folder):
+        write_text_atomic(folder / "latest", remaining.name + "\n")
     else:
         (folder / "latest").unlink(missing_ok=True)
     return abandoned
@@ -177,14 +174,15 @@ def snapshots_until(checkpoint: Path) -> list[Path]:
     """The run's folders with power averages, oldest first, one for each step up to the checkpoint's: the checkpoint in
     float32 where there still is one."""
     run_folder = checkpoint.absolute().parent.parent
-    every = (*complete_steps(run_folder / "snapshots"), *complete_checkpoints(run_folder), checkpoint)
+    every = (*complete_checkpoints(run_folder, "snapshots"), *complete_checkpoints(run_folder), checkpoint)
     folders = {step_of(p): p for p in every if average_files(p)}
     return [folders[step] for step in sorted(folders) if step <= step_of(checkpoint)]
 
 
-def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """The run's checkpoint folders that have a manifest, oldest first."""
-    return complete_steps(run_folder / "checkpoints")
+def complete_checkpoints(run_folder: Path, kind: str = "checkpoints") -> list[Path]:
+    """The run's checkpoint folders (or "snapshots") that have a manifest, oldest first."""
+    found = (p for p in (run_folder / kind).glob("step_*") if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
+    return sorted(found, key=step_of)
 
 
 def is_complete(run_folder: Path, step: int) -> bool:
@@ -192,21 +190,9 @@ def is_complete(run_folder: Path, step: int) -> bool:
     return (run_folder / "checkpoints" / f"step_{step:07d}" / MANIFEST).is_file()
 
 
-def complete_steps(folder: Path) -> list[Path]:
-    return sorted(
-        (p for p in folder.glob("step_*") if STEP_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()), key=step_of
-    )
-
-
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, or the newest complete one where that file is missing; None = none."""
-    pointer = run_folder / "checkpoints" / "latest"
-    if pointer.is_file():
-        named = pointer.with_name(pointer.read_text().strip())
-        if (named / MANIFEST).is_file():
-            return named
-    complete = complete_checkpoints(run_folder)
-    return complete[-1] if complete else None
+    """The newest complete checkpoint; None = none."""
+    return next(reversed(complete_checkpoints(run_folder)), None)
 
 
 def newest_intact(run_folder: Path) -> Path | None:
@@ -243,19 +229,14 @@ def find_checkpoint(ckpt: str | Path, key: str = "ckpt") -> Path:
     """
     family, path = split_family(ckpt)
     if not path.exists():
-        raise UserError(
-            f"{key}={ckpt}: no such file or folder; needed: a run folder, a checkpoint folder or a file of weights"
-        )
+        raise UserError(f"{key}={ckpt}: no such file or folder; needed: a run, a checkpoint or a file of weights")
     if path.is_file() or (path / MANIFEST).is_file() and family is None:
         return path
     if (path / "config.json").is_file():  # an export
         return path / "model.safetensors"
-    newest = latest_checkpoint(path) if path.is_dir() else None
-    if newest is None:
-        raise UserError(
-            f"{key}={ckpt} is not a checkpoint; "
-            f"needed: a run folder (with checkpoints/step_*/{MANIFEST}) or one of its checkpoints"
-        )
+    if (newest := latest_checkpoint(path)) is None:
+        needed = f"a run folder (with checkpoints/step_*/{MANIFEST}) or one of its checkpoints"
+        raise UserError(f"{key}={ckpt} is not a checkpoint; needed: {needed}")
     return newest
 
 
@@ -291,28 +272,14 @@ def read_config(checkpoint: Path) -> Settings:
     return from_file(read_yaml(path.read_bytes(), str(path)), str(path))
 
 
-def load_weights(checkpoint: Path, module: torch.nn.Module, weights: str = "ema") -> None:
-    """Loads `ema` or `raw` weights strictly into a module. Raises UserError where they do not fit."""
-    load_strictly(module, read_weights(checkpoint, weights), source=str(checkpoint / WEIGHTS_FILES[weights]))
-
-
-def read_weights(checkpoint: Path, weights: str) -> dict[str, torch.Tensor]:
-    if weights not in WEIGHTS_FILES:
-        raise UserError(f"weights={weights!r}; needed: ema or raw")
-    return read_tensors(checkpoint / WEIGHTS_FILES[weights])
-
-
 def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Loads tensors whose names and shapes are exactly the module's. Raises UserError with the first that differ."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [
-        f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the model"
-        for key in own.keys() & tensors.keys()
-        if tensors[key].shape != own[key].shape
-    ]
+    own, theirs = ({key: tuple(t.shape) for key, t in named.items()} for named in (module.state_dict(), tensors))
+    missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
+    shapes = sorted(key for key in own.keys() & theirs.keys() if own[key] != theirs[key])
     if missing or extra or shapes:
-        parts = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {extra[:3]}"] * bool(extra) + sorted(shapes)[:3]
+        parts = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {extra[:3]}"] * bool(extra)
+        parts += [f"{key} is {theirs[key]} in the file and {own[key]} in the model" for key in shapes[:3]]
         raise UserError(f"{source} is of another model: {'; '.join(parts)}")
     module.load_state_dict(tensors)
 
@@ -323,37 +290,23 @@ def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.op
     Raises UserError for names that the model lacks and for the state of another optimizer.
     """
     path = checkpoint / "optimizer.safetensors"
-    names = dict(model.named_parameters())
-    state = {name: {} for name in names}
+    names = {p: name for name, p in model.named_parameters()}
+    state = {name: {} for name in names.values()}
     for key, value in read_tensors(path).items():
         name, _, field = key.rpartition("/")
         if name not in state:
             raise UserError(f"{path} has state of {name!r}, which the model lacks")
         state[name][field] = value
-    order = {id(p): name for name, p in names.items()}
-    for group in optimizer.param_groups:
-        needed = "exp_avg" if "betas" in group else "momentum_buffer"
-        for name in (order[id(p)] for p in group["params"]):
-            if state[name] and needed not in state[name]:
-                raise UserError(
-                    f"{path} is of another optimizer: it has {', '.join(state[name])} of {name}, needed: {needed}; "
-                    f"continue with the run's own optimizer=, or start a new run with init_from="
-                )
-    saved = optimizer.state_dict()
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    saved["state"] = {i: state[order[id(p)]] for i, p in zip(ids, parameters) if state[order[id(p)]]}
-    optimizer.load_state_dict(saved)
-
-
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `<parameter name>/<field>` tensors."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(parameter)]}/{field}": torch.as_tensor(value)
-        for parameter, fields in optimizer.state.items()
-        for field, value in fields.items()
-    }
+    order = [(names[p], "betas" in group) for group in optimizer.param_groups for p in group["params"]]
+    for name, adam in order:
+        needed = "exp_avg" if adam else "momentum_buffer"
+        if state[name] and needed not in state[name]:
+            raise UserError(
+                f"{path} is of another optimizer: it has {', '.join(state[name])} of {name}, needed: {needed}; "
+                f"continue with the run's own optimizer=, or start a new run with init_from="
+            )
+    state = {i: state[name] for i, (name, _) in enumerate(order) if state[name]}  # as PyTorch numbers parameters
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -362,11 +315,3 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error})") from None
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        with usual_mode(path):
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # how safetensors reports what the operating system refused
-        raise OSError(errno.EIO, str(error), str(path)) from None

@@ -10,15 +10,29 @@ Exit code 2 for a request that cannot be met; `inspect` exits with 1 if it finds
 import json
 import shlex
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from omegaconf import OmegaConf
+from typing import Any, Literal
 
 from data.convert import Conversion, convert
-from data.encoding import LatentEncoding
+from data.encoding import Kind, LatentEncoding, PerChannel
 from data.inspect import as_text, inspect
 from data.shards import finalize, read_manifest
 from system import UserError, cli
+from system.settings import Positive, parse
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """The settings in configs/index.yaml."""
+
+    kind: Kind = "sample_scaled"
+    scale: PerChannel | None = None
+    bias: PerChannel | None = None
+    codec: dict[str, Any] | None = None
+    flip: Literal["none", "both"] = "none"
+    num_classes: Positive | None = None
+    condition: Literal["class", "text", "none"] | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -29,13 +43,22 @@ def main(argv: list[str]) -> int:
         report = inspect(path)
         print(json.dumps(report) if as_json else as_text(report))
         return 1 if report["wrong"] else 0
-    if verb == "index":
-        (path,), overrides = _split(verb, arguments, 1)
-        _index(Path(path), OmegaConf.to_container(cli.load_config("index", overrides)), bool(overrides))
-        return 0
-    (source, target), overrides = _split(verb, arguments, 2)
-    manifest = convert(source, target, Conversion(**OmegaConf.to_container(cli.load_config("convert", overrides))))
-    print(f"{target}: {_counts(manifest)}; python -m data inspect {shlex.quote(target)} says more")
+    (*sources, target), overrides = _split(verb, arguments, 1 if verb == "index" else 2)
+    if verb == "convert":
+        manifest = convert(*sources, target, parse(Conversion, cli.load_config(verb, overrides)))
+        after = f"; python -m data inspect {shlex.quote(target)} says more"
+    else:
+        settings = asdict(parse(Indexing, cli.load_config(verb, overrides)))
+        if not Path(target).is_dir():
+            raise UserError(f"no folder {target}")
+        if overrides and read_manifest(Path(target)):
+            raise UserError(f"{target} has a meta.json that says these things; remove it to index the shards anew")
+        encoding = LatentEncoding(*(settings.pop(key) for key in ("kind", "scale", "bias")))
+        manifest, after = finalize(Path(target), encoding, **settings), ", sound"
+    counts = ", ".join(f"{n} {split}" for split, n in manifest["counts"].items())
+    held = {"class": f"{manifest['num_classes']} classes", "text": "with texts", "none": "no condition"}
+    held = f"{counts} entries of {manifest['kind']} {tuple(manifest['shape'])}, {held[manifest['condition']]}"
+    print(f"{target}: {held}{after}")
     return 0
 
 
@@ -52,23 +75,6 @@ def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list
             f"python -m data {verb} needs {count} path{'s' * (count > 1)}, then key=value settings; {found}"
         )
     return paths, overrides
-
-
-def _index(folder: Path, settings: dict, changed: bool) -> None:
-    """Writes meta.json for shards without one; checks other shards against theirs."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}")
-    if changed and read_manifest(folder):
-        raise UserError(f"{folder} has a meta.json that says these things; remove it to index the shards anew")
-    encoding = LatentEncoding(*(settings.pop(key) for key in ("kind", "scale", "bias")))
-    manifest = finalize(folder, encoding, **settings)
-    print(f"{folder}: {_counts(manifest)}, sound")
-
-
-def _counts(manifest: dict) -> str:
-    counts = ", ".join(f"{n} {split}" for split, n in manifest["counts"].items())
-    held = {"class": f"{manifest['num_classes']} classes", "text": "with texts", "none": "no condition"}
-    return f"{counts} entries of {manifest['kind']} {tuple(manifest['shape'])}, {held[manifest['condition']]}"
 
 
 if __name__ == "__main__":

@@ -11,27 +11,29 @@ Moments are sampled anew at every use. `scale` and `bias` are numbers, or lists 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, get_args
 
 import torch
 
 from randomness import Generators, normal
 from system import UserError
 
-KINDS = ("sample_scaled", "sample_raw", "moments_logvar", "mean_std")
-Channels = float | list[float]  # as in meta.json
+Kind = Literal["sample_scaled", "sample_raw", "moments_logvar", "mean_std"]
+PerChannel = float | tuple[float, ...]  # a number, or one per channel; meta.json has lists
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to it too
 
 
 @dataclass(frozen=True)
 class LatentEncoding:
-    """kind: one of KINDS. scale, bias: None for sample_scaled; a missing bias is 0. Raises UserError for other sets."""
+    """scale, bias: None for sample_scaled; a missing bias is 0. Raises UserError for other sets and unknown kinds."""
 
     kind: str
-    scale: Channels | None = None
-    bias: Channels | None = None
+    scale: PerChannel | list[float] | None = None
+    bias: PerChannel | list[float] | None = None
 
     def __post_init__(self):
-        check_kind(self.kind)
+        if self.kind not in get_args(Kind):
+            raise UserError(f"unknown kind of latents {self.kind!r}; needed: one of {', '.join(get_args(Kind))}")
         if self.kind == "sample_scaled":
             if self.scale is not None or self.bias is not None:
                 raise UserError("scale and bias are for the other kinds: in sample_scaled they are applied already")
@@ -45,12 +47,11 @@ class LatentEncoding:
     def check_channels(self, channels: int, place: str = "") -> None:
         """Raises UserError unless scale and bias are numbers or have one number for each of the model's channels."""
         for name, value in (("scale", self.scale), ("bias", self.bias)):
-            numbers = value if isinstance(value, list) else [value]
+            numbers = value if isinstance(value, (list, tuple)) else [value]
             valid = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers)
             if value is not None and not (valid and len(numbers) in (1, channels)):
-                raise UserError(
-                    f"{name}{place}={value}; needed: a number, or a list of {channels}, one for each channel"
-                )
+                needed = f"a number, or a list of {channels}, one for each channel"
+                raise UserError(f"{name}{place}={value}; needed: {needed}")
 
     def to_model_input(self, raw: torch.Tensor, generators: Generators = None) -> torch.Tensor:
         """raw (B, C or 2C, h, w), any float dtype -> x (B, C, h, w) float32 on the same device."""
@@ -61,12 +62,11 @@ class LatentEncoding:
             mean, spread = raw.chunk(2, dim=1)  # (B, C, h, w) each
             std = spread if self.kind == "mean_std" else spread.clamp(*LOGVAR_RANGE).mul(0.5).exp()
             raw = mean + std * normal(mean.shape, generators, device=raw.device)
-        return raw * _broadcastable(self.scale, raw.device) + _broadcastable(self.bias, raw.device)
-
-
-def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise UserError(f"unknown kind of latents {kind!r}; needed: one of {', '.join(KINDS)}")
+        scale, bias = (
+            _per_channel(tuple(value), raw.device) if isinstance(value, (list, tuple)) else value
+            for value in (self.scale, self.bias)
+        )
+        return raw * scale + bias
 
 
 def is_moments(kind: str) -> bool:
@@ -80,10 +80,6 @@ def model_shape(kind: str, stored_shape: Sequence[int]) -> tuple[int, int, int]:
         raise UserError(f"latents of kind {kind} are stored as {needed}; these are {tuple(stored_shape)}")
     channels, height, width = stored_shape
     return (channels // 2 if is_moments(kind) else channels), height, width
-
-
-def _broadcastable(value: Channels, device: torch.device) -> float | torch.Tensor:
-    return _per_channel(tuple(value), device) if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=16)  # copied to the device once, not at every step

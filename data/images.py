@@ -1,10 +1,11 @@
 """Pictures on disk, for encoding and for scoring: `open_images(path)`."""
 
+import contextlib
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,9 @@ import torch
 from PIL import Image
 
 from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, parse_number, split_name
-from data.packed import open_pictures
+from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError
 
-SPLIT_FOLDERS = {"train", "training", "val", "validation", "test"}
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
 ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture with each of its values upright
 TURNS = dict(zip(range(2, 9), (
@@ -34,15 +34,14 @@ class Images:
 
     path: Path
     names: list[str]
-    tree: Tree | None  # the files; None for an .npz
-    array: np.ndarray | None = None  # (N, H, W, 3) uint8 of an .npz
+    tree: Tree
 
     def __len__(self) -> int:
         return len(self.names)
 
     def fetch(self, chosen: Sequence[int]) -> None:
         """Reads these pictures, and no others, into memory, where one by one would be slow: of parquet files."""
-        if self.tree and self.tree.fetch:
+        if self.tree.fetch:
             self.tree.fetch([self.names[i] for i in chosen])
 
     def read(self, i: int) -> Image.Image:
@@ -50,14 +49,14 @@ class Images:
 
         Transparency is dropped. Raises UserError for several frames and for 32-bit pixels, whose range is unknown.
         """
-        if self.tree is None:
-            return Image.fromarray(self.array[i])
         image = self._decode(i)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # whose others are a camera's previews
             raise UserError(f"{self.path}: {self.names[i]} has {image.n_frames} frames; needed: one")
         if image.mode in ("I", "F"):
             raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8 or 16 bits per channel")
-        orientation = _orientation(image)
+        orientation = 1  # upright, where EXIF does not say or cannot be parsed
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):
+            orientation = image.getexif().get(ORIENTATION)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return (image.transpose(TURNS[orientation]) if orientation in TURNS else image).convert("RGB")
@@ -65,12 +64,8 @@ class Images:
     @property
     def others(self) -> list[str]:
         """What is left out: files that are neither pictures, nor labels, nor hidden."""
-        names = self.tree.names if self.tree else []
-        return [
-            name
-            for name in names
-            if not is_picture(name) and split_name(name)[1] not in (LABEL, "json") and "/." not in f"/{name}"
-        ]
+        known = {*self.names, *(name for name in self.tree.names if split_name(name)[1] in (LABEL, "json"))}
+        return [name for name in self.tree.names if name not in known and "/." not in f"/{name}"]
 
     @property
     def labels(self) -> list[int]:
@@ -88,42 +83,23 @@ class Images:
         Grey pictures become three equal channels, with a warning. Raises UserError for anything but 8-bit grey or RGB,
         and for mixed sizes.
         """
-        parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        with ThreadPoolExecutor(1) as reader:  # the next batch is decoded while the caller works on this one
-            coming = [reader.submit(self._batch, part) for part in parts[:1]]
-            for i in range(len(parts)):
-                coming += [reader.submit(self._batch, part) for part in parts[i + 1 : i + 2]]
-                yield coming.pop(0).result()
-
-    def _batch(self, rows: range) -> torch.Tensor:
-        """uint8 (B, 3, H, W)."""
-        if self.tree is None:
-            pixels = self.array[rows.start : rows.stop]  # (B, H, W, 3)
-        else:
-            size = self._first_size
-            with ThreadPoolExecutor(DECODERS) as pool:
-                pixels = np.stack(list(pool.map(lambda i: self._pixels(i, size), rows)))
-        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-
-    def _pixels(self, i: int, size: tuple[int, int]) -> np.ndarray:
-        image = self._decode_strictly(i)
-        if image.size != size:
-            found, wanted = ("x".join(map(str, s)) for s in (image.size, size))
-            raise UserError(f"{self.path}: {self.names[i]} is {found}, {self.names[0]} is {wanted}; needed: one size")
-        return np.asarray(image.convert("RGB"))
-
-    @cached_property
-    def _first_size(self) -> tuple[int, int]:
-        first = self._decode_strictly(0)
+        first = self._decode(0)
         if first.mode in ("L", "1"):
-            _warn_of_grey(self.path)
-        return first.size
+            print(f"warning: {self.path} holds grey images, repeated to three channels", file=sys.stderr)
 
-    def _decode_strictly(self, i: int) -> Image.Image:
-        image = self._decode(i)
-        if image.mode not in ("L", "RGB", "P", "1"):
-            raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8-bit grey or RGB")
-        return image
+        def pixels(i: int) -> np.ndarray:
+            image = self._decode(i)
+            if image.mode not in ("L", "RGB", "P", "1"):
+                raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8-bit grey or RGB")
+            if image.size != first.size:
+                found, wanted = ("x".join(map(str, other.size)) for other in (image, first))
+                named = f"{self.names[i]} is {found}, {self.names[0]} is {wanted}"
+                raise UserError(f"{self.path}: {named}; needed: one size")
+            return np.asarray(image.convert("RGB"))
+
+        parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        for batch in decoded_ahead(parts, pixels, DECODERS):
+            yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
     def _decode(self, i: int) -> Image.Image:
         contents = self.tree.read(self.names[i])
@@ -131,24 +107,43 @@ class Images:
             image = Image.open(BytesIO(contents))
             image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"{self.path}: {self.names[i]} is no image or is damaged ({type(error).__name__})"
-            ) from None
+            found = f"{self.names[i]} is no image or is damaged ({type(error).__name__})"
+            raise UserError(f"{self.path}: {found}") from None
         return image
 
     @cached_property
     def _labels_and_classes(self) -> tuple[list[int], list[str]]:
-        if self.tree is None:
-            raise UserError(f"{self.path} says no classes; needed: a folder, a .zip or a .tar of pictures")
-        labels = _given_labels(self.path, self.tree, self.names)
+        labels = dataset_json(self.path, self.tree)
+        beside = {split_name(name)[0]: name for name in self.tree.names if split_name(name)[1] == LABEL}
+        if labels is None and beside:
+            pairs = ((name, beside.get(split_name(name)[0])) for name in self.names)
+            said = ((name, label, self.tree.read(label)) for name, label in pairs if label)
+            labels = {name: parse_number(number, f"{self.path}: {label}") for name, label, number in said}
         if labels is not None:
-            return labels, []
-        folders = _class_folders(self.names)
+            if (missing := next((name for name in self.names if name not in labels), None)) is not None:
+                raise UserError(f"{self.path} has labels, but none for picture {missing}")
+            return [labels[name] for name in self.names], []
+        parts = [name.split("/")[:-1] for name in self.names]
+        while len({tuple(p[:1]) for p in parts}) == 1 and len({tuple(p) for p in parts}) > 1:
+            parts = [p[1:] for p in parts]  # the first folder, as long as all share it
+        folders = [p[0] if p else "" for p in parts]
         classes = sorted(set(folders))
-        if len(classes) > 1 and SPLIT_FOLDERS.issuperset(classes):
+        if len(classes) > 1 and set(SPLITS).issuperset(classes):
             raise UserError(f"{self.path} has {', '.join(classes)} as class folders; needed: the path of one split")
         number = {folder: i for i, folder in enumerate(classes)}
         return [number[folder] for folder in folders], classes
+
+
+def decoded_ahead(
+    batches: Iterable[Sequence[int]], decode: Callable[[int], np.ndarray], num_threads: int
+) -> Iterator[np.ndarray]:
+    """For each batch of numbers the stack (B, ...) of what `decode` makes of them, two batches ahead in threads."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        ahead = []
+        for batch in (*batches, (), ()):
+            ahead.append([threads.submit(decode, i) for i in batch])
+            if len(ahead) > 2 and (ready := ahead.pop(0)):
+                yield np.stack([decoding.result() for decoding in ready])
 
 
 def open_images(path: str | Path, split: str | None = None) -> Images:
@@ -159,7 +154,9 @@ def open_images(path: str | Path, split: str | None = None) -> Images:
     """
     path = Path(path)
     if path.suffix == ".npz":
-        return _open_array(path)
+        pixels = _map_array(path, "arr_0")
+        names = [f"arr_0[{i}]" for i in range(len(pixels))]
+        return Images(path, names, Tree(names, lambda name: as_picture(pixels[int(name[6:-1])])))
     tree = open_pictures(path, split)
     names = [name for name in tree.names if is_picture(name)]
     if not names:
@@ -180,80 +177,34 @@ def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged or no .npz file ({error})") from None
 
 
-def _open_array(path: Path) -> Images:
+def _map_array(path: Path, key: str) -> np.ndarray:
+    """uint8 (N, H, W, 3) or (N, H, W) of an .npz, mapped where it is in the file: 50,000 images are 10 GB.
+
+    A compressed array is read into memory. Raises UserError where there is no such array.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not there")
-    pixels = _map_array(path, "arr_0")
-    if pixels is None:
-        raise UserError(f"{path} has no array arr_0; needed: uint8 (N, H, W, 3)")
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
-        raise UserError(f"{path}: arr_0 is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")
-    if pixels.shape[3:] != (3,):
-        _warn_of_grey(path)
-        pixels = np.broadcast_to(pixels.reshape(*pixels.shape[:3], 1), (*pixels.shape[:3], 3))
-    return Images(path, [f"arr_0[{i}]" for i in range(len(pixels))], None, pixels)
-
-
-def _map_array(path: Path, key: str) -> np.ndarray | None:
-    """An array of an .npz, mapped where it is in the file, without using memory (50,000 images are 10 GB).
-
-    A compressed array is read; None if there is no such array.
-    """
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{key}.npy" not in archive.namelist():
-                return None
+                raise UserError(f"{path} has no array {key}; needed: uint8 (N, H, W, 3)")
             info = archive.getinfo(f"{key}.npy")
             with archive.open(info) as member:
                 np.lib.format.read_magic(member)
                 shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
                 header = member.tell()
         if info.compress_type != zipfile.ZIP_STORED or dtype.hasobject or fortran_order:
-            return read_arrays(path, [key])[key]
-        with open(path, "rb") as file:
-            file.seek(info.header_offset + 26)  # of the member's own header: lengths of its name and of its extra field
-            name, extra = struct.unpack("<HH", file.read(4))
-        return np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)
+            pixels = read_arrays(path, [key])[key]
+        else:
+            with open(path, "rb") as file:
+                file.seek(info.header_offset + 26)  # of the member's own header: lengths of its name and extra field
+                name, extra = struct.unpack("<HH", file.read(4))
+            pixels = np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
         raise UserError(f"{path} is damaged or no .npz file ({error})") from None
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's 1..8; 1 (upright) if there is none or it cannot be parsed."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return 1
-
-
-def _warn_of_grey(path: Path) -> None:
-    print(f"warning: {path} holds grey images, repeated to three channels", file=sys.stderr)
-
-
-def _given_labels(path: Path, tree: Tree, names: list[str]) -> list[int] | None:
-    """Labels from dataset.json or from `<key>.cls` files; None if there are neither."""
-    labels = dataset_json(path, tree)
-    if labels is None:
-        beside = {split_name(name)[0]: name for name in tree.names if split_name(name)[1] == LABEL}
-        if not beside:
-            return None
-        labels = {
-            name: parse_number(tree.read(beside[key]), f"{path}: {beside[key]}")
-            for name in names
-            if (key := split_name(name)[0]) in beside
-        }
-    missing = next((name for name in names if name not in labels), None)
-    if missing is not None:
-        raise UserError(f"{path} has labels, but none for picture {missing}")
-    return [labels[name] for name in names]
-
-
-def _class_folders(names: list[str]) -> list[str]:
-    """The first folder of each name after those that all names share; '' for pictures outside any."""
-    parts = [name.split("/")[:-1] for name in names]
-    while len({tuple(p[:1]) for p in parts}) == 1 and len({tuple(p) for p in parts}) > 1:
-        parts = [p[1:] for p in parts]
-    return [p[0] if p else "" for p in parts]
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
+        raise UserError(f"{path}: {key} is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")
+    return pixels[..., 0] if pixels.shape[3:] == (1,) else pixels
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

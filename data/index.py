@@ -19,16 +19,16 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, MAX_MEMBER, TEXT, Member, member_name, members, split_name
+from data.archives import ARRAY, LABEL, MAX_MEMBER, TEXT, Member, members, sample_key, split_name
 from system import UserError
 from system.files import atomic_file, locked, sha256_of
 from system.launchers import usable_cpus
@@ -72,34 +72,40 @@ class Index:
 
 
 def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> Index:
-    """The index of the named shards of a folder: from the cache, or built and then cached.
+    """The index of the named shards of a folder, checked against meta.json: from the cache, or built and then cached.
 
-    manifest: the contents of meta.json, {} if there is none; the shards are checked against its `shards` (name, n,
-    sha256) and its layout.
+    manifest: the contents of meta.json, {} if there is none.
     """
     stamp = _stamp(folder, shards, manifest)
-    for known in _cache_paths(folder, split):
-        if (found := _read_cache(known)) and found[1] == stamp:
-            return found[0]
-    path = _cache_path(folder, split)
-    with locked(path.with_suffix(".lock")):
-        before, known_stamp = _read_cache(path) or (None, "")
-        if known_stamp == stamp:  # another process has just built it
-            return before
-        index = build_index(folder, shards, manifest, before)
-        if not any(map(_is_read_error, index.faults)):
-            _write_cache(path, index, stamp)
+
+    def up_to_date() -> Index | None:
+        return next((index for index, found in _cached(folder, split) if found == stamp), None)
+
+    if (index := up_to_date()) is None:
+        path = _cache_paths(folder, split)[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")):
+            if (index := up_to_date()) is None:  # no other process has just built it
+                index = build_index(folder, shards, manifest, cached_index(folder, split))
+                if not any(map(_is_read_error, index.faults)):
+                    save_index(folder, split, index, manifest, stamp)
     return index
 
 
 def cached_index(folder: Path, split: str) -> Index | None:
     """The index cached last, which may be out of date; None if there is none."""
-    return next((found[0] for found in map(_read_cache, _cache_paths(folder, split)) if found), None)
+    return next((index for index, _ in _cached(folder, split)), None)
 
 
-def save_index(folder: Path, split: str, index: Index, manifest: dict) -> None:
-    """Caches an index that was built before the manifest was written."""
-    _write_cache(_cache_path(folder, split), index, _stamp(folder, index.shards, manifest))
+def save_index(folder: Path, split: str, index: Index, manifest: dict, stamp: str = "") -> None:
+    """Caches an index. stamp: of the shards when it was begun; "" = as they are now."""
+    about = {"stamp": stamp or _stamp(folder, index.shards, manifest), "shards": index.shards}
+    about |= {"layout": asdict(index.layout), "faults": index.faults}
+    path = _cache_paths(folder, split)[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        about = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        np.savez(file, about=about, ends=index.ends, entries=index.entries)
 
 
 def build_index(folder: Path, shards: list[str], manifest: dict, before: Index | None = None) -> Index:
@@ -112,44 +118,37 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
     layout = Layout.of(manifest) if "shape" in manifest else find_layout([folder / name for name in shards])
 
     def validate(name: str) -> tuple[np.ndarray, list[str]]:
-        return validate_shard(folder / name, layout, described.get(name), earlier.get(name))
+        found, faults = validate_shard(folder / name, layout, described.get(name), earlier.get(name))
+        return np.array(found, FIELDS[layout.condition]), [f"{name}: {fault}" for fault in faults]
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # reading, hashing and CRCs release the interpreter's lock
-        results = list(pool.map(validate, shards))
-    return Index(
-        shards=shards,
-        ends=np.cumsum([len(entries) for entries, _ in results], dtype=np.int64),
-        entries=np.concatenate([entries for entries, _ in results]),
-        layout=layout,
-        faults=[fault for _, faults in results for fault in faults],
-    )
+        entries, faults = zip(*pool.map(validate, shards))
+    ends = np.cumsum([len(part) for part in entries], dtype=np.int64)
+    return Index(shards, ends, np.concatenate(entries), layout, sum(faults, []))
 
 
 def validate_shard(
     path: Path, layout: Layout, described: dict | None, before: np.ndarray | None
-) -> tuple[np.ndarray, list[str]]:
-    """The valid samples of a shard and a line for each fault.
+) -> tuple[np.ndarray | list, list[str]]:
+    """The valid samples of a shard and what is wrong with the others. described: its {n, sha256} in the manifest.
 
-    described: its {n, sha256} in the manifest. before: its entries in an earlier index, which identify the samples
-    that have changed since.
+    before: its entries in an earlier index, which identify the samples that have changed since.
     """
     for attempt in (1, 2):
         try:
             entries, faults = read_samples(path, layout)
-            unchanged = described is None or faults or sha256_of(path) == described["sha256"]
+            if described is None or faults or sha256_of(path) == described["sha256"]:
+                return entries, faults
             break
         except OSError as error:
             if attempt == 2:
-                return np.array([], FIELDS[layout.condition]), [f"{path.name}: {error.strerror}"]
-    if unchanged:
-        return entries, [f"{path.name}: {fault}" for fault in faults]
+                return [], [error.strerror]
     if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
         changed = before != entries
         if changed.any() and (before["offset"] == entries["offset"]).all():
-            faults = [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
-            return entries[~changed], faults
+            return entries[~changed], [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
     counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
-    return np.array([], FIELDS[layout.condition]), [f"{path.name}: its sha256 is not the one in meta.json{counts}"]
+    return [], [f"its sha256 is not the one in meta.json{counts}"]
 
 
 def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
@@ -169,7 +168,7 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
                 found[key][extension] = member
         if not faults and not any(ARRAY in parts for parts in found.values()):
             instead = f", but .{', .'.join(sorted(others))}; python -m data inspect says more" if others else ""
-            return np.array([], FIELDS[layout.condition]), [f"holds no .{ARRAY}{instead}"]
+            faults, found = [f"holds no .{ARRAY}{instead}"], {}
         for key, parts in found.items():
             try:
                 rows.append(_row(file.fileno(), parts, layout))
@@ -180,11 +179,9 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
 
 def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     """The entry of a sample. Raises UserError saying what is wrong with it."""
-    for extension in PARTS[layout.condition]:
-        if extension not in parts:
-            raise UserError(f"has no .{extension}")
-    needed = f"{layout.dtype} {layout.shape}"
-    _, *row = read_array(fd, parts[ARRAY], layout.dtype, layout.shape[:1], layout.shape[1:], needed)
+    if missing := [extension for extension in PARTS[layout.condition] if extension not in parts]:
+        raise UserError(f"has no .{missing[0]}")
+    _, *row = _read_array(fd, parts[ARRAY], layout.dtype, layout.shape)
     if layout.condition == "class":
         text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
         top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
@@ -192,26 +189,26 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
             raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
         row.append(int(text))
     if layout.condition == "text":
-        needed = f"{layout.text_dtype} (1..{layout.text_length or ''}, {layout.text_width})"
         try:
-            lengths = range(1, (layout.text_length or MAX_MEMBER) + 1)
-            row += read_array(fd, parts[TEXT], layout.text_dtype, lengths, (layout.text_width,), needed)
+            row += _read_array(
+                fd, parts[TEXT], layout.text_dtype, (layout.text_length, layout.text_width), longest=True
+            )
         except UserError as error:
             raise UserError(f"has a .{TEXT} that {error}") from None
     return tuple(row)
 
 
-def read_array(
-    fd: int, member: Member, dtype: str, lengths: Collection[int], rest: tuple[int, ...], needed: str
-) -> tuple[int, int, int, int]:
-    """(length, offset, header bytes, CRC) of an array (length, *rest). Raises UserError saying what is wrong with it.
+def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: bool = False) -> tuple[int, int, int, int]:
+    """(length, offset, header bytes, CRC) of an array. Raises UserError saying what is wrong with it.
 
-    lengths: those that may be. needed: the same in words.
+    needed: its shape. longest: needed[0] is the largest length there may be, if it is known, and 1 the smallest.
     """
     contents = os.pread(fd, member.size, member.offset)
     shape, found, start = npy_header(contents)
-    if found != dtype or len(shape) == 0 or shape[0] not in lengths or shape[1:] != rest:
-        raise UserError(f"is {found} {shape}; needed: {needed}")
+    fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or MAX_MEMBER))
+    if found != dtype or not fits or shape[longest:] != needed[longest:]:
+        words = f"(1..{needed[0] or ''}, {needed[1]})" if longest else needed
+        raise UserError(f"is {found} {shape}; needed: {dtype} {words}")
     numbers = contents[start:]
     if len(numbers) != np.dtype(dtype).itemsize * math.prod(shape):
         raise UserError(f"has {len(numbers)} bytes of numbers, not those of {dtype} {shape}")
@@ -225,39 +222,37 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
 
     condition: None = as in the first shard with an array: labels, or else texts, or none.
     """
-    found: dict[str, tuple] = {LABEL: ()}  # {extension: (shape, dtype, bytes of header)}
-    extensions = set()
+    found: dict[str, tuple] = {}  # {extension: (shape, dtype, bytes of header)}
+    extensions: set[str] = set()
     for path in paths:
         with open(path, "rb") as file:
             for member in members(file, []):
-                extension = split_name(member.name)[1]
-                extensions.add(extension)
+                extensions.add(extension := split_name(member.name)[1])
                 if extension in (ARRAY, TEXT) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
                         found[extension] = npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))
-                if found.keys() & extensions >= set(PARTS[condition or "class"]):
+                if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]):
                     break
         if ARRAY in found:
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
     condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
-    layout = Layout(shape, dtype, condition, num_classes)
     if condition != "text":
-        return layout
-    text_shape, text_dtype, _ = found.get(TEXT, ((0, 0), dtype, 0))
-    return replace(layout, text_width=text_shape[-1] if text_shape else 0, text_dtype=text_dtype)
+        return Layout(shape, dtype, condition, num_classes)
+    text_shape, text_dtype, _ = found.get(TEXT, ((0,), dtype, 0))
+    return Layout(shape, dtype, condition, num_classes, text_shape[-1] if text_shape else 0, text_dtype)
 
 
 def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
     """(shape, dtype, bytes of header) of a .npy file. Raises UserError for anything but a float array in C order."""
     length = int.from_bytes(contents[8:10], "little") + 10  # version 1, which can hold every reasonable shape
-    return _parse_npy_header(contents[:length])
+    return _parse_header(contents[:length])
 
 
 @lru_cache(maxsize=64)  # all samples of a set have the same header
-def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
-    stream = BytesIO(header)
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
     try:
+        stream = BytesIO(header)
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -274,59 +269,35 @@ def _is_read_error(fault: str) -> bool:
     return any(fault.endswith(f": {os.strerror(code)}") for code in errno.errorcode if code != errno.ENOENT)
 
 
-def sample_key(path: Path, offset: int) -> str:
-    """The key of the sample whose array begins at `offset`, read back from the shard; '?' if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return split_name(member_name(file.fileno(), offset))[0]
-    return "?"
-
-
 def describe_sample(path: Path, offset: int) -> str:
-    return f"{path.name}: sample {sample_key(path, offset)!r} at byte {offset}"
+    return f"sample {sample_key(path, offset)!r} at byte {offset}"
 
 
 def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
     """What must be unchanged for a cached index to be valid."""
-    files = []
-    for name in shards:
-        try:
-            stat = os.stat(folder / name)
-            files.append([name, stat.st_size, stat.st_mtime_ns])
-        except FileNotFoundError:
-            files.append([name, None, None])
-    checks = {key: manifest.get(key) for key in ("shards", *Layout.__annotations__)}
-    return json.dumps([files, checks])
+    files = [[name, None, None] for name in shards]
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            stat = os.stat(folder / file[0])
+            file[1:] = stat.st_size, stat.st_mtime_ns
+    return json.dumps([files, {key: manifest.get(key) for key in ("shards", *Layout.__annotations__)}])
 
 
 def _cache_paths(folder: Path, split: str) -> list[Path]:
-    """Beside the shards, and in the user's cache folder under the path's hash."""
+    """Beside the shards, and in the user's cache folder under the path's hash; the first of them can be written."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tread"
     path_hash, split_hash = (hashlib.sha256(name.encode()).hexdigest() for name in (str(folder.resolve()), split))
     # Without the split's name: CompVis's loader takes every file with "train" in its name for a shard.
-    return [folder / f".{split_hash[:8]}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"]
+    beside, elsewhere = folder / f".{split_hash[:8]}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"
+    return [beside, elsewhere] if os.access(folder, os.W_OK) else [elsewhere, beside]
 
 
-def _cache_path(folder: Path, split: str) -> Path:
-    """The one to write: beside the shards if that is allowed."""
-    beside, elsewhere = _cache_paths(folder, split)
-    if os.access(folder, os.W_OK):
-        return beside
-    elsewhere.parent.mkdir(parents=True, exist_ok=True)
-    return elsewhere
-
-
-def _write_cache(path: Path, index: Index, stamp: str) -> None:
-    about = {"stamp": stamp, "shards": index.shards, "layout": asdict(index.layout), "faults": index.faults}
-    about = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    with atomic_file(path) as file:
-        np.savez(file, about=about, ends=index.ends, entries=index.entries)
-
-
-def _read_cache(path: Path) -> tuple[Index, str] | None:
-    """(index, stamp) of a cached index; None if there is none or it cannot be read."""
-    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
-        with np.load(path, allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
-            layout = Layout.of(about["layout"])
-            return Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"]), about["stamp"]
-    return None
+def _cached(folder: Path, split: str) -> Iterator[tuple[Index, str]]:
+    """(index, stamp) of each cached index that can be read."""
+    for path in _cache_paths(folder, split):
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+            with np.load(path, allow_pickle=False) as arrays:
+                about = json.loads(arrays["about"].tobytes())
+                layout = Layout.of(about["layout"])
+                index = Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"])
+            yield index, about["stamp"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.archives import ARRAY, members, split_name
-from data.encoding import Channels, LatentEncoding, guess_kind, is_moments, model_shape
+from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
 from data.foreign import open_source
 from data.index import build_index, cached_index, find_layout
 from data.latents import Latents, mean_and_std, spread_evenly
@@ -39,9 +39,9 @@ def has_latent_shards(folder: Path) -> bool:
         return True
     for shard in sorted(folder.glob("*.tar")):
         with open(shard, "rb") as file:
-            for member in members(file, []):
-                if split_name(member.name)[1] in (ARRAY, "latent"):
-                    return split_name(member.name)[1] == ARRAY
+            extensions = (split_name(member.name)[1] for member in members(file, []))
+            if first := next((extension for extension in extensions if extension in (ARRAY, "latent")), None):
+                return first == ARRAY
     return False
 
 
@@ -58,19 +58,18 @@ def _inspect_shards(folder: Path) -> dict:
         raise UserError(f"no sample in {folder}: {wrong[0] if wrong else 'no tar has train or val in its name'}")
     index.faults = []  # they are in the report
     latents = Latents(folder, manifest, index, read_encoding(folder, manifest), "stop", "none")
-    raw = latents.read(spread_evenly(len(latents), MAX_ARRAYS))[0]
     report = {
         "path": str(folder),
         "format": "shards" if manifest else "shards without meta.json",
         "counts": {split: len(index.entries) for split, index in indices.items()},
-        **_describe(raw, manifest.get("kind"), "meta.json", manifest.get("scale"), manifest.get("bias")),
+        **_describe(latents.read(spread_evenly(len(latents), MAX_ARRAYS))[0], manifest, "meta.json"),
         "flip": manifest.get("flip", "none"),
         "condition": index.layout.condition,
         "wrong": wrong,
     }
     channels, height, width = report["shape"]
-    settings = [f"data.path={folder}", f"data.channels={channels}"]
-    settings += [f"data.input_size={height if height == width else f'[{height},{width}]'}"]
+    size = height if height == width else f"[{height},{width}]"
+    settings = [f"data.path={folder}", f"data.channels={channels}", f"data.input_size={size}"]
     entries = np.concatenate([part.entries for part in indices.values()])
     if report["condition"] == "class":
         num_classes = manifest.get("num_classes") or int(entries["label"].max()) + 1
@@ -80,16 +79,12 @@ def _inspect_shards(folder: Path) -> dict:
         settings += [f"data.condition={report['condition']}"]
     if report["condition"] == "text":
         report |= {"text_width": index.layout.text_width, "text_length": int(entries["length"].max())}
-    settings += _codec_settings(manifest.get("codec"))
+    codec = manifest.get("codec") or {}
+    if "path" in codec:  # a codec that is no VAE, as in configs/data/folder.yaml, has to be set there
+        settings += [f"data.codec.path={codec['path']}", f"data.codec.scale={codec['scale']}"]
     if manifest or report["kind"] == "sample_scaled":
         return report | {"next": f"python train.py data=folder {shlex.join(settings)}"}
     return report | {"next": f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=..."}
-
-
-def _codec_settings(codec: dict | None) -> list[str]:
-    """Overrides of the VAE in configs/data/folder.yaml; a codec that is no VAE has to be set there."""
-    known = codec is not None and "path" in codec
-    return [f"data.codec.path={codec['path']}", f"data.codec.scale={codec['scale']}"] if known else []
 
 
 def _inspect_source(path: Path) -> dict:
@@ -99,19 +94,18 @@ def _inspect_source(path: Path) -> dict:
     for i in spread_evenly(source.count, MAX_ARRAYS).tolist():
         try:
             array = source.array(i, False)
+            if arrays and array.shape != arrays[0].shape:
+                raise UserError(f"{path}: image {i} is {array.shape}, others are {arrays[0].shape}")
+            arrays.append(array)
         except UserError as error:
             wrong.append(str(error))
-            continue
-        if arrays and array.shape != arrays[0].shape:
-            wrong.append(f"{path}: image {i} is {array.shape}, others are {arrays[0].shape}")
-        else:
-            arrays.append(array)
     if not arrays:
         raise UserError(f"no readable array in {path}: {wrong[0]}")
     raw = torch.from_numpy(np.stack(arrays))
-    report = _describe(raw, source.kind, f"given by the format {source.format}", source.scale, source.bias)
+    report = _describe(raw, vars(source), f"given by the format {source.format}")
     wrong += [] if torch.isfinite(raw).all() else [f"{path}: some numbers are not finite"]
     labels = [source.label(i) for i in spread_evenly(source.count, MAX_LABELS).tolist()]
+    wrong += [f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []
     kind = f" kind={report['kind']}" if source.kind is None else ""
     scale = " scale=..." if source.scale is None and report["kind"] != "sample_scaled" else ""
     return {
@@ -123,55 +117,41 @@ def _inspect_source(path: Path) -> dict:
         "condition": "class",
         "num_classes": max(labels) + 1,
         "labels": np.bincount(labels).tolist() if min(labels) >= 0 else [],
-        "wrong": wrong + ([f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []),
+        "wrong": wrong,
         "next": f"python -m data convert {shlex.quote(str(path))} NEW_FOLDER format={source.format}{kind}{scale}",
     }
 
 
-def _describe(raw: torch.Tensor, kind: str | None, why: str, scale: Channels | None, bias: Channels | None) -> dict:
-    """Kind, shapes and statistics of stored arrays (B, C or 2C, h, w); kind None is guessed."""
+def _describe(raw: torch.Tensor, given: dict, by: str) -> dict:
+    """Kind, shapes and statistics of stored arrays (B, C or 2C, h, w); a kind that is not `given` is guessed."""
     guess, reason = guess_kind(raw)
-    if kind is not None:
-        doubt = f"; but they look like {guess}: {reason}" if is_moments(guess) != is_moments(kind) else ""
-        reason = why + doubt
-    kind = kind or guess
-    x = raw.float()
-    if kind != "sample_scaled" and scale is not None:
-        x = LatentEncoding(kind, scale, bias).to_model_input(raw, seeded_generator("inspect"))
+    if kind := given.get("kind"):
+        reason = f"{by}; but they look like {guess}: {reason}" if is_moments(guess) != is_moments(kind) else by
+    kind, x = kind or guess, raw.float()
+    if kind != "sample_scaled" and given.get("scale") is not None:
+        x = LatentEncoding(kind, given["scale"], given["bias"]).to_model_input(raw, seeded_generator("inspect"))
     mean, std = mean_and_std([x])
-    return {
-        "kind": kind,
-        "reason": reason,
-        "stored_shape": list(raw.shape[1:]),
-        "dtype": str(raw.dtype).removeprefix("torch."),
-        "shape": list(model_shape(kind, raw.shape[1:])),
-        "mean": mean,
-        "std": std,
-    }
+    shapes = {"stored_shape": list(raw.shape[1:]), "dtype": str(raw.dtype).removeprefix("torch.")}
+    shapes["shape"] = list(model_shape(kind, raw.shape[1:]))
+    return {"kind": kind, "reason": reason, **shapes, "mean": mean, "std": std}
 
 
 def as_text(report: dict) -> str:
     """The report of `inspect` as text."""
-    numbers = {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
     held = report["condition"]
     if held == "class":
-        counts = [n for n in report["labels"] if n]
-        held = f"{len(counts)} of {report['num_classes']} classes, {min(counts, default=0)} to "
-        held += f"{max(counts, default=0)} each"
+        counts = {label: n for label, n in enumerate(report["labels"]) if n}
+        least, most = min(counts.values(), default=0), max(counts.values(), default=0)
+        held = f"{len(counts)} of {report['num_classes']} classes, {least} to {most} each"
         if len(counts) <= 20:
-            held += ": " + " ".join(f"{label}:{n}" for label, n in enumerate(report["labels"]) if n)
+            held += ": " + " ".join(f"{label}:{n}" for label, n in counts.items())
     elif held == "text":
         held = f"texts of up to {report['text_length']} tokens of width {report['text_width']}"
-    lines = {
-        "path": report["path"],
-        "format": report["format"],
+    lines = {key: report[key] for key in ("path", "format")} | {
         "kind": f"{report['kind']} ({report['reason']})",
         "entries": ", ".join(f"{split} {n}" for split, n in report["counts"].items()) + f"; flip {report['flip']}",
         "stored": f"{report['dtype']} {tuple(report['stored_shape'])}; the model sees {tuple(report['shape'])}",
-        "mean": numbers["mean"],
-        "std": numbers["std"],
-        "condition": held,
-        "wrong": "\n          ".join(report["wrong"]) or "nothing",
-        "next": report["next"],
     }
+    lines |= {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
+    lines |= {"condition": held, "wrong": "\n          ".join(report["wrong"]) or "nothing", "next": report["next"]}
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from conditions import Condition, Text
+from data.archives import sample_key
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
-from data.index import Index, describe_sample, sample_key
+from data.index import Index, describe_sample
 from randomness import Generators, seeded_generator
 from system import UserError
 
 MAX_OPEN_SHARDS = 256
-ON_ERROR = ("stop", "skip")
 MAX_SAMPLES = 4096  # for statistics, spread evenly over the set: enough for three digits
 UNUSUAL = 2.5  # SD's latents have standard deviation 0.9 when scaled, 5 when not, 0.17 when scaled twice
 
@@ -53,7 +53,12 @@ class Latents:
         elif condition == "text":
             self.text_length = manifest.get("text_length") or int(index.entries["length"].max())
             self.text_width = index.layout.text_width
-        self.fingerprint = _fingerprint(index, encoding.kind, manifest.get("scale"), manifest.get("bias"))
+        about = [encoding.kind, manifest.get("scale"), manifest.get("bias"), self.stored_shape, index.layout.dtype]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        for name in ("crc", "label", "text_crc", "length"):
+            if name in index.entries.dtype.names:
+                digest.update(index.entries[name].tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
         self.faults: list[str] = []
         self.report(index.faults)
         self._index = index
@@ -64,44 +69,36 @@ class Latents:
     def __len__(self) -> int:
         return len(self._index.entries)
 
-    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition]:
+    def read(self, indices: Sequence[int], faults: list[str] | None = None) -> tuple[torch.Tensor, Condition]:
         """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length.
 
-        Damage raises UserError or, with on_error="skip", is reported.
+        Damage raises UserError or, with on_error="skip", is reported: to the list `faults`, if there is one, by loader
+        processes, whose own reports would be lost.
         """
-        raw, condition, faults = self.read_with_faults(indices)
-        self.report(faults)
-        return raw, condition
-
-    def read_with_faults(self, indices: Sequence[int]) -> tuple[torch.Tensor, Condition, list[str]]:
-        """As `read`, with a line for each sample skipped: for loader processes, whose own reports would be lost."""
         rows = np.empty((len(indices), self._row_bytes), np.uint8)
         texts = np.empty((len(indices), self.text_length, self._token_bytes), np.uint8)
-        used, faults = np.array(indices, np.int64), []
+        used, skipped = np.array(indices, np.int64), []
         for i, index in enumerate(used.tolist()):
             while fault := self._read_sample(int(used[i]), rows[i], texts[i]):
                 if self.on_error == "stop":
                     raise UserError(f"damaged data in {self.folder}: {fault}")
-                faults.append(fault)
+                skipped.append(fault)
                 used[i] = (used[i] + 1) % len(self)
                 if used[i] == index:
                     raise UserError(f"damaged data in {self.folder}: no readable sample is left; last: {fault}")
-        raw = torch.from_numpy(rows).view(self.dtype).view(len(used), *self.stored_shape)
-        return raw, self._conditions(used, texts), faults
+        self.report(skipped) if faults is None else faults.extend(skipped)
+        raw, condition = torch.from_numpy(rows).view(self.dtype).view(len(used), *self.stored_shape), None
+        if self.condition == "class":
+            condition = torch.from_numpy(self.labels[used].astype(np.int64))
+        elif self.condition == "text":
+            states = torch.from_numpy(texts).view(getattr(torch, self._index.layout.text_dtype))  # (B, T, D)
+            lengths = torch.from_numpy(self._index.entries["length"][used])
+            condition = Text(states, torch.arange(self.text_length) < lengths[:, None])
+        return raw, condition
 
     def conditions(self, count: int) -> Condition:
         """Up to `count` conditions, spread evenly over the set."""
         return self.read(spread_evenly(len(self), count))[1]
-
-    def _conditions(self, used: np.ndarray, texts: np.ndarray) -> Condition:
-        """The condition of the samples `used` (B,), whose texts (B, T, bytes of a token) have been read."""
-        if self.condition == "class":
-            return torch.from_numpy(self.labels[used].astype(np.int64))
-        if self.condition == "none":
-            return None
-        lengths = torch.from_numpy(self._index.entries["length"][used])
-        states = torch.from_numpy(texts).view(getattr(torch, self._index.layout.text_dtype))  # (B, T, D)
-        return Text(states, torch.arange(self.text_length) < lengths[:, None])
 
     def will_need(self, indices: np.ndarray) -> None:
         """Asks the system to read these samples ahead from disk, neighbours together. Only a hint."""
@@ -128,35 +125,30 @@ class Latents:
 
     def keys(self, indices: Sequence[int]) -> list[str]:
         """The names of samples, read back from their shards; '?' if a shard is damaged or gone."""
-        return [sample_key(*self._place(index)) for index in indices]
+        shards, offsets = self._index.shards, self._index.entries["offset"]
+        return [sample_key(self.folder / shards[self._shard(i)], int(offsets[i])) for i in indices]
 
     def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray) -> str | None:
         """Fills row (bytes,) and text (T, bytes of a token); returns a line saying what is wrong, or None."""
-        entry = self._index.entries[index]
-        fault = self._read_numbers(index, row, entry["offset"] + entry["header"], entry["crc"])
-        if fault or self.condition != "text":
-            return fault
-        text[entry["length"] :] = 0
-        start = entry["text_offset"] + entry["text_header"]
-        return self._read_numbers(index, text[: entry["length"]].reshape(-1), start, entry["text_crc"])
-
-    def _read_numbers(self, index: int, numbers: np.ndarray, start: int, crc: int) -> str | None:
-        """Fills numbers (bytes,) from byte `start` of the sample's shard; returns a line as above, or None."""
-        try:
-            count = os.preadv(self._file(self._shard(index)), [numbers], int(start))
-        except OSError as error:
-            return f"{self._place(index)[0].name}: {error.strerror}"
-        if count == len(numbers) and zlib.crc32(numbers) == crc:
-            return None
-        what = "is cut off" if count < len(numbers) else "has changed since it was indexed"
-        return f"{describe_sample(*self._place(index))} {what}"
+        entry, shard = self._index.entries[index], self._shard(index)
+        parts = [(row, entry["offset"] + entry["header"], entry["crc"])]
+        if self.condition == "text":
+            text[entry["length"] :] = 0
+            tokens = text[: entry["length"]].reshape(-1)
+            parts += [(tokens, entry["text_offset"] + entry["text_header"], entry["text_crc"])]
+        for numbers, start, crc in parts:
+            try:
+                count = os.preadv(self._file(shard), [numbers], int(start))
+            except OSError as error:
+                return f"{self._index.shards[shard]}: {error.strerror}"
+            if count < len(numbers) or zlib.crc32(numbers) != crc:
+                what = "is cut off" if count < len(numbers) else "has changed since it was indexed"
+                path = self.folder / self._index.shards[shard]
+                return f"{path.name}: {describe_sample(path, int(entry['offset']))} {what}"
+        return None
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._index.ends, index, side="right"))
-
-    def _place(self, index: int) -> tuple[Path, int]:
-        """The shard of a sample and the byte at which its array begins."""
-        return self.folder / self._index.shards[self._shard(index)], int(self._index.entries["offset"][index])
 
     def _file(self, shard: int) -> int:
         """The file descriptor of a shard. Reads carry their offsets, so forked processes may share it."""
@@ -177,14 +169,6 @@ class Latents:
 def warn(line: str) -> None:
     """To stderr rather than to a logger, which a launcher's settings may have switched off."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def _fingerprint(index: Index, *about: object) -> str:
-    digest = hashlib.sha256(json.dumps([*about, index.layout.shape, index.layout.dtype]).encode())
-    for name in ("crc", "label", "text_crc", "length"):
-        if name in index.entries.dtype.names:
-            digest.update(index.entries[name].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def spread_evenly(count: int, at_most: int) -> np.ndarray:
@@ -225,7 +209,6 @@ def scale_warning(latents: Latents, sigma_data: float) -> str | None:
     overall = float(np.sqrt(np.mean(std**2 + mean**2) - np.mean(mean) ** 2))
     if sigma_data / UNUSUAL <= overall <= sigma_data * UNUSUAL:
         return None
-    return (
-        f"the latents in {latents.folder} have standard deviation {overall:.3g}, the objective expects about "
-        f"{sigma_data:.3g}: is their scale right? (python -m data inspect {shlex.quote(str(latents.folder))})"
-    )
+    cure = f"is their scale right? (python -m data inspect {shlex.quote(str(latents.folder))})"
+    found = f"the latents in {latents.folder} have standard deviation {overall:.3g}"
+    return f"{found}, the objective expects about {sigma_data:.3g}: {cure}"

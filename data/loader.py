@@ -31,8 +31,7 @@ WINDOW = 32768  # samples; a set no larger than this is shuffled as a whole
 class BatchPlan:
     """How a global batch is divided: global_batch_size = world_size * micro_batch_size * accumulation.
 
-    Micro-batch m of rank r is rows (m * world_size + r) * micro_batch_size .. of it. Raises UserError for sizes that do
-    not match.
+    Micro-batch m of rank r begins at row (m * world_size + r) * micro_batch_size. Raises UserError for other sizes.
     """
 
     global_batch_size: int
@@ -43,10 +42,8 @@ class BatchPlan:
 
     def __post_init__(self):
         if self.global_batch_size != self.micro_batch_size * self.accumulation * self.world_size:
-            raise UserError(
-                f"global_batch_size={self.global_batch_size} is not micro_batch_size={self.micro_batch_size} "
-                f"x {self.accumulation} accumulated x {self.world_size} processes"
-            )
+            found = f"{self.micro_batch_size} x {self.accumulation} accumulated x {self.world_size} processes"
+            raise UserError(f"global_batch_size={self.global_batch_size} is not micro_batch_size={found}")
 
     def slice(self, generator: torch.Generator, micro: int) -> BatchSlice:
         """This rank's rows of micro-batch `micro`, in draws by `generator` for the global batch."""
@@ -64,18 +61,14 @@ def make_loader(
     """
     # Each of many machines uses few samples of a run of neighbours: it reads those, and no whole runs ahead.
     machines = plan.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
-    micro_batches = MicroBatches(latents, Order(len(latents), seed), plan, read_ahead=machines <= 2)
     return Loader(
-        latents,
-        DataLoader(
-            micro_batches,
-            batch_size=None,  # the data set makes whole batches
-            sampler=range(start_step * plan.accumulation, num_steps * plan.accumulation),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if num_workers else None,
-            generator=torch.Generator(),  # for worker seeds, which are unused: the global stream is not advanced
-        ),
+        MicroBatches(latents, Order(len(latents), seed), plan, read_ahead=machines <= 2),
+        batch_size=None,  # the data set makes whole batches
+        sampler=range(start_step * plan.accumulation, num_steps * plan.accumulation),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # for worker seeds, which are unused: the global stream is not advanced
     )
 
 
@@ -89,11 +82,8 @@ class Order:
         self._runs = lru_cache(maxsize=3)(self._shuffle_runs)
         self.window = lru_cache(maxsize=3)(self._shuffle_window)
 
-    def __getstate__(self) -> dict:
-        return {"num_samples": self.num_samples, "seed": self.seed}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple:
+        return Order, (self.num_samples, self.seed)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """positions (B,) int64 in the stream -> sample indices (B,) int64."""
@@ -137,41 +127,34 @@ class MicroBatches(Dataset):
         self.latents, self.order, self.plan, self.read_ahead = latents, order, plan, read_ahead
         self._requested: tuple = ()  # windows that the system was asked to read ahead
 
-    def positions(self, i: int) -> np.ndarray:
-        """Positions (micro,) in the stream. Micro-batches of all ranks follow one another in it."""
-        start = (i * self.plan.world_size + self.plan.rank) * self.plan.micro_batch_size
-        return np.arange(start, start + self.plan.micro_batch_size)
-
     def __getitem__(self, i: int) -> tuple[torch.Tensor, Condition, list[str]] | UserError:
-        positions = self.positions(i)
+        start = (i * self.plan.world_size + self.plan.rank) * self.plan.micro_batch_size
+        positions = np.arange(
+            start, start + self.plan.micro_batch_size
+        )  # micro-batches of all ranks, one after another
         if self.read_ahead:
-            windows = self.order.windows_from(int(positions[0]))
+            windows = self.order.windows_from(start)
             for window in set(windows).difference(self._requested):
                 self.latents.will_need(self.order.window(*window))
             self._requested = windows
+        faults: list[str] = []
         try:
-            return self.latents.read_with_faults(self.order(positions))
+            return *self.latents.read(self.order(positions), faults), faults
         except UserError as error:
             return error  # raised in a worker, it would arrive with its traceback in its message
 
 
-class Loader:
-    """Iterates over a DataLoader's batches; faults are reported here, in the process that logs."""
-
-    def __init__(self, latents: Latents, batches: DataLoader):
-        self.latents, self.batches = latents, batches
-
-    def __len__(self) -> int:
-        return len(self.batches.sampler)
+class Loader(DataLoader):
+    """Faults are reported here, in the process that logs."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Condition]]:
-        batches = iter(self.batches)
+        batches = super().__iter__()
         try:
             while (batch := self._next(batches)) is not None:
                 if isinstance(batch, UserError):
                     raise batch
                 raw, condition, faults = batch
-                self.latents.report(faults)
+                self.dataset.latents.report(faults)
                 yield raw, condition
         finally:
             del batches  # ends the loader processes here, and not when the traceback is freed
@@ -185,5 +168,5 @@ class Loader:
                 raise
             raise UserError(
                 f"a loader process died ({error or type(error).__name__}), often for want of memory; "
-                f"needed: a smaller data.num_workers than {self.batches.num_workers}, or the same command again"
+                f"needed: a smaller data.num_workers than {self.num_workers}, or the same command again"
             ) from error

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.archives import LABEL, Tree, is_picture, open_tree, split_name
+from data.archives import LABEL, Tree, is_picture, open_tars, open_tree, split_name
 from system import UserError
 
 IDX_NAME = re.compile(r"(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
@@ -41,11 +41,12 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
             return _open_idx(_choose(path, find_idx(path), split))
     tree = open_tree(path)
     if path.is_dir() and not any(map(is_picture, tree.names)):
-        for suffix, opener in ((".parquet", _open_parquet), (".tar", _open_tars)):
-            if names := [name for name in tree.names if name.endswith(suffix)]:
-                groups = defaultdict(list)
-                for name in names:
-                    groups[_split_in(name)].append(name)
+        for suffix, opener in ((".parquet", _open_parquet), (".tar", _open_labelled_tars)):
+            groups = defaultdict(list)  # by the last word of a file's path that names a split
+            for name in (name for name in tree.names if name.endswith(suffix)):
+                words = [word for word in re.findall("[a-z]+", name.lower()) if word in SPLITS]
+                groups[SPLITS[words[-1]] if words else None].append(name)
+            if groups:
                 return opener(path, _choose(path, groups, split))
         if any(map(IDX_NAME.fullmatch, tree.names)):
             return _open_idx(_choose(path, find_idx(path), split))
@@ -54,32 +55,21 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
     return tree
 
 
-def _split_in(name: str) -> str | None:
-    """train, val or test: the last such word in a file's path."""
-    return next((SPLITS[w] for w in reversed(re.findall("[a-z]+", name.lower())) if w in SPLITS), None)
-
-
 def _choose(path: Path, groups: dict, split: str | None):
     if split is None and len(groups) == 1:
-        return next(iter(groups.values()))
-    if split is None or split not in groups:
+        (split,) = groups
+    elif split is None or split not in groups:
         found = ", ".join(sorted(name or "null" for name in groups))
         raise UserError(f"{path} has files of split={found}; needed: one of them{f', not {split}' if split else ''}")
     return groups[split]
 
 
-def _open_tars(folder: Path, names: list[str]) -> Tree:
-    trees = {name: open_tree(folder / name) for name in names}
-    for name, tree in trees.items():
-        if not any(split_name(member)[1] == LABEL for member in tree.names):
-            raise UserError(f"{folder / name} has no labels; needed: <key>.cls beside each picture, as in WebDataset")
-    members = sorted(f"{name}/{member}" for name, tree in trees.items() for member in tree.names)
-
-    def read(name: str) -> bytes:
-        tar, _, member = name.partition(".tar/")
-        return trees[f"{tar}.tar"].read(member)
-
-    return Tree(members, read)
+def _open_labelled_tars(folder: Path, names: list[str]) -> Tree:
+    tree = open_tars({f"{name}/": folder / name for name in names})
+    labelled = {name.partition(".tar/")[0] + ".tar" for name in tree.names if split_name(name)[1] == LABEL}
+    if bare := [name for name in names if name not in labelled]:
+        raise UserError(f"{folder / bare[0]} has no labels; needed: <key>.cls beside each picture, as in WebDataset")
+    return tree
 
 
 def _open_parquet(folder: Path, names: list[str]) -> Tree:
@@ -163,26 +153,21 @@ def find_idx(source: str | Path) -> dict[str, IdxPair]:
     """
     source = Path(source)
     folder, wanted = (source, None) if source.is_dir() else (source.parent, source.name)
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found: dict[tuple[str, str], Path] = {}
+    found: dict[str, dict[str, Path]] = {}  # {split: {"images" or "labels": file}}
     sets = set()
-    for name in names:
-        if (match := IDX_NAME.fullmatch(name)) and wanted in (None, match[1]):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (match := IDX_NAME.fullmatch(path.name)) and wanted in (None, match[1]):
             sets.add(match[1] or "")
-            split = "train" if match[2] == "train" else "test"
-            found.setdefault((split, match[3]), folder / name)  # the plain file before its .gz
+            split = found.setdefault("train" if match[2] == "train" else "test", {})
+            split.setdefault(match[3], path)  # the plain file before its .gz
     if len(sets) > 1:
         raise UserError(f"{source} has IDX files of {', '.join(sorted(sets))}; needed: one, {source}/{max(sets)}")
-    pairs = {}
-    for split in ("train", "test"):
-        files = [found.get((split, what)) for what in ("images", "labels")]
-        if all(files):
-            pairs[split] = IdxPair(*files)
-        elif any(files):
-            raise UserError(f"{source} has {next(filter(None, files)).name} alone; needed: images and labels")
-    if not pairs:
+    for files in found.values():
+        if len(files) == 1:
+            raise UserError(f"{source} has {next(iter(files.values())).name} alone; needed: images and labels")
+    if not found:
         raise UserError(f"{source} has no IDX files; needed: train-images-idx3-ubyte, train-labels-idx1-ubyte, or .gz")
-    return pairs
+    return {split: IdxPair(**found[split]) for split in ("train", "test") if split in found}
 
 
 def read_idx(pair: IdxPair) -> tuple[np.ndarray, np.ndarray]:
@@ -194,13 +179,12 @@ def read_idx(pair: IdxPair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_array(path: Path, ndim: int) -> np.ndarray:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        try:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             magic, shape, numbers = file.read(4), file.read(4 * ndim), file.read()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is cut off or damaged ({error})") from None
-    needed = bytes((0, 0, 8, ndim))
-    if magic != needed:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is cut off or damaged ({error})") from None
+    if magic != (needed := bytes((0, 0, 8, ndim))):
         raise UserError(f"{path} begins with {magic.hex(' ')}; needed: {needed.hex(' ')}, an IDX file of uint8")
     shape = tuple(np.frombuffer(shape.ljust(4 * ndim, b"\0"), ">u4").tolist())
     if len(numbers) != math.prod(shape) or not numbers:
@@ -210,10 +194,15 @@ def _read_array(path: Path, ndim: int) -> np.ndarray:
 
 def _open_idx(pair: IdxPair) -> Tree:
     images, labels = read_idx(pair)
-    header = b"P5 %d %d 255\n" % images.shape[:0:-1]  # a grey picture that Pillow reads: PGM
 
     def read(name: str) -> bytes:
         row, _, kind = name.partition(".")
-        return b"%d" % labels[int(row)] if kind == LABEL else header + images[int(row)].tobytes()
+        return b"%d" % labels[int(row)] if kind == LABEL else as_picture(images[int(row)])
 
     return Tree([f"{i:08d}.{kind}" for i in range(len(labels)) for kind in (LABEL, "pgm")], read)
+
+
+def as_picture(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W) or (H, W, 3) as a file that Pillow reads: PGM or PPM."""
+    height, width, *channels = pixels.shape
+    return b"P%d %d %d 255\n" % (6 if channels else 5, width, height) + pixels.tobytes()

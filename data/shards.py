@@ -3,13 +3,11 @@
 meta.json is written last, so that where it exists the shards are complete. Its keys:
 
 kind, scale, bias     the latent encoding (encoding.py); scale and bias are null for sample_scaled
-codec                 what turns latents into pixels, as recorded at encoding; null if unknown
-codec_sha256          of its weights; null if unknown
+codec, codec_sha256   what turns latents into pixels, and the hash of its weights; null if unknown
 shape, dtype          of each stored array
 condition             "class", "text" or "none": what samples hold beside latents; class where the key is missing
 num_classes           labels are 0..num_classes-1; null without labels
-text_width            texts are (tokens, text_width); null without texts, as are the next two
-text_dtype            of each text
+text_width, _dtype    texts are (tokens, text_width) of text_dtype; null without texts, as is the next
 text_length           tokens of the longest text
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
 counts                {split: entries}
@@ -25,18 +23,19 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from conditions import KINDS
 from data.archives import ARRAY, LABEL, TEXT
-from data.encoding import LatentEncoding, check_kind
+from data.encoding import Kind, LatentEncoding
 from data.index import build_index, find_layout, load_index, save_index
-from data.latents import ON_ERROR, Latents, channel_stats, warn
+from data.latents import Latents, channel_stats, warn
 from system import UserError
 from system.files import atomic_file, sha256_of, write_text_atomic
 
-SPLITS, FLIPS = ("train", "val"), ("none", "both")
+SPLITS = ("train", "val")
 FILE_NAME = "meta.json"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
 IMPLIED = {"condition": "class", "text_width": None, "text_dtype": None, "text_length": None}  # if absent
@@ -48,26 +47,19 @@ def open_latents(
 ) -> Latents:
     """The latents of one split of a data folder: shards with a meta.json, or CompVis's without one.
 
-    kind: one of encoding.KINDS; None takes meta.json's, and sample_scaled if there is no meta.json.
-    on_error: "stop" raises at damage; "skip" leaves damaged shards and samples out, reports each in one line and counts
-    it in `Latents.faults`; a sample found damaged later is replaced by the next good one.
-    condition: class, text or none, which ignores what else the shards hold.
-    Raises UserError for a folder that is missing or has no shards, for damage, and for a kind or a condition that does
-    not fit.
+    kind: None = meta.json's, or sample_scaled without one. on_error: "stop" raises at damage; "skip" leaves damaged
+    shards and samples out, with a line for each in `Latents.faults`, and replaces a sample found damaged later by the
+    next good one. condition: class, text or none, which ignores what else the shards hold. Raises UserError for a
+    folder without shards, for damage, and for a kind or a condition that does not fit.
     """
     folder = Path(path)
-    if condition not in KINDS:
-        raise UserError(f"unknown data.condition={condition}; needed: one of {', '.join(KINDS)}")
-    if on_error not in ON_ERROR:
-        raise UserError(f"unknown data.on_error={on_error}; needed: one of {', '.join(ON_ERROR)}")
     if not folder.is_dir():
         raise UserError(f"no data folder {folder}; needed: a folder of latent shards, see docs/data.md")
     manifest = read_manifest(folder)
     shards = split_shards(folder, split, manifest)
     if not shards:
-        raise UserError(
-            f"no {split} shards in {folder}; python -m data inspect {shlex.quote(str(folder))} says what is there"
-        )
+        told = f"python -m data inspect {shlex.quote(str(folder))} says what is there"
+        raise UserError(f"no {split} shards in {folder}; {told}")
     encoding = read_encoding(folder, manifest, kind)
     _check_condition(folder, manifest.get("condition", condition), condition)
     index = load_index(folder, split, shards, manifest)
@@ -86,8 +78,7 @@ def _check_condition(folder: Path, held: str, wanted: str) -> None:
 
 def has_split(path: str | Path, split: str) -> bool:
     """Whether a data folder has shards of this split."""
-    folder = Path(path)
-    return folder.is_dir() and bool(split_shards(folder, split, read_manifest(folder)))
+    return Path(path).is_dir() and bool(split_shards(Path(path), split, read_manifest(Path(path))))
 
 
 def split_shards(folder: Path, split: str, manifest: dict) -> list[str]:
@@ -110,18 +101,15 @@ def split_shards(folder: Path, split: str, manifest: dict) -> list[str]:
 def read_encoding(folder: Path, manifest: dict, kind: str | None = None) -> LatentEncoding:
     """The latent encoding in meta.json, whose kind `kind` overrides. Raises UserError if the scale is missing."""
     recorded = manifest.get("kind", "sample_scaled")
-    kind = kind or recorded
-    check_kind(kind)
-    if manifest and kind != recorded:
+    if manifest and kind not in (None, recorded):
         warn(f"data.kind={kind} overrides {recorded} of {folder}/meta.json")
+    kind = kind or recorded
     if kind == "sample_scaled":
         return LatentEncoding(kind)
-    if manifest.get("scale") is None:
-        raise UserError(
-            f"{folder} is to be read as {kind} and no meta.json says the scale; "
-            f"python -m data index {shlex.quote(str(folder))} kind={kind} scale=... writes one"
-        )
-    return LatentEncoding(kind, manifest["scale"], manifest["bias"])
+    if kind in get_args(Kind) and manifest.get("scale") is None:
+        cure = f"python -m data index {shlex.quote(str(folder))} kind={kind} scale=... writes one"
+        raise UserError(f"{folder} is to be read as {kind} and no meta.json says the scale; {cure}")
+    return LatentEncoding(kind, manifest.get("scale"), manifest.get("bias"))
 
 
 def read_manifest(folder: Path) -> dict:
@@ -134,17 +122,13 @@ def read_manifest(folder: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     missing = [key for key in KEYS if key not in manifest] if isinstance(manifest, dict) else KEYS
-    if not missing:
-        missing = [key for key in SHARD_KEYS for shard in manifest["shards"] if key not in shard]
+    missing = missing or [key for key in SHARD_KEYS for shard in manifest["shards"] if key not in shard]
     if missing:
-        raise UserError(
-            f"{path} does not say {missing[0]}; remove it, "
-            f"and python -m data index {shlex.quote(str(folder))} writes a new one"
-        )
+        cure = f"remove it, and python -m data index {shlex.quote(str(folder))} writes a new one"
+        raise UserError(f"{path} does not say {missing[0]}; {cure}")
     for shard in manifest["shards"]:
         if Path(shard["name"]).name != shard["name"]:
             raise UserError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")
-    check_kind(manifest["kind"])
     manifest = IMPLIED | manifest
     if manifest["condition"] not in KINDS:
         raise UserError(f"{path} says condition {manifest['condition']!r}; needed: one of {', '.join(KINDS)}")
@@ -169,45 +153,36 @@ def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, int | np.nd
         leftover.unlink(missing_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, array, condition in samples:
-            _add(tar, f"{key}.{ARRAY}", _npy(array))
-            if isinstance(condition, np.ndarray):
-                _add(tar, f"{key}.{TEXT}", _npy(condition))
-            elif condition is not None:
-                _add(tar, f"{key}.{LABEL}", b"%d" % condition)
+            _add(tar, f"{key}.{ARRAY}", array)
+            if condition is not None:
+                _add(tar, f"{key}.{TEXT if isinstance(condition, np.ndarray) else LABEL}", condition)
 
 
-def _npy(array: np.ndarray) -> bytes:
+def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int) -> None:
     contents = BytesIO()
-    np.save(contents, np.ascontiguousarray(array), allow_pickle=False)
-    return contents.getvalue()
-
-
-def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
+    if isinstance(part, np.ndarray):
+        np.save(contents, np.ascontiguousarray(part), allow_pickle=False)
+    else:
+        contents.write(b"%d" % part)
     info = tarfile.TarInfo(name)  # mode 644, owner 0, time 0: nothing of this machine
-    info.size = len(contents)
-    tar.addfile(info, BytesIO(contents))
+    info.size = contents.tell()
+    contents.seek(0)
+    tar.addfile(info, contents)
 
 
 def reserve(folder: Path, recipe: dict) -> None:
-    """Makes the folder and records in it what it is for: an interrupted job can resume, and no other one mixes in.
-
-    Raises UserError if the folder was reserved for something else or holds shards of unknown origin.
-    """
+    """Makes the folder and records what it is for, so that a job can resume. UserError where it holds another's."""
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / ".recipe.json"
+    note, text = folder / ".recipe.json", json.dumps(recipe, sort_keys=True)
     if note.exists():
-        before = json.loads(note.read_text())
-        changed = [key for key in recipe if recipe[key] != before.get(key)]
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"{folder} was begun with {key}={before.get(key)}, not {recipe[key]}; needed: the same settings, or an "
-                f"empty folder"
-            )
+        before, now = json.loads(note.read_text()), json.loads(text)
+        if key := next((key for key in recipe if now[key] != before.get(key)), None):
+            found = f"{folder} was begun with {key}={before.get(key)}, not {now[key]}"
+            raise UserError(f"{found}; needed: the same settings, or an empty folder")
     elif any(folder.glob("*.tar")):
         raise UserError(f"{folder} holds other shards; needed: an empty folder")
     else:
-        write_text_atomic(note, json.dumps(recipe, sort_keys=True))
+        write_text_atomic(note, text)
 
 
 def finalize(
@@ -220,30 +195,21 @@ def finalize(
     num_classes: None = largest label + 1. condition: None = what the first shard holds: labels, or else texts, or none.
     Raises UserError for damaged or missing shards.
     """
-    if flip not in FLIPS:
-        raise UserError(f"flip={flip}; needed: {' or '.join(FLIPS)}")
-    if condition not in (None, *KINDS):
-        raise UserError(f"condition={condition}; needed: {', '.join(KINDS)}, or null for what is there")
-    existing = read_manifest(folder)
-    if existing:
+    if existing := read_manifest(folder):
         for split in existing["counts"]:
             open_latents(folder, split=split, condition="none")
         return existing
-    found = {split: split_shards(folder, split, {}) for split in SPLITS}
-    found = {split: shards for split, shards in found.items() if shards}
+    found = {split: shards for split in SPLITS if (shards := split_shards(folder, split, {}))}
     if not found:
         raise UserError(f"no shards train-*.tar in {folder}")
     paths = [folder / name for shards in found.values() for name in shards]
     manifest = asdict(find_layout(paths, condition, num_classes)) | {"shards": []}
-    indices = {}
-    for split, shards in found.items():
-        indices[split] = index = build_index(folder, shards, manifest)
+    indices = {split: build_index(folder, shards, manifest) for split, shards in found.items()}
+    for split, index in indices.items():
         if index.faults:
             raise UserError(f"damaged data in {folder}: {index.faults[0]}")
-        manifest["shards"] += [
-            {"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)}
-            for name, n in zip(shards, np.diff(index.ends, prepend=0).tolist())
-        ]
+        for name, n in zip(index.shards, np.diff(index.ends, prepend=0).tolist()):
+            manifest["shards"].append({"name": name, "split": split, "n": n, "sha256": sha256_of(folder / name)})
     entries = [index.entries for index in indices.values()]
     if manifest["condition"] == "class":
         manifest["num_classes"] = num_classes or 1 + max(int(part["label"].max()) for part in entries)
@@ -253,8 +219,8 @@ def finalize(
         manifest["text_length"] = max(int(part["length"].max()) for part in entries)
     manifest |= asdict(encoding) | {"codec": codec, "codec_sha256": codec_sha256, "flip": flip}
     manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
-    first = next(iter(indices.values()))
-    manifest["mean"], manifest["std"] = channel_stats(Latents(folder, manifest, first, encoding, "stop", "none"))
+    latents = Latents(folder, manifest, next(iter(indices.values())), encoding, "stop", "none")
+    manifest["mean"], manifest["std"] = channel_stats(latents)
     for split, index in indices.items():
         save_index(folder, split, index, manifest)
     write_manifest(folder, manifest)

@@ -4,17 +4,16 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 import conditions
 from checkpoints.config import Scoring
 from checkpoints.generate import count_calls, generate, load_weak
 from checkpoints.load import Run
 from checkpoints.naming import settings_name
+from conditions import Condition
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
 from evaluation.score import describe_scoring, distance_name, read_part, score, shard_range, with_progress, write_part
@@ -35,9 +34,9 @@ def extractor_and_reference(settings: Scoring) -> tuple[Extractor, Reference]:
         return extractor, cached_reference(settings.ref)
     if extractor.name not in CLASSIFIERS:
         raise UserError(f"extractor={extractor.name} needs ref=FILE.npz, made by `python fid.py ref`")
-    return extractor, cached_shipped_reference(
-        extractor, settings.digits if extractor.name == "mnist" else settings.fashion
-    )
+    with start_processes().main_process_first():  # the others read what it has made
+        path = settings.digits if extractor.name == "mnist" else settings.fashion
+        return extractor, cached_shipped_reference(extractor, path)
 
 
 @functools.cache
@@ -47,12 +46,7 @@ def cached_extractor(name: str, weights: str | None, sha256: str | None) -> Extr
 
 
 cached_reference = functools.cache(read_reference)
-
-
-@functools.cache
-def cached_shipped_reference(extractor: Extractor, path: str) -> Reference:
-    with start_processes().main_process_first():  # the others read what it has made
-        return shipped_reference(extractor, path)
+cached_shipped_reference = functools.cache(shipped_reference)
 
 
 def evaluate(
@@ -62,53 +56,42 @@ def evaluate(
 
     parts: a folder for the features of each finished batch, from which an interrupted call continues.
     """
-    started, seeds = time.time(), settings.all_seeds
-    condition = conditions.choose(settings.labels, seeds, run.pool)
-    about = describe_run(run, settings)
+    started, n = time.time(), len(settings.all_seeds)
+    condition = conditions.choose(settings.labels, settings.all_seeds, run.pool)
+    about, rows = describe_run(run, settings), shard_range(n)
     if parts is not None:
         asked = json.dumps([about, str(settings.seeds), extractor.name, extractor.sha256], sort_keys=True)
         parts = parts / hashlib.sha256(asked.encode()).hexdigest()[:16]
-
-    def images(chosen: list[int]) -> Iterator[torch.Tensor]:
-        size, steps = settings.batch_size, settings.steps
-        some = conditions.rows(condition, chosen)
-        return generate(run, settings, [seeds[i] for i in chosen], some, size, steps=steps)
-
-    rows = shard_range(len(seeds))
-    batches = generate_features(run, images, rows, settings.batch_size, extractor, parts)
-    labels, metrics = conditions.labels_of(condition), settings.metrics
-    scores = score(with_progress(batches, len(rows)), len(seeds), extractor, reference, labels=labels, metrics=metrics)
+    batches = with_progress(generate_features(run, settings, condition, rows, extractor, parts), len(rows))
+    labels = conditions.labels_of(condition)
+    scores = score(batches, n, extractor, reference, labels=labels, metrics=settings.metrics)
     seconds = time.time() - started
     calls, macs = count_calls(run, settings, settings.steps)
     return scores and {
         **scores,
-        "n": len(seeds), "seeds": str(settings.seeds), **about,
+        "n": n, "seeds": str(settings.seeds), **about,
         "network_calls": calls, "gmacs_per_image": macs / 1e9,
-        "seconds": round(seconds, 3), "images_per_s": round(len(seeds) / seconds, 3),
+        "seconds": round(seconds, 3), "images_per_s": round(n / seconds, 3),
         **describe_scoring(extractor, reference),
         "config": asdict(run.settings),
     }  # fmt: skip
 
 
 def generate_features(
-    run: Run,
-    images: Callable,  # indices of images -> batches of uint8 (B, 3, H, W)
-    rows: range,
-    batch_size: int,
-    extractor: Extractor,
-    parts: Path | None,
+    run: Run, settings: Scoring, condition: Condition, rows: range, extractor: Extractor, parts: Path | None
 ) -> Iterator[Features]:
     """Features of the images `rows`, batch by batch; those in the folder `parts` are read back."""
-    batches = [range(start, min(start + batch_size, rows.stop)) for start in range(rows.start, rows.stop, batch_size)]
+    seeds, size = settings.all_seeds, settings.batch_size
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     files = [parts and parts / f"{batch.start:07d}-{batch.stop:07d}.safetensors" for batch in batches]
-    made = images([i for batch, file in zip(batches, files) if not (file and file.is_file()) for i in batch])
-    for file in files:
-        if file and file.is_file():
-            features = read_part(file, extractor.device)
-        else:
-            features = extractor(next(made))
-            if file:
-                write_part(file, features)
+    there = [bool(file) and file.is_file() for file in files]
+    chosen = [i for batch, made in zip(batches, there) if not made for i in batch]
+    some = conditions.rows(condition, chosen)
+    images = generate(run, settings, [seeds[i] for i in chosen], some, size, steps=settings.steps)
+    for file, made in zip(files, there):
+        features = read_part(file, extractor.device) if made else extractor(next(images))
+        if file and not made:
+            write_part(file, features)
         yield features
 
 

@@ -68,20 +68,19 @@ def load_extractor(
     sha256: required of that file; None = the published one's, where known (inception).
     Raises UserError for an unknown name and for weights that are missing, wrong or of another network.
     """
-    if name in CLASSIFIERS:
-        path = Path(weights or CLASSIFIERS[name])
-        net, found = Classifier(), sha256_once(path)
-        load_strictly(net, read_tensors(path), str(path))
-    elif name == "inception":
-        state, found = inception.read_weights(inception.find_weights(weights), sha256)
-        net = Inception(state)
-    elif name == "dinov2":
-        path = dinov2_weights(weights)
-        net, found = DinoV2(path), sha256_once(path)
-    else:
+    if name not in (*CLASSIFIERS, "inception", "dinov2"):
         raise UserError(f"extractor={name}; needed: mnist, fashion, inception or dinov2")
-    if found != (sha256 or found):
-        raise UserError(f"the weights of {name} have sha256 {found}; needed: {sha256}")
+    if weights is None:
+        weights = CLASSIFIERS.get(name) or {"inception": inception.published_weights, "dinov2": dinov2_weights}[name]()
+    path = Path(weights)
+    if not path.is_file():
+        raise UserError(f"extractor_weights={path}: no such file")
+    found = sha256_once(path)
+    if found not in ([sha256] if sha256 else inception.TRUE_WEIGHTS if name == "inception" else [found]):
+        raise UserError(f"{path} has sha256 {found}; needed: {sha256 or ' or '.join(inception.TRUE_WEIGHTS)}")
+    net = {"inception": Inception, "dinov2": DinoV2}[name](path) if name not in CLASSIFIERS else Classifier()
+    if name in CLASSIFIERS:
+        load_strictly(net, read_tensors(path), str(path))
     return Extractor(name, net.eval().requires_grad_(False).to(device), found, torch.device(device))
 
 
@@ -94,18 +93,14 @@ class Inception(nn.Module):
     num_features = 2048
     num_spatial = 17 * 17 * 7
 
-    def __init__(self, state: dict[str, torch.Tensor]):
+    def __init__(self, path: Path):
         super().__init__()
-        self.net = inception.build(state, ["2048", "logits_unbiased"])
-        self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-        self.spatial = None
-
-    def _keep_spatial(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.spatial = output[:, :7]  # (B, 7, 17, 17)
+        self.net, self.seen = inception.load(path, ["2048", "logits_unbiased"]), []
+        self.net.Mixed_6d.branch1x1.register_forward_hook(lambda conv, inputs, output: self.seen.append(output))
 
     def forward(self, images: torch.Tensor) -> Features:
         pool, logits = self.net(images)
-        return Features(pool, logits, self.spatial.permute(0, 2, 3, 1).flatten(1))
+        return Features(pool, logits, self.seen.pop()[:, :7].permute(0, 2, 3, 1).flatten(1))  # of (B, C, 17, 17)
 
 
 class DinoV2(nn.Module):
@@ -130,10 +125,8 @@ class DinoV2(nn.Module):
         return Features(self.net((pixels - self.mean) / self.std))
 
 
-def dinov2_weights(path: str | Path | None) -> Path:
-    """The file given, or timm's on the Hugging Face hub, downloaded once. Raises UserError where there is neither."""
-    if path is not None:
-        return Path(path)
+def dinov2_weights() -> Path:
+    """timm's on the Hugging Face hub, downloaded once. Raises UserError where there is no such file."""
     try:
         from huggingface_hub import hf_hub_download
 

@@ -1,8 +1,7 @@
 """Weights of the 2015 Inception network, in whose features FID is defined, under the names of torch-fidelity's port.
 
 Two files hold them: torch-fidelity's state dict and NVIDIA's TorchScript archive, which ADM's PyTorch ports use. Both
-are identified by their sha256, and neither runs code: the first is read with weights_only, and of the second only the
-tensors are used.
+are known by their sha256. Neither runs code: the first is read with weights_only, of the second only tensors are used.
 """
 
 import io
@@ -14,12 +13,11 @@ from pickle import UnpicklingError
 import torch
 
 from system import UserError
-from system.files import sha256_once
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 STATE_DICT = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 TORCHSCRIPT = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-TRUE_WEIGHTS = {STATE_DICT, TORCHSCRIPT}  # distances in their features are FIDs
+TRUE_WEIGHTS = {STATE_DICT: "torch-fidelity", TORCHSCRIPT: "NVIDIA"}  # distances in their features are FIDs
 
 # Names of the convolutions, NVIDIA's: torch-fidelity's.
 STEM = {
@@ -48,6 +46,7 @@ E = {
     "tower_mixed_conv_1": "branch3x3_2b", "tower_1_conv": "branch3x3dbl_1", "tower_1_conv_1": "branch3x3dbl_2",
     "tower_1_mixed_conv": "branch3x3dbl_3a", "tower_1_mixed_conv_1": "branch3x3dbl_3b", "tower_2_conv": "branch_pool",
 }  # fmt: skip
+LEAVES = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
 BLOCKS = {
     "mixed": ("Mixed_5b", A), "mixed_1": ("Mixed_5c", A), "mixed_2": ("Mixed_5d", A), "mixed_3": ("Mixed_6a", B),
     "mixed_4": ("Mixed_6b", C), "mixed_5": ("Mixed_6c", C), "mixed_6": ("Mixed_6d", C), "mixed_7": ("Mixed_6e", C),
@@ -55,15 +54,8 @@ BLOCKS = {
 }  # fmt: skip
 
 
-def find_weights(path: str | Path | None) -> Path:
-    """The file given, or torch-fidelity's, downloaded once into torch's cache.
-
-    Raises UserError, naming the file and its place, where there is none.
-    """
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"extractor_weights={path}: no such file")
-        return Path(path)
+def published_weights() -> Path:
+    """torch-fidelity's, downloaded once into torch's cache. Raises UserError, naming the file and its place."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -76,35 +68,28 @@ def find_weights(path: str | Path | None) -> Path:
     return cached
 
 
-def read_weights(path: Path, sha256: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
-    """(state dict in torch-fidelity's names, sha256 of the file).
+def load(path: Path, layers: list[str]) -> torch.nn.Module:
+    """torch-fidelity's network with the weights of either published file, which returns a tuple of `layers`.
 
-    sha256: required of the file; None = that of either published file. Raises UserError for any other file.
+    Raises UserError for any other file.
     """
-    found = sha256_once(path)
-    if found not in ({sha256} if sha256 else TRUE_WEIGHTS):
-        needed = sha256 or f"{STATE_DICT} (torch-fidelity) or {TORCHSCRIPT} (NVIDIA)"
-        raise UserError(f"{path} has sha256 {found}; needed: {needed}")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     try:
         if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            return dict(_translate(torch.jit.load(path, map_location="cpu").state_dict())), found
-        return torch.load(path, map_location="cpu", weights_only=True), found
+            state = dict(_translate(torch.jit.load(path, map_location="cpu").state_dict()))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
         reason = f"cannot be read without running code ({type(error).__name__})"
         raise UserError(f"{path} holds no Inception weights, or {reason}") from None
-
-
-def build(state: dict[str, torch.Tensor], layers: list[str]) -> torch.nn.Module:
-    """torch-fidelity's network with these weights, which returns a tuple of `layers`. Raises UserError."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
     own_bytes = io.BytesIO()  # the constructor unpickles its file, so it gets one that we have just written
     torch.save(state, own_bytes)
     own_bytes.seek(0)
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=own_bytes)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"these are not Inception's weights: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: these are not Inception's weights: {' '.join(str(error).split())[:200]}") from None
 
 
 def _translate(theirs: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -113,11 +98,8 @@ def _translate(theirs: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Ten
     for block, (own_block, convolutions) in BLOCKS.items():
         names |= {f"layers.{block}.{name}": f"{own_block}.{own}" for name, own in convolutions.items()}
     for name, own in names.items():
-        yield f"{own}.conv.weight", theirs[f"{name}.weight"]
+        for leaf, key in LEAVES.items():
+            yield f"{own}.{key}", theirs[f"{name}.{leaf}"]
         yield f"{own}.bn.weight", torch.ones_like(theirs[f"{name}.beta"])
-        yield f"{own}.bn.bias", theirs[f"{name}.beta"]
-        yield f"{own}.bn.running_mean", theirs[f"{name}.mean"]
-        yield f"{own}.bn.running_var", theirs[f"{name}.var"]
         yield f"{own}.bn.num_batches_tracked", torch.tensor(0)
-    yield "fc.weight", theirs["output.weight"]
-    yield "fc.bias", theirs["output.bias"]
+    yield from ((f"fc.{leaf}", theirs[f"output.{leaf}"]) for leaf in ("weight", "bias"))

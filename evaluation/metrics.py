@@ -5,10 +5,12 @@
     precision_recall                  Kynkaanniemi et al. (arXiv 1904.06991), k = 3
     kernel_distance                   KID of Binkowski et al. (arXiv 1801.01401)
 
-The last two are torch-fidelity's, number for number, on the features' own device.
+The last two are torch-fidelity's, number for number, on the features' own device (its own select k-th neighbours on
+the CPU, in ten times the time).
 """
 
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -35,6 +37,14 @@ class FeatureStats:
         self.sum += features.sum(0)
         self.outer.addmm_(features.T, features)
 
+    def all_reduce(self) -> None:
+        """Sums over all processes, in place."""
+        if dist.is_initialized():
+            count = self.sum.new_tensor(self.count)
+            for tensor in (count, self.sum, self.outer):
+                dist.all_reduce(tensor)
+            self.count = int(count)
+
     @property
     def mu(self) -> np.ndarray:
         return (self.sum / self.count).cpu().numpy()
@@ -48,46 +58,27 @@ class FeatureStats:
         return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).cpu().numpy()
 
 
-def all_reduce(parts: list[FeatureStats]) -> None:
-    """Sums statistics over all processes, in place, by one message."""
-    if not dist.is_initialized():
-        return
-    counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=parts[0].sum.device)
-    packed = torch.cat([counts, *(tensor.flatten() for part in parts for tensor in (part.sum, part.outer))])
-    dist.all_reduce(packed)
-    sizes = [tensor.numel() for part in parts for tensor in (part.sum, part.outer)]
-    counts, *sums = packed.split([len(parts), *sizes])
-    for part, count, total, outer in zip(parts, counts, sums[::2], sums[1::2]):
-        part.count, part.sum, part.outer = int(count), total, outer.view_as(part.outer)
-
-
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """(n, D) of each process -> (N, D) of all, in the order of the processes, on the CPU."""
-    if not dist.is_initialized():
-        return rows.cpu()
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:n].cpu() for part, n in zip(gathered, counts)])
+    parts = [rows.cpu()] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(parts, parts[0])
+    return torch.cat(parts)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians; mu (D,), sigma (D, D), float64.
 
-    tr (S1 S2)^(1/2) is the sum of the singular values of F1' F2, where S = F F'. Its error is that of one rounding; the
-    square roots of the eigenvalues of S1 S2 (as by SciPy's sqrtm) would turn 1e-16 into 1e-8. Negative eigenvalues
-    beyond rounding, which no covariance has, are clamped with a warning. Raises UserError for shapes that differ and
-    for values that are not finite.
+    tr (S1 S2)^(1/2) is the sum of the singular values of F1' F2, where S = F F': off by one rounding, where the roots
+    of the eigenvalues of S1 S2 (as by SciPy's sqrtm or torch-fidelity) turn 1e-16 into 1e-8. Negative eigenvalues
+    beyond rounding are clamped with a warning. Raises UserError for shapes that differ and numbers that are not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.from_numpy(np.asarray(a, np.float64)) for a in (mu1, sigma1, mu2, sigma2))
+    given = [torch.from_numpy(np.asarray(a, np.float64)) for a in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = given
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
-        shapes = [tuple(a.shape) for a in (mu1, sigma1, mu2, sigma2)]
+        shapes = [tuple(a.shape) for a in given]
         raise UserError(f"mu, sigma, mu, sigma of shapes {shapes}; needed: (D,), (D, D), (D,), (D, D)")
-    if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
+    if not all(a.isfinite().all() for a in given):
         raise UserError("mu or sigma has numbers that are not finite")
     overlap = _nuclear_norm(_factor(sigma1).T @ _factor(sigma2))
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap)
@@ -134,19 +125,16 @@ def precision_recall(generated: torch.Tensor, real: torch.Tensor, k: int = 3, ro
         raise UserError(f"{len(generated)} against {len(real)} images; precision and recall need more than {k}")
     centre = real.mean(0)  # keeps the distances, and shrinks the rounding error of |a|^2 + |b|^2 - 2ab
     generated, real = generated - centre, real - centre
-    return _share_within(generated, real, k, rows), _share_within(real, generated, k, rows)
 
+    def distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:  # (N, D), (M, D) -> (rows, M), ...
+        return (torch.cat([torch.cdist(some, part) for part in b.split(rows)], dim=1) for some in a.split(rows))
 
-def _share_within(points: torch.Tensor, centres: torch.Tensor, k: int, rows: int) -> float:
-    """The fraction of points (N, D) in the ball around any of centres (M, D) that reaches its k-th neighbour."""
-    nearest = [_distances(part, centres, rows).topk(k + 1, largest=False) for part in centres.split(rows)]
-    radii = torch.cat([found.values[:, k] for found in nearest])  # (M,); the nearest is the centre itself
-    within = [(_distances(part, centres, rows) <= radii).any(dim=1) for part in points.split(rows)]
-    return torch.cat(within).float().mean().item()
+    def share_within(points: torch.Tensor, centres: torch.Tensor) -> float:
+        nearest = [found.topk(k + 1, largest=False).values[:, k] for found in distances(centres, centres)]
+        radii = torch.cat(nearest)  # (M,); the nearest is the centre itself
+        return torch.cat([(found <= radii).any(dim=1) for found in distances(points, centres)]).float().mean().item()
 
-
-def _distances(a: torch.Tensor, b: torch.Tensor, rows: int) -> torch.Tensor:  # (N, D), (M, D) -> (N, M)
-    return torch.cat([torch.cdist(a, part) for part in b.split(rows)], dim=1)
+    return share_within(generated, real), share_within(real, generated)
 
 
 def kernel_distance(generated: torch.Tensor, real: torch.Tensor, subsets: int = 100) -> tuple[float, float]:
@@ -158,16 +146,9 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor, subsets: int = 
     for _ in range(subsets):
         drawn = [draws.choice(len(features), size, replace=False) for features in (generated, real)]
         x, y = (features[torch.from_numpy(ids)].double() for features, ids in zip((generated, real), drawn))
-        scores.append(_squared_mmd(x, y))
+        xx, yy, xy = (  # the kernel (a b / D + 1)^3, (size, size), each in one piece of memory
+            torch.addmm(a.new_ones(1), a, b.T, alpha=1 / a.shape[1]).pow_(3) for a, b in ((x, x), (y, y), (x, y))
+        )
+        same = (xx.sum() - xx.trace()) + (yy.sum() - yy.trace())
+        scores.append(same / (size * (size - 1)) - 2 * xy.mean())
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
-
-
-def _squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The unbiased estimate for x (n, D) and y (n, D), with the kernel (a b / D + 1)^3: ()."""
-
-    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(a.new_ones(1), a, b.T, alpha=1 / a.shape[1]).pow_(3)  # in one piece of memory
-
-    n = len(x)
-    same = sum(gram.sum() - gram.trace() for gram in (kernel(x, x), kernel(y, y)))
-    return same / (n * (n - 1)) - 2 * kernel(x, y).mean()

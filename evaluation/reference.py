@@ -9,7 +9,7 @@ A file of OpenAI's ADM evaluation (VIRTUAL_*.npz) has the first four, and 10,000
 """
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +45,11 @@ def reference_from(
     stats: FeatureStats, spatial: FeatureStats | None, features: torch.Tensor | None, extractor: Extractor, source: str
 ) -> Reference:
     """A reference of images whose features `extractor` made."""
-    return Reference(
-        stats.mu,
-        stats.sigma,
-        None if spatial is None else spatial.mu,
-        None if spatial is None else spatial.sigma,
-        None if features is None else features.cpu().numpy(),
-        stats.count,
-        extractor.name,
-        extractor.sha256,
-        source,
-    )
+    more = {} if spatial is None else {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    if features is not None:
+        more["features"] = features.cpu().numpy()
+    more |= {"n": stats.count, "extractor": extractor.name, "extractor_sha256": extractor.sha256}
+    return Reference(stats.mu, stats.sigma, **more, source=source)
 
 
 def shipped_reference(extractor: Extractor, path: str | Path) -> Reference:
@@ -68,7 +62,7 @@ def shipped_reference(extractor: Extractor, path: str | Path) -> Reference:
     source = {"mnist": "the embedded digits, train split", "fashion": "Fashion-MNIST, train split"}[extractor.name]
     if made.exists():
         with contextlib.suppress(UserError):  # damaged: made again
-            return replace(read_unhashed(made), source=source)
+            return read_reference(made, source)
     images, _ = real_images(extractor.name, "train", path)
     features = torch.cat([extractor(batch).pool for batch in images.split(500)])  # (N, D)
     stats = FeatureStats(extractor.num_features)
@@ -85,38 +79,31 @@ def write_reference(path: Path, reference: Reference) -> None:
         np.savez(file, **{key: getattr(reference, key) for key in KEYS if getattr(reference, key) is not None})
 
 
-def read_reference(path: str | Path) -> Reference:
-    """As `read_unhashed`, with the file's sha256."""
-    return replace(read_unhashed(path), sha256=sha256_once(Path(path)))
+def read_reference(path: str | Path, source: str | None = None) -> Reference:
+    """source: a description, in the place of the file's name and sha256; None = these.
 
-
-def read_unhashed(path: str | Path) -> Reference:
-    """Raises UserError for mu or sigma missing, misshapen or not finite, and for damaged or pickled files."""
+    Raises UserError for mu or sigma missing, misshapen or not finite, and for damaged or pickled files.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no reference {path}; needed: an .npz by `python fid.py ref`, or ADM's VIRTUAL_*.npz")
     arrays = read_arrays(path, KEYS)
-    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mu == "mu_s" and mu not in arrays and sigma not in arrays:
-            continue
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))[: 2 if {"mu_s", "sigma_s"} & arrays.keys() else 1]:
         shapes = [arrays[key].shape if key in arrays else "missing" for key in (mu, sigma)]
         if "missing" in shapes or len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0]:
             raise UserError(f"{path}: {mu} {shapes[0]}, {sigma} {shapes[1]}; needed: numbers (D,) and (D, D)")
         if not (np.isfinite(arrays[mu]).all() and np.isfinite(arrays[sigma]).all()):
             raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
     plain = {key: array.item() if array.ndim == 0 else array for key, array in arrays.items()}
-    return Reference(**plain, source=str(path))
+    return Reference(**plain, source=source or str(path), sha256=None if source else sha256_once(path))
 
 
 def check_extractor(reference: Reference, extractor: Extractor) -> None:
     """Raises UserError for a reference in other features than `extractor`'s."""
-    made_with, sha256 = reference.extractor, reference.extractor_sha256
-    same_weights = sha256 in (None, extractor.sha256) or {sha256, extractor.sha256} <= inception.TRUE_WEIGHTS
-    if made_with != extractor.name or not same_weights:
-        raise UserError(
-            f"{reference.source} was made with {made_with} ({str(sha256)[:8]}), "
-            f"the extractor is {extractor.name} ({extractor.sha256[:8]}); needed: one and the same"
-        )
-    if len(reference.mu) != extractor.num_features:
-        given = f"{extractor.name} gives {extractor.num_features}"
-        raise UserError(f"{reference.source} has {len(reference.mu)} features; {given}")
+    sha256, own = reference.extractor_sha256, extractor.sha256
+    same_weights = sha256 in (None, own) or {sha256, own} <= inception.TRUE_WEIGHTS.keys()
+    if reference.extractor != extractor.name or not same_weights:
+        theirs, ours = f"{reference.extractor} ({str(sha256)[:8]})", f"{extractor.name} ({own[:8]})"
+        raise UserError(f"{reference.source} was made with {theirs}, the extractor is {ours}; needed: one and the same")
+    if (found := len(reference.mu)) != extractor.num_features:
+        raise UserError(f"{reference.source} has {found} features; {extractor.name} gives {extractor.num_features}")

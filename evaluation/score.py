@@ -8,18 +8,17 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
+from checkpoints.config import Metrics
 from evaluation import inception
 from evaluation.features import CLASSIFIERS, Extractor, Features
 from evaluation.metrics import (
     FeatureStats,
-    all_reduce,
     frechet_distance,
     gather_rows,
     inception_score,
@@ -32,7 +31,7 @@ from system import UserError
 from system.files import atomic_file, commit, write_text_atomic
 from system.processes import start_processes, together
 
-METRICS = ("fd", "sfid", "is", "pr", "kid")
+METRICS = get_args(get_args(Metrics)[0])  # names: fd, sfid, is, pr, kid
 
 
 class Measured(NamedTuple):
@@ -74,26 +73,16 @@ def measure(
             if keep is not None:
                 kept.append(features.pool[keep[seen : seen + len(features.pool)].to(features.pool.device)])
             seen += len(features.pool)
-        own_logits = torch.cat(all_logits) if logits else None
-        own_kept = torch.cat(kept) if keep is not None else None
-    all_reduce([stats, spatial_stats] if spatial else [stats])
-    return Measured(
-        stats,
-        spatial_stats,
-        gather_rows(own_logits) if logits else None,
-        gather_rows(own_kept) if keep is not None else None,
-    )
+        own = [torch.cat(parts) if parts else None for parts in (all_logits, kept)]
+    for sums in (stats, spatial_stats)[: 1 + spatial]:
+        sums.all_reduce()
+    return Measured(stats, spatial_stats, *(None if rows is None else gather_rows(rows) for rows in own))
 
 
 def score(
-    batches: Iterable[Features],
-    n: int,
-    extractor: Extractor,
-    reference: Reference,
-    *,
-    labels: torch.Tensor | None = None,
-    metrics: Sequence[str] | None = None,
-) -> dict[str, float]:
+    batches: Iterable[Features], n: int, extractor: Extractor, reference: Reference, *,
+    labels: torch.Tensor | None = None, metrics: Sequence[str] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Scores of n images against a reference; an empty dict on every process but the first.
 
     batches: features of this process's `shard_range(n)`, in order. labels: (n,) int64 of all images, for
@@ -107,48 +96,40 @@ def score(
     measured = measure(batches, extractor, spatial="sfid" in metrics, logits="is" in metrics or with_classes, keep=keep)
     if not start_processes().is_main_process:
         return {}
-    assert measured.stats.count == n, f"{measured.stats.count} images instead of {n}"
+    stats, spatial, logits, pool = measured
+    assert stats.count == n, f"{stats.count} images instead of {n}"
     if n <= extractor.num_features:
         few = f"{n} images are too few for {extractor.num_features} features: distances are overestimated"
         print(f"warning: {few}", file=sys.stderr)
-    scores = scores_of(measured, metrics, reference, distance_name(extractor, n), extractor.device)
-    if with_classes:
-        scores["class_accuracy"] = (measured.logits.argmax(1) == labels).double().mean().item()
-    return scores
-
-
-def scores_of(
-    measured: Measured, metrics: Sequence[str], reference: Reference, distance: str, device: torch.device
-) -> dict[str, float]:
-    """The metrics by name. distance: the name of the Frechet distance."""
-    scores, stats, spatial = {}, measured.stats, measured.spatial
+    scores, distance = {}, distance_name(extractor, n)
     if "fd" in metrics:
         scores[distance] = frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma)
     if "sfid" in metrics:
         scores[f"s{distance}"] = frechet_distance(spatial.mu, spatial.sigma, reference.mu_s, reference.sigma_s)
     if "is" in metrics:
-        scores["inception_score"], scores["inception_score_std"] = inception_score(measured.logits)
-    if measured.pool is not None:
-        generated = measured.pool.to(device)
+        scores["inception_score"], scores["inception_score_std"] = inception_score(logits)
+    if pool is not None:
+        generated = pool.to(extractor.device)
         real = torch.from_numpy(reference.features).to(generated)
     if "pr" in metrics:
         scores["precision"], scores["recall"] = precision_recall(generated, real)
     if "kid" in metrics:
         scores["kid"], scores["kid_std"] = kernel_distance(generated, real)
+    if with_classes:
+        scores["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     return scores
 
 
 def choose_metrics(wanted: Sequence[str] | None, extractor: Extractor, reference: Reference) -> list[str]:
-    """The metrics to compute. Raises UserError for one that is unknown or lacks what it needs."""
+    """The metrics to compute. Raises UserError for one that lacks what it needs."""
+    no_features = reference.features is None and "a reference with features (`fid.py ref` keeps them)"
     lacking = {
         "sfid": reference.mu_s is None and "a reference with mu_s and sigma_s (extractor=inception)",
         "is": extractor.name != "inception" and "extractor=inception",
-        "pr": reference.features is None and "a reference with features (`fid.py ref` keeps them)",
-        "kid": reference.features is None and "a reference with features (`fid.py ref` keeps them)",
+        "pr": no_features,
+        "kid": no_features,
     }
     for name in wanted or ():
-        if name not in METRICS:
-            raise UserError(f"metrics={name}; needed: of {', '.join(METRICS)}")
         if lacking.get(name):
             raise UserError(f"metric {name} needs {lacking[name]}")
     return [name for name in METRICS if (name in wanted if wanted is not None else not lacking.get(name))]
@@ -163,15 +144,14 @@ def distance_name(extractor: Extractor, n: int) -> str:
 
 def write_part(path: Path, features: Features) -> None:
     """Keeps one batch's features."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in features._asdict().items() if tensor is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        file.write(save(tensors))
+        file.write(save({key: part.contiguous().cpu() for key, part in features._asdict().items() if part is not None}))
 
 
 def read_part(path: Path, device: torch.device) -> Features:
-    with safe_open(path, "pt", device=str(device)) as file:
-        return Features(**{name: file.get_tensor(name) for name in file.keys()})
+    """What `write_part` has kept."""
+    return Features(**load_file(path, str(device)))
 
 
 def describe_scoring(extractor: Extractor, reference: Reference) -> dict:
@@ -188,8 +168,8 @@ def write_metrics(result: dict, folder: Path) -> None:
 
 
 def with_progress(batches: Iterable[Features], total: int) -> Iterator[Features]:
-    shown = sys.stderr.isatty() and start_processes().is_main_process
-    with tqdm(total=total, unit="img", desc="scoring", disable=not shown) as bar:
+    hidden = None if start_processes().is_main_process else True  # None = shown on terminals
+    with tqdm(total=total, unit="img", desc="scoring", disable=hidden) as bar:
         for features in batches:
             yield features
             bar.update(len(features.pool))

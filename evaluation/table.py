@@ -36,11 +36,9 @@ def show(rows: list[dict], folder: Path) -> None:
 
 def plot(rows: list[dict], score: str, axis: str, path: Path) -> None:
     """`score` against one of AXES, one line per run, kind of weights, guidance and value of the other axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel=AXES[axis][0], ylabel=score)
     names = ("run", "weights", "guidance", *(name for name in AXES if name != axis))
     lines: dict[tuple, list[tuple]] = {}
@@ -60,9 +58,7 @@ def plot(rows: list[dict], score: str, axis: str, path: Path) -> None:
 
 
 def _text(value) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def finite(value):

@@ -358,7 +358,8 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
     )
     parameters = sum(p.numel() for p in model.parameters())
     return {
-        "model": f"{type(model).__name__} {model.name}", "parameters": parameters, "state_gb": parameters * cost.BYTES_PER_PARAMETER / 1e9,
+        "model": f"{type(model).__name__} {model.name}", "parameters": parameters,
+        "state_gb": parameters * cost.BYTES_PER_PARAMETER / 1e9,
         "batch": f"{plan.micro_batch_size} x {plan.accumulation}", "device": name, "torch": torch.__version__,
         "precision": settings.train.precision, "compile": f"{compiled}, {why_not}" if why_not else compiled,
         "gradient_checkpointing": settings.train.gradient_checkpointing, "steps_timed": rounds * STEPS,

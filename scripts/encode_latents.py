@@ -16,35 +16,51 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from autoencoder import VAECodec
-from data.convert import check_counts, entries, plan_shards
+from data.convert import entries, plan_shards
 from data.encoding import LatentEncoding
-from data.images import Images, center_crop, open_images
-from data.index import DTYPES
+from data.images import Images, center_crop, decoded_ahead, open_images
 from data.latents import warn
-from data.shards import FLIPS, finalize, reserve, write_shard
+from data.shards import finalize, reserve, write_shard
 from randomness import seeded_generator
 from system import UserError, cli, hub
+from system.settings import Count, Positive, above, parse
 
-CHOICES = {"kind": ("sample", "moments"), "flip": FLIPS, "dtype": DTYPES}
+UNRECORDED = ("out", "num_threads", "timeout_s")  # which change no byte
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The settings in configs/encode.yaml."""
+
+    images: str
+    out: str
+    vae: str
+    split: Literal["train", "val", "test"] | None = None
+    scale: Annotated[float, above(0)] = 0.18215
+    size: Positive = 256
+    kind: Literal["sample", "moments"] = "sample"
+    flip: Literal["none", "both"] = "none"
+    dtype: Literal["float16", "float32"] = "float16"
+    val: Count = 0
+    shard_size: Positive = 4096
+    batch_size: Positive = 32
+    num_threads: Positive = 8
+    timeout_s: Positive = 600
 
 
 def main(arguments: list[str]) -> None:
-    cfg = cli.load_config("encode", arguments)
-    for key, choices in CHOICES.items():
-        if cfg[key] not in choices:
-            raise UserError(f"{key}={cfg[key]}; needed: {' or '.join(choices)}")
-    check_counts({key: cfg[key] for key in ("size", "shard_size", "batch_size", "num_threads", "timeout_s")})
+    cfg = parse(Encoding, cli.load_config("encode", arguments))
     # No process group: the work is split by rank, and its results meet as files.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     path = hub.local(cfg.images, "dataset")
@@ -57,8 +73,8 @@ def main(arguments: list[str]) -> None:
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
-    recipe = {key: cfg[key] for key in ("scale", "size", "kind", "flip", "dtype", "val", "shard_size", "batch_size")}
-    recipe |= {"images": os.path.realpath(path), "split": cfg.split, "count": len(images), "vae": vae_sha256}
+    recipe = {"images": os.path.realpath(path), "count": len(images), "vae": vae_sha256}
+    recipe = {key: value for key, value in asdict(cfg).items() if key not in UNRECORDED} | recipe
     reserve(folder, recipe)
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
     with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
@@ -69,14 +85,15 @@ def main(arguments: list[str]) -> None:
         finish(folder, images, cfg, vae_sha256)
 
 
-def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: DictConfig, progress: tqdm) -> Iterator[tuple]:
+def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: Encoding, progress: tqdm) -> Iterator[tuple]:
     """(key, array (C or 2C, h, w), label) of each entry that the chosen pictures become.
 
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     """
     images.fetch(chosen)
     batches = np.split(chosen, range(cfg.batch_size, len(chosen), cfg.batch_size))
-    for batch, pixels in zip(batches, crops(images, batches, cfg.size, cfg.num_threads)):
+    crops = decoded_ahead(batches, lambda i: center_crop(images.read(i), cfg.size), cfg.num_threads)
+    for batch, pixels in zip(batches, map(torch.from_numpy, crops)):  # (B, 3, size, size) uint8
         arrays: dict[str, np.ndarray] = {}
         for mirrored, side in ((False, pixels), (True, pixels.flip(-1)))[: 2 if cfg.flip == "both" else 1]:
             keys = [entries(image, cfg.flip)[mirrored][0] for image in batch.tolist()]
@@ -87,20 +104,7 @@ def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: DictConfig,
         progress.update(len(batch))
 
 
-def crops(images: Images, batches: list[np.ndarray], size: int, num_threads: int) -> Iterator[torch.Tensor]:
-    """The pictures of each batch, (B, 3, size, size) uint8, decoded two batches ahead."""
-    with ThreadPoolExecutor(num_threads) as threads:
-
-        def begin(batch: np.ndarray) -> list[Future]:
-            return [threads.submit(lambda i: center_crop(images.read(i), size), i) for i in batch.tolist()]
-
-        ahead = [begin(batch) for batch in batches[:2]]
-        for i in range(len(batches)):
-            ahead += [begin(batch) for batch in batches[i + 2 : i + 3]]
-            yield torch.from_numpy(np.stack([crop.result() for crop in ahead.pop(0)]))
-
-
-def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: DictConfig) -> np.ndarray:
+def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: Encoding) -> np.ndarray:
     """pixels (B, 3, size, size) uint8 -> scaled samples (B, C, h, w), or unscaled moments (B, 2C, h, w), as stored."""
     out = torch.cat(codec.moments(pixels), dim=1)  # (B, 2C, h, w)
     if cfg.kind == "sample":
@@ -130,7 +134,7 @@ def wait_for_shards(folder: Path, names: list[str], timeout_s: float) -> None:
         time.sleep(0.2)
 
 
-def finish(folder: Path, images: Images, cfg: DictConfig, vae_sha256: str) -> None:
+def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str) -> None:
     """Process 0, when all shards exist: meta.json, and what to do next."""
     moments, codec = cfg.kind == "moments", {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
     encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")

@@ -58,6 +58,10 @@ def inside(low: float, high: float) -> Check:
     return Check(f"between {low} and {high}, both left out", lambda value: low < value < high)
 
 
+Count = Annotated[int, at_least(0)]  # 0 = never, or none
+Positive = Annotated[int, at_least(1)]
+
+
 def parse(cls: type, values: Mapping, where: str = ""):
     """A dataclass of plain values; `where` is its section's key. Raises UserError for the first that does not fit."""
     given = arguments(cls, values, where)

@@ -177,7 +177,11 @@ def test_a_label_outside_the_classes_is_refused(command, tiny_overrides, few_lat
         ("fid.py", "score", "unknown command 'score'"),
         ("fid.py", "calc ckpt={runs}/tread ema_width=0.28", "ema_width=0.28; needed: a number between 0 and 0.28"),
         ("fid.py", "calc ckpt={runs}/tread ema_width=0.07", "needed: a run trained with ema=power"),
-        ("export.py", "ckpt={runs}/tread out=nowhere ema_width=-0.1", "ema_width=-0.1; needed: a number between 0"),
+        (
+            "export.py",
+            "ckpt={runs}/tread out=nowhere ema_width=-0.1",
+            "ema_width=-0.1; needed: a number between 0 and 0.28",
+        ),
         ("export.py", "ckpt={runs}/tread out=nowhere ema_width=0.07", "needed: a run trained with ema=power"),
     ],
 )

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import conditions
 import cost
 import train as training
+from checkpoints.config import Settings
+from checkpoints.load import build_network
 from routing_module import Routing
 from system import cli
 from system.processes import start_processes
-from training.prepare import build
+from system.settings import parse
+from training.prepare import build_objective, build_state
 
 SIZES = {"S": 12, "B": 12, "L": 24, "XL": 28}
 PUBLISHED = {f"{model} {size}/2": f"{overrides} model.size=DiT-{size}/2" for model, overrides in {
@@ -41,15 +46,24 @@ SMALL = ["model.depth=6", "model.hidden_size=64", "model.num_heads=2", "train.gl
 
 
 @functools.cache
-def config(row):
-    return cli.load_config("config", (ROWS | OTHER_METHODS)[row].split())
+def settings_of(row, *overrides):
+    return parse(Settings, cli.load_config("config", [*(ROWS | OTHER_METHODS).get(row, row).split(), *overrides]))
+
+
+@functools.cache
+def network(row):
+    with torch.device("meta"):
+        return build_network(settings_of(row))
+
+
+MODELS = sorted(path.stem for path in (cli.CONFIG_DIR / "model").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_each_row_dry_runs(row, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "open_data", None)  # no data is asked for
     overrides = [*SMALL, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
-    assert training.train(OmegaConf.merge(config(row), OmegaConf.from_dotlist(overrides))) == 0
+    assert training.train(settings_of(row, *overrides)) == 0
     out = capsys.readouterr().out
     assert "GPU-hours" in out and "dry run    one step" in out and "nan" not in out
     assert not list(tmp_path.iterdir())
@@ -57,33 +71,49 @@ def test_each_row_dry_runs(row, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_each_row_has_the_papers_setting(row):
-    cfg = config(row)
-    with torch.device("meta"):
-        model = training.instantiate(cfg.model)
+    settings, model = settings_of(row), network(row)
     size = row.split("/")[0].split()[-1]
     assert len(model.blocks) == SIZES.get(size, 28)
     routes = [(r.selection_ratio, r.start_layer_idx, r.end_layer_idx) for r in model.routes]
     assert routes == ([(0.5, 2, len(model.blocks) - 4)] if "TREAD" in row and "(F)" not in row else [])
     assert model.num_tokens == 256 and model.num_classes == 1000
-    train = cfg.train
+    train = settings.train
     expected = (80000, 1024, 2e-4) if "Lightning" in row else (400000, 256, 1e-4)
     if row in PUBLISHED or "Lightning" in row:
         assert (train.max_steps, train.global_batch_size, train.lr) == expected
-    assert (train.ema_decay, train.label_dropout, train.decay_steps, cfg.optimizer.weight_decay) == (0.9999, 0.1, 0, 0)
-    if cfg.objective._target_ == "edm.EDM":
-        assert (cfg.objective.P_mean, cfg.objective.P_std, cfg.objective.sigma_data) == (-1.2, 1.2, 0.5)
+    assert (train.ema_decay, train.label_dropout, train.decay_steps, settings.optimizer.weight_decay) == (
+        0.9999,
+        0.1,
+        0,
+        0,
+    )
+    if settings.objective["_target_"] == "edm.EDM":
+        assert [settings.objective[key] for key in ("P_mean", "P_std", "sigma_data")] == [-1.2, 1.2, 0.5]
     epochs = {"160 epochs": 160, "680 epochs": 680, "(F)": 60}
     for name, number in epochs.items():
         if row.endswith(name):
             assert train.max_steps * 256 / 1_281_167 == pytest.approx(number, rel=2e-3)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_multiply_adds_are_those_that_torch_counts(model):
+    """On fake tensors: shapes only. On CPUs attention is matrix products, and so is counted."""
+    settings = settings_of(f"data=imagenet256 model={model} model.size=DiT-B/2")
+    with FakeTensorMode():
+        net = build_network(settings)
+        x, t = torch.empty(2, *net.latent_shape), torch.empty(2)
+        for routing in (None, Routing()):
+            with FlopCounterMode(display=False) as counter:
+                net(x, t, conditions.repeat(net.null_condition, 2, "cpu"), routing=routing)
+            assert counter.get_total_flops() / 4 == pytest.approx(net.macs(routing), rel=0.01)
+
+
 def test_finetuning_is_dense_slow_and_from_the_routed_run():
-    cfg = cli.load_config("config", ["experiment=finetune", "results_dir=runs", "data.path=x"])
-    OmegaConf.resolve(cfg)
-    assert cfg.train.lr == 1e-5 and cfg.init_from == "runs/imagenet256-tread-XL2-edm" and not cfg.model.routes
+    settings = settings_of("experiment=finetune results_dir=runs data.path=x")
+    assert settings.train.lr == 1e-5 and settings.init_from == "runs/imagenet256-tread-XL2-edm"
+    assert not settings.model["routes"]
     with pytest.raises(ValueError, match="tread-XL2-edm"):  # which is not there: nothing starts from scratch
-        build(cfg, start_processes(), new=True)
+        build_state(settings, start_processes(), build_objective(settings, 2), new=True)
 
 
 def test_a_dry_run_from_the_command_line(tmp_path):
@@ -97,10 +127,7 @@ def test_a_dry_run_from_the_command_line(tmp_path):
 def test_routing_saves_gpu_hours_as_predicted():
     hours = {}
     for row in ("DiT XL/2", "DiT + TREAD XL/2"):
-        cfg = config(row)
-        with torch.device("meta"):
-            model = training.instantiate(cfg.model)
-        hours[row] = cost.gpu_hours(model.macs(Routing()), cfg)
+        hours[row] = cost.gpu_hours(network(row).macs(Routing()), settings_of(row))
     assert hours["DiT + TREAD XL/2"] / hours["DiT XL/2"] == pytest.approx(0.5828, abs=5e-4)
 
 
@@ -117,7 +144,5 @@ def test_the_documented_rows_are_these_and_cost_as_predicted():
     documented = ROWS | OTHER_METHODS
     assert found.keys() == set(documented.values())
     for row, overrides in documented.items():
-        cfg = config(row)
-        with torch.device("meta"):
-            model = training.instantiate(cfg.model)
-        assert cost.gpu_hours(model.macs(Routing()), cfg) == pytest.approx(found[overrides], rel=0.01), row
+        hours = cost.gpu_hours(network(row).macs(Routing()), settings_of(row))
+        assert hours == pytest.approx(found[overrides], rel=0.01), row

@@ -20,6 +20,7 @@ from data.foreign.pickled import read_pickled_array
 from data.inspect import inspect
 from data.shards import open_latents
 from system import UserError
+from system.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 N, LABELS = 6, [3, 0, 3, 1, 2, 0]
@@ -323,7 +324,7 @@ def test_plan_takes_every_image_once():
         ({"kind": "sample_raw", "scale": [1.0, 2.0]}, "a list of 4"),
         ({"kind": "sample_raw", "scale": "large"}, "needed: a number"),
         ({"kind": "sample_scaled", "workers": 0}, "workers=0; needed: a whole number"),
-        ({"kind": "samples"}, "unknown kind"),
+        ({"kind": "samples"}, "kind=samples; needed: sample_scaled"),
         ({"kind": "sample_scaled", "scale": 2.0}, "applied already"),
         ({"kind": "sample_scaled", "flip": "both"}, "flip=both"),
         ({"kind": "sample_scaled", "dtype": "int8"}, "float16, float32"),
@@ -335,7 +336,7 @@ def test_plan_takes_every_image_once():
 def test_what_convert_refuses(tmp_path, options, message):
     write_npy(tmp_path / "source")
     with pytest.raises(UserError, match=message):
-        convert(str(tmp_path / "source"), str(tmp_path / "out"), Conversion(**{"workers": 1, **options}))
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), parse(Conversion, {"workers": 1, **options}))
 
 
 def test_damaged_sources_are_named(tmp_path):

@@ -10,12 +10,14 @@ from accelerate import PartialState
 import data
 import data.prepared
 import fid
-from data import open_latents, prepare
+from checkpoints.config import Settings
+from data import BatchPlan, open_latents, prepare
 from data.packed import find_idx, read_idx
 from data.prepared import prepare_fashion
 from evaluation import features
 from evaluation.reference import MAX_FEATURES, shipped_reference
 from system import UserError, cli
+from system.settings import parse
 from tests.conftest import ROOT
 from tests.made_sets import idx, write_idx
 from training.prepare import open_data
@@ -52,16 +54,16 @@ def test_pictures_need_not_be_square(tmp_path):
 def test_made_shards_are_made_again_only_when_damaged(tmp_path, capsys):
     write_idx(tmp_path / "files")
     keys = ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"]
-    cfg = cli.load_config("config", keys)
-    open_data(cfg, PartialState(cpu=True))
-    assert capsys.readouterr().out.count("made does not exist: data.source's pictures are made there") == 1
+    asked = parse(Settings, cli.load_config("config", keys)), PartialState(cpu=True), BatchPlan(64, 64, 1, 0, 1)
+    open_data(*asked)
+    assert capsys.readouterr().out.count("made does not exist: its pictures are made there") == 1
     shard = tmp_path / "made/val-000000.tar"
     before = shard.read_bytes(), shard.stat().st_mtime_ns
-    train, val = open_data(cfg, PartialState(cpu=True))
-    assert (len(train), len(val)) == (30, 20) and not capsys.readouterr().out
+    loaded = open_data(*asked)
+    assert (len(loaded.train), len(loaded.val)) == (30, 20) and not capsys.readouterr().out
     assert before == (shard.read_bytes(), shard.stat().st_mtime_ns)
     shard.write_bytes(before[0][:5000])
-    open_data(cfg, PartialState(cpu=True))
+    open_data(*asked)
     assert shard.read_bytes() == before[0]
 
 
@@ -126,7 +128,7 @@ def test_bad_files_get_one_line_and_leave_nothing(case, tmp_path, capsys):
     file.write_bytes(contents) if contents is not None else file.unlink()
     cfg = cli.load_config("config", ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"])
     with pytest.raises(SystemExit) as refused, cli.user_errors():
-        open_data(cfg, PartialState(cpu=True))
+        open_data(parse(Settings, cfg), PartialState(cpu=True), BatchPlan(64, 64, 1, 0, 1))
     error = capsys.readouterr().err
     assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
     assert not (tmp_path / "made").exists()

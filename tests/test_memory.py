@@ -66,8 +66,12 @@ def assert_counted(settings, dense=False, device="cpu"):
 
 
 FAST = ["", "train.gradient_checkpointing=true", "train.precision=bf16", "objective=ddpm train.micro_batch_size=4"]
-FAST += ["model=sprint train.global_batch_size=4", "model=maskdit", "model=lightningdit_tread", "optimizer=muon ema=power"]
-FAST += ["optimizer=muon train.global_batch_size=2", "model=maskdit train.precision=bf16 objective=rf"]
+FAST += ["model=sprint train.global_batch_size=4", "model=maskdit", "model=lightningdit_tread"]
+FAST += [
+    "optimizer=muon ema=power",
+    "optimizer=muon train.global_batch_size=2",
+    "model=maskdit train.precision=bf16 objective=rf",
+]
 SIZES = [
     f"data=imagenet256 model={model} model.size=DiT-{size}/2 train.global_batch_size={n}"
     for model in ("tread", "sprint", "maskdit", "lightningdit_tread")

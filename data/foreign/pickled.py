@@ -14,50 +14,31 @@ from system import UserError
 DTYPES = {"f2": np.float16, "f4": np.float32, "f8": np.float64}
 
 
-class _Array:
-    """Stands in for numpy's _reconstruct(ndarray, (0,), b"b"), and for the array that its state then fills."""
+class _Record:
+    """Stands in for what a pickle makes: an array by numpy's _reconstruct(ndarray, (0,), b"b"), or dtype("f4")."""
 
-    def __init__(self, subtype, shape, typecode):
-        self.state = None
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _Dtype:
-    """Stands in for numpy.dtype("f4", False, True)."""
-
-    def __init__(self, code, align=False, copy=False):
-        self.code, self.state = code, None
+    def __init__(self, *arguments):
+        self.arguments, self.state = arguments, None
 
     def __setstate__(self, state):
         self.state = state
 
 
-class _Subtype:
-    """Stands in for numpy.ndarray, which is only ever an argument."""
-
-
-def _frombuffer(numbers, dtype, shape, order) -> _Array:
+def _frombuffer(numbers, dtype, shape, order) -> _Record:
     """Stands in for numpy's function of this name, which pickles of protocol 5 name."""
-    array = _Array(None, (), b"")
+    array = _Record()
     array.state = (1, shape, dtype, order == "F", numbers)
     return array
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for _codecs.encode, in which pickles of protocol 2 wrap their bytes."""
-    return text.encode("latin1")
-
-
 STANDINS = {
-    ("_codecs", "encode"): _encode,
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # pickles of protocol 2 wrap their bytes in it
+    ("numpy.core.multiarray", "_reconstruct"): _Record,
+    ("numpy._core.multiarray", "_reconstruct"): _Record,
     ("numpy.core.numeric", "_frombuffer"): _frombuffer,
     ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-    ("numpy", "ndarray"): _Subtype,
-    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Record,
+    ("numpy", "dtype"): _Record,
 }
 
 
@@ -71,9 +52,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 def read_pickled_array(contents: bytes) -> np.ndarray:
     """The float array in `pickle.dumps(array)`. Raises UserError for anything else; nothing in it is ever run."""
     try:
-        array = _ArrayUnpickler(BytesIO(contents)).load()
-        version, shape, dtype, fortran_order, numbers = array.state
-        numbers = np.frombuffer(numbers, np.dtype(DTYPES[dtype.code]).newbyteorder(dtype.state[1]))
+        _, shape, dtype, fortran_order, numbers = _ArrayUnpickler(BytesIO(contents)).load().state
+        numbers = np.frombuffer(numbers, np.dtype(DTYPES[dtype.arguments[0]]).newbyteorder(dtype.state[1]))
         return numbers.reshape(shape, order="F" if fortran_order else "C")
     except UserError:
         raise
