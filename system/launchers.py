@@ -22,7 +22,7 @@ SHARDING = {
 
 
 def own_process() -> None:
-    """For a command's own process: malloc and threads suited to training on CPUs, and an end with its launcher.
+    """Prepares a command's own process: malloc and threads for training on CPUs, and it ends with its launcher.
 
     Raises UserError for flags of the launcher that ask for another way to train.
     """
@@ -76,7 +76,7 @@ def end_with_parent() -> None:
 
 
 def usable_cpus() -> int:
-    """Of this process: fewer than the machine has under taskset, SLURM or a container's cpuset."""
+    """The CPUs that this process may use: not all under taskset, SLURM or a container's cpuset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -30,7 +30,7 @@ class OtherProcessFailed(RuntimeError):
 
 
 def start_processes(timeout_s: float = 600) -> PartialState:
-    """This process's rank, device and process group, which the first call joins.
+    """This process's rank, device and process group; the first call joins the group.
 
     timeout_s: seconds that the others may take to answer. Without a GPU, several processes communicate through gloo.
     """

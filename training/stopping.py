@@ -48,7 +48,7 @@ class PreemptionHandler:
         self.reason = self.reason or signal.Signals(number).name
 
     def stops_after(self, step: int) -> bool:
-        """`should_stop`; where the launcher is gone, and with it the store that it held, on process 0 alone.
+        """As `should_stop`; where the launcher is gone, and with it the store that it held, True on process 0 alone.
 
         Process 0 saves what its step left, which is what all have. The others' next exchange of gradients fails.
         """
