@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from routing_blocks import Active, RoutedBlocks, gather_rows, keep_others, resolve_routes
+from routing_blocks import Active, RoutedBlocks, gather_rows, keep_others, resolve_routes, routing  # noqa: F401
 from routing_module import Route, Routing
 
 

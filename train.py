@@ -38,7 +38,6 @@ from checkpoints.resuming import find_resume, reserve_run_folder, resume
 from checkpoints.run_folder import START_AGAIN, is_complete
 from checkpoints.saving import save
 from conditions import Condition
-from contracts import Network, Objective
 from cost import cost_table, memory_table, out_of_memory
 from evaluation.evaluate import evaluate, extractor_and_reference, score_name
 from evaluation.score import write_metrics
@@ -52,16 +51,7 @@ from system.processes import Preempted, agree, start_processes, together
 from system.settings import parse
 from training.ema import update_averages
 from training.log import Log, TimedBatches, preview_path
-from training.prepare import (
-    TrainingData,
-    TrainState,
-    batch_plan,
-    build_objective,
-    build_state,
-    describe,
-    open_data,
-    settle_precision,
-)
+from training.prepare import TrainingData, TrainState, batch_plan, build_state, describe, open_data, settle_precision
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
 from training.trackers import check_installed
 
@@ -96,10 +86,9 @@ def train(settings: Settings) -> int:
     set_determinism(settings.train.deterministic)
     dist = start_processes(settings.train.timeout_s)
     check_installed(settings.log)
-    plan, run_folder = batch_plan(settings.train, dist), Path(settings.results_dir) / settings.run_name
-    objective = build_objective(settings, plan.micro_batch_size)
+    plan, run_folder = batch_plan(settings, dist), Path(settings.results_dir) / settings.run_name
     if settings.train.dry_run:
-        return dry_run(settle_precision(settings, dist), dist, plan, objective)
+        return dry_run(settle_precision(settings, dist), dist, plan)
     resumed = find_resume(settings, run_folder)
     settings = settle_precision(settings, dist, resumed)
     loaded = open_data(settings, dist, plan)
@@ -107,7 +96,7 @@ def train(settings: Settings) -> int:
         "run_name": settings.run_name, "train.precision": settings.train.precision,
         "the checkpoint to resume from": resumed and resumed.name, "the data's fingerprint": loaded.train.fingerprint,
     })  # fmt: skip
-    state = build_state(settings, dist, objective, new=resumed is None)
+    state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
     check_sampling(settings, state.ema)
     if resumed is not None:
@@ -119,13 +108,13 @@ def train(settings: Settings) -> int:
         torch.compiler.reset()  # a sweep trains several models in one process
         compiled, why_not = decide_compile(settings.train.compile, dist.device)
         if dist.num_processes > 1:
-            state.net = wrap(state.model, objective)
+            state.net = wrap(state)
         compile_blocks(state.model.all_blocks, compiled)
         compile_blocks(state.ema.model.all_blocks, compiled, dynamic=True)
         state.ema.compile = compiled
         log = Log(settings, run_folder, state.step, dist)
         log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
-        if dist.is_main_process and (warning := data.scale_warning(loaded.train, objective.sigma_data)):
+        if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
             log.warn(warning)
         try:
             return run_steps(settings, processes, loaded, state, run_folder, log)
@@ -357,13 +346,13 @@ def dump_bad_step(settings: Settings, loaded: TrainingData, run_folder: Path, st
     return path
 
 
-def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan, objective: Objective) -> int:
+def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan) -> int:
     """Builds the run, prints its cost and takes one step on noise; reads and writes no data -> exit code 0."""
-    state = build_state(settings, dist, objective, new=True)
+    state = build_state(settings, dist, new=True)
     state.ema.pool = conditions.pool(state.model.null_condition, kept=state.model.null_condition)
     check_sampling(settings, state.ema)
     if dist.num_processes > 1:
-        state.net = wrap(state.model, objective)
+        state.net = wrap(state)
     noise = seeded_generator(settings.seed, "dry run", dist.process_index, device=dist.device)
     shape = (plan.micro_batch_size, *state.model.latent_shape)
     nothing = conditions.repeat(state.model.null_condition, plan.micro_batch_size, dist.device)
@@ -380,8 +369,8 @@ def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan, object
     return 0
 
 
-def wrap(model: Network, objective: Objective) -> nn.Module:
-    """In DistributedDataParallel: gradients are all that the processes exchange in a step. Before `compile_blocks`.
+def wrap(state: TrainState) -> nn.Module:
+    """The model in DistributedDataParallel: gradients are all that the processes exchange in a step. Before `compile_blocks`.
 
     After its first backward pass DDP lays out its buckets anew, and with them the order in which three or more
     processes add up. So that a step after a resume rounds as in a run without, a backward pass of zeros comes first.
@@ -389,13 +378,13 @@ def wrap(model: Network, objective: Objective) -> nn.Module:
     torch._dynamo.config.optimize_ddp = False  # or its buckets would cut the compiled blocks in pieces
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases call broadcast_buffers by another name
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    device = next(model.parameters()).device
+        net = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model, device = state.model, state.ema.device
     x = torch.zeros(2, *model.latent_shape, device=device)  # (2, C, h, w)
     rows = BatchSlice(seeded_generator("first pass", device=device), 0, len(x))
     routing = model.training_routing(len(x), rows, device)
     nothing = conditions.repeat(model.null_condition, len(x), device)
-    errors = objective.errors(partial(net, routing=routing), x, nothing, rows)
+    errors = state.objective.errors(partial(net, routing=routing), x, nothing, rows)
     (model.reduce(*errors, routing) * 0).sum().backward()
     model.zero_grad(set_to_none=True)
     return net

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from data.encoding import Kind, PerChannel
 from guidance import Guidance
 from system import UserError
 from system.settings import (
     Check,
     Count,
+    Kind,
+    PerChannel,
     Positive,
     above,
     at_least,

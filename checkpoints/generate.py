@@ -10,10 +10,9 @@ import torch
 import conditions
 from checkpoints.load import Run, load_run
 from checkpoints.run_folder import complete_checkpoints, step_of
-from conditions import Condition
+from contracts import Condition, Routing
 from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
-from routing_module import Routing
 from solvers import flow_time, solve
 from system import UserError
 

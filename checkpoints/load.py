@@ -23,9 +23,7 @@ from checkpoints.run_folder import (
     step_of,
     verify_checkpoint,
 )
-from conditions import Condition
-from contracts import Network, Objective, check_members
-from routing_module import Routing
+from contracts import Condition, Network, Objective, Routing, check_members
 from system import UserError
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
@@ -108,7 +106,7 @@ def load_run(
     run = Run(
         model=model,
         objective=build(settings.objective, Objective, "objective"),
-        codec=build(settings.data.codec, Codec, "data.codec").to(device),
+        codec=build_codec(settings.data.codec, device),
         settings=settings,
         device=device,
         precision=precision,
@@ -131,6 +129,10 @@ def build_network(settings: Settings) -> Network:
     except ValueError as error:
         raise UserError(str(error)) from None
     return model
+
+
+def build_codec(section: dict, device: torch.device) -> Codec:
+    return build(section, Codec, "data.codec").to(device)
 
 
 def folder_of(ckpt: str | Path, path: Path) -> Path:

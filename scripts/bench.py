@@ -52,7 +52,6 @@ from autoencoder import PixelCodec
 from checkpoints.config import Settings
 from checkpoints.generate import count_calls, generate_latents
 from checkpoints.load import Run, build_network, round_linears
-from contracts import Objective
 from data.encoding import LatentEncoding
 from data.shards import finalize, shard_name, write_shard
 from guidance import Guidance
@@ -67,7 +66,7 @@ from system.settings import parse
 from train import train_step
 from training.ema import update_ema
 from training.log import TimedBatches
-from training.prepare import TrainingData, TrainState, batch_plan, build_objective, build_state, settle_precision
+from training.prepare import TrainingData, TrainState, batch_plan, build_state, settle_precision
 
 ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -273,13 +272,13 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
     dist = start_processes()
     if dist.num_processes > 1:
         raise UserError(f"bench.py measures one process; started with {dist.num_processes}")
-    plan, device = batch_plan(settings.train, dist), dist.device
+    plan, device = batch_plan(settings, dist), dist.device
     # Trained on noise at the full rate, weights would diverge, and CPUs are slow where numbers underflow.
     slow = dataclasses.replace(
         settings.train, lr=settings.train.lr / max(settings.train.warmup_steps, 1), warmup_steps=0
     )
     settings = settle_precision(dataclasses.replace(settings, train=slow), dist)
-    state = build_state(settings, dist, build_objective(settings, plan.micro_batch_size), new=False)
+    state = build_state(settings, dist, new=False)
     model = state.model
     if not model.routes:
         raise UserError("the model has no routes to compare with; needed: model=tread")
@@ -409,7 +408,7 @@ def bench_guidance(overrides: Sequence[str]) -> None:
     net = build_network(settings)
     if precision == "bf16":
         round_linears(net)
-    objective, one = build(settings.objective, Objective, "objective"), {"num_steps": 1}
+    objective, one = build(settings.objective, object, "objective"), {"num_steps": 1}
     pool = conditions.pool(net.null_condition)
     run = Run(net.to(device).eval(), objective, PixelCodec(), settings, device, precision, pool=pool)
     labels, seconds = conditions.choose("random", seeds, pool), {name: [] for name in methods}

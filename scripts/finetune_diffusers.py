@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints.config import Positive, Share
 from randomness import normal, seeded_generator
-from routing_blocks import routing
-from routing_diffusers import route
+from routing_diffusers import route, routing
 from system import cli
 from system.settings import at_least, parse
 

@@ -8,12 +8,10 @@ from accelerate import PartialState
 from torch import nn
 
 import data
-from autoencoder import Codec
-from checkpoints.config import Settings, Train
-from checkpoints.load import Run, build_network, load_run
+from checkpoints.config import Settings
+from checkpoints.load import Run, build_codec, build_network, load_run
 from checkpoints.run_folder import find_checkpoint, load_strictly, read_config
-from conditions import Condition
-from contracts import Network, Objective
+from contracts import Condition, Network, Objective
 from cost import cost_table, memory_table
 from data import BatchPlan
 from system import UserError, hub
@@ -84,15 +82,17 @@ def settle_precision(settings: Settings, dist: PartialState, resumed: Path | Non
     return replace(settings, train=train, eval=replace(settings.eval, precision="auto"))  # which follows train's
 
 
-def batch_plan(train: Train, dist: PartialState) -> BatchPlan:
+def batch_plan(settings: Settings, dist: PartialState) -> BatchPlan:
     """How the global batch splits over processes and accumulation. Raises UserError where it does not."""
-    world, total = dist.num_processes, train.global_batch_size
+    train, world, total = settings.train, dist.num_processes, settings.train.global_batch_size
     micro = train.micro_batch_size or total // world
     if total % (world * max(micro, 1)):
         raise UserError(
             f"train.global_batch_size={total} is not "
             f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
         )
+    if settings.objective.get("contrastive") and micro % 2:
+        raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
     return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)
 
 
@@ -129,20 +129,12 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     return TrainingData(train, data.open_latents(folder, split="val", **how) if has_val else train, plan)
 
 
-def build_objective(settings: Settings, micro_batch: int) -> Objective:
-    """Raises UserError where it cannot be trained in micro-batches of this size."""
-    objective = build(settings.objective, Objective, "objective")
-    if getattr(objective, "contrastive", 0) and micro_batch % 2:
-        found = f"an even size, got {micro_batch}"
-        raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: {found}")
-    return objective
-
-
-def build_state(settings: Settings, dist: PartialState, objective: Objective, new: bool) -> TrainState:
+def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState:
     """The state before the first step; a `new` run starts from init_from, if set. Raises UserError."""
     starts_elsewhere = new and settings.init_from is not None
     if starts_elsewhere:
         find_checkpoint(settings.init_from, "init_from")
+    objective = build(settings.objective, Objective, "objective")
     torch.manual_seed(settings.seed)  # for the initial weights; training itself never uses the global generator
     model = build_network(settings).to(dist.device)
     if starts_elsewhere:
@@ -152,7 +144,7 @@ def build_state(settings: Settings, dist: PartialState, objective: Objective, ne
         block.recompute = settings.train.gradient_checkpointing
     optimizer = make_optimizer(model, settings.optimizer, settings.train.lr)
     guard = FiniteGuard(optimizer, dist.device, settings.train.on_nonfinite)
-    codec = build(settings.data.codec, Codec, "data.codec").to(dist.device)
+    codec = build_codec(settings.data.codec, dist.device)
     ema = TrainedEma(averages["ema"], objective, codec, settings, dist.device, settings.train.precision)
     return TrainState(model, model, averages, optimizer, guard, objective, ema)
 
