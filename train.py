@@ -110,8 +110,6 @@ def train(settings: Settings) -> int:
     state = build_state(settings, dist, objective, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
     check_sampling(settings, state.ema)
-    if settings.eval.every:
-        extractor_and_reference(settings.eval)
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.train.fingerprint)
     lock = reserve_run_folder(run_folder, settings, state.step) if dist.is_main_process else contextlib.nullcontext()
@@ -148,6 +146,7 @@ def check_sampling(settings: Settings, ema: Run) -> None:
     if settings.preview.every:
         check_request(ema, settings.preview, preview_condition(settings.preview, ema), settings.preview.num_images)
     if settings.eval.every:
+        extractor_and_reference(settings.eval)
         condition = conditions.choose(settings.eval.labels, settings.eval.all_seeds[:1], ema.pool)
         check_request(ema, settings.eval, condition, settings.eval.batch_size)
 
@@ -157,7 +156,7 @@ def run_steps(
     log: Log,
 ) -> int:  # fmt: skip
     """The loop -> exit code. At its head is what is due after a step; a resumed run does what is not there yet."""
-    everything, cfg, dist = (settings, processes, loaded, state, run_folder, log), settings.train, processes.dist
+    cfg, dist = settings.train, processes.dist
     loader = data.make_loader(
         loaded.train, loaded.plan, seed=settings.seed, start_step=state.step, num_steps=cfg.max_steps,
         num_workers=settings.data.num_workers, pin_memory=dist.device.type == "cuda",
@@ -166,24 +165,28 @@ def run_steps(
     while True:
         trained = state.step > resumed_at
         stop = stop or trained and processes.stops_after(state.step)
-        if stop and processes.alone:
-            return save_alone(*everything)
+        alone = stop and processes.alone  # process 0 after the launcher's end, which saves what the step left
         last = stop or state.step >= cfg.max_steps
         save_due = last or every(cfg.save_every, state.step) or every(settings.eval.every, state.step)
-        if log.steps and (every(cfg.log_every, state.step) or save_due):
+        if log.steps and not alone and (every(cfg.log_every, state.step) or save_due):
             bad_step = log.train(state, grad_norm, batches.waited, len(loaded.train.faults))
             if bad_step:
                 dump = dump_bad_step(settings, loaded, run_folder, bad_step) if dist.is_main_process else None
                 bad = f"a gradient of step {bad_step} was not finite; nothing was updated"
                 log.close(f"error: {bad}; samples in {dump}")
                 return EXIT_NOT_FINITE
-        if trained and every(cfg.check_replicas_every, state.step) and dist.num_processes > 1:
+        if alone and state.guard.mode == "stop" and state.guard.count:
+            return EXIT_NOT_FINITE
+        if trained and every(cfg.check_replicas_every, state.step) and dist.num_processes > 1 and not alone:
             check_replicas(state.model, state.step, dist)
         if trained and save_due:
-            save_checkpoint(*everything)
+            with log.pause(), nullcontext() if alone else together():
+                if dist.is_main_process and not is_complete(run_folder, state.step):
+                    fingerprint = loaded.train.fingerprint
+                    save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
         if state.step and not stop:
             try:
-                between_steps(*everything)
+                between_steps(settings, processes, loaded, state, run_folder, log)
             except Preempted:
                 stop = True
                 continue
@@ -194,7 +197,7 @@ def run_steps(
         update_averages(state.averages, state.model, state.step, cfg.ema_decay, cfg.ema_ramp)
         log.add(loss)
     if stop:
-        return end_early(*everything)
+        return end_early(processes, state.step, run_folder, log)
     past = f", past train.max_steps={cfg.max_steps}: nothing to do" if state.step > cfg.max_steps else ""
     log.close(f"{run_folder}: trained to step {state.step}{past}")
     dist.wait_for_everyone()
@@ -211,7 +214,8 @@ def train_step(
     cfg, model, plan, step = settings.train, state.model, loaded.plan, state.step
     device = state.ema.device
     total = torch.zeros((), device=device)
-    set_learning_rate(state.optimizer, learning_rate(step, cfg))
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
     for micro in range(plan.accumulation):
         raw, condition = next(batches)
         rows = plan.slice(seeded_generator(settings.seed, "train", step, device=device), micro)
@@ -231,11 +235,6 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.where(good, total, 0), grad_norm
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -321,40 +320,15 @@ def preview_condition(settings: Preview, ema: Run) -> Condition:
     return conditions.choose("balanced", range(settings.num_images), ema.pool)
 
 
-def save_checkpoint(
-    settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState, run_folder: Path,
-    log: Log,
-) -> None:  # fmt: skip
-    """The checkpoint of the last step, unless it is there already."""
-    with log.pause(), nullcontext() if processes.alone else together():
-        if processes.dist.is_main_process and not is_complete(run_folder, state.step):
-            fingerprint = loaded.train.fingerprint
-            save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
-
-
-def save_alone(
-    settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState, run_folder: Path,
-    log: Log,
-) -> int:  # fmt: skip
-    """Process 0 after the launcher's end saves what its step left, without a word to the others -> exit code."""
-    if state.guard.mode == "stop" and state.guard.count:
-        return EXIT_NOT_FINITE
-    save_checkpoint(settings, processes, loaded, state, run_folder, log)
-    return end_early(settings, processes, loaded, state, run_folder, log)
-
-
-def end_early(
-    settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState, run_folder: Path,
-    log: Log,
-) -> int:  # fmt: skip
+def end_early(processes: PreemptionHandler, step: int, run_folder: Path, log: Log) -> int:
     """Says that a saved run is to be started again -> exit code.
 
     <run folder>/start_again says it to job scripts: no launcher hands on the exit code that does.
     """
     if processes.dist.is_main_process:
         with log.survive(START_AGAIN):
-            write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} after step {state.step}\n")
-    log.close(f"stopped by {processes.reason} after step {state.step}, saved: the same command continues")
+            write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} after step {step}\n")
+    log.close(f"stopped by {processes.reason} after step {step}, saved: the same command continues")
     return EXIT_START_AGAIN
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from checkpoints.config import Settings
 from checkpoints.curves import log_lines
 from system import UserError, cli
-from system.processes import Elsewhere, Preempted, from_first
+from system.processes import OtherProcessFailed, Preempted, from_first
 from training.prepare import TrainState
 from training.trackers import TRACKERS
 
@@ -115,7 +115,7 @@ class Log:
             raise
         except Exception as error:
             if self.dist.is_main_process and not (once and what in self.warned):
-                if isinstance(error, Elsewhere):
+                if isinstance(error, OtherProcessFailed):
                     self.warn(f"{what} failed on {error}")
                 else:
                     self.warn(f"{what} failed: {type(error).__name__}: {cli.one_line(error)}")

@@ -169,7 +169,7 @@ def start_from(ckpt: str, model: Network, objective: Objective) -> None:
 def describe(
     settings: Settings, model: Network, loaded: TrainingData, resumed: Path | None, compiled: str, why_not: str
 ) -> str:
-    """The first lines of a run's output. Memory is told where it is a device's own, or was asked for."""
+    """The first lines of a run's output. Memory: on GPUs, and where hardware.memory_gb asks for it."""
     on, latents, plan = next(model.parameters()).device.type, loaded.train, loaded.plan
     told = on == "cuda" or settings.hardware.memory_gb is not None
     held = {"class": f", {latents.num_classes} classes", "text": ", with texts", "none": ""}[latents.condition]
