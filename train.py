@@ -370,7 +370,7 @@ def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan) -> int
 
 
 def wrap(state: TrainState) -> nn.Module:
-    """The model in DistributedDataParallel: gradients are all that the processes exchange in a step. Before `compile_blocks`.
+    """The model in DistributedDataParallel, before `compile_blocks`: in a step the processes exchange gradients alone.
 
     After its first backward pass DDP lays out its buckets anew, and with them the order in which three or more
     processes add up. So that a step after a resume rounds as in a run without, a backward pass of zeros comes first.
