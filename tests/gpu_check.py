@@ -139,7 +139,8 @@ def main(arguments: list[str]) -> None:
     settings = config_of("DiT-B/2", 256, small)
     found = {
         "device": name, "torch": torch.__version__, "goals": GOALS, "tests": tests, "rows": rows, "left_out": left_out,
-        "loader_samples_per_s": loader_rate(settings), "sampling_images_per_s": sampling_rates(settings, 4 if small else 256),
+        "loader_samples_per_s": loader_rate(settings),
+        "sampling_images_per_s": sampling_rates(settings, 4 if small else 256),
         "scoring_images_per_s": scoring_rate(16 if small else 5000), "seconds": time.monotonic() - started,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
