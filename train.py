@@ -146,10 +146,10 @@ def train(settings: Settings) -> int:
 def check_sampling(settings: Settings, ema: Run) -> None:
     """Raises UserError for previews and evaluations that could not be drawn, before the first step."""
     if settings.preview.every:
-        check_request(ema, settings.preview, preview_condition(settings.preview, ema), settings.preview.num_images)
+        check_request(ema, settings.preview, preview_condition(settings.preview, ema))
     if settings.eval.every:
         condition = conditions.choose(settings.eval.labels, settings.eval.all_seeds[:1], ema.pool)
-        check_request(ema, settings.eval, condition, settings.eval.batch_size)
+        check_request(ema, settings.eval, condition)
 
 
 def run_steps(
