@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,20 +45,17 @@ NamedTensors = dict[str, dict[str, torch.Tensor]]
 
 def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
     """{file: {name: tensor}} of a checkpoint: the tensors themselves, not copies. The largest file comes first."""
-    names = {p: name for name, p in modules["model"].named_parameters()}
-    state = {
-        f"{names[p]}/{field}": torch.as_tensor(value)
-        for p, fields in optimizer.state.items()
-        for field, value in fields.items()
-    }
+    named = modules["model"].named_parameters()
+    states = ((name, field, value) for name, p in named for field, value in optimizer.state.get(p, {}).items())
+    state = {f"{name}/{field}": torch.as_tensor(value) for name, field, value in states}
     return {"optimizer.safetensors": state} | {f"{name}.safetensors": m.state_dict() for name, m in modules.items()}
 
 
 def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str) -> Path:
     """Writes the checkpoint of `step`, of `checkpoint_tensors`, and points `latest` at it.
 
-    state: plain numbers and strings, for trainer_state.json. config: the settings, as YAML. Raises OSError where the
-    disk cannot be written or has less than 102 % of the bytes free; earlier checkpoints are untouched.
+    state: for trainer_state.json. config: the settings, as YAML. Raises OSError where the disk cannot be written or has
+    less than 102 % of the bytes free; earlier checkpoints are untouched.
     """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
@@ -86,13 +84,9 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
                 with usual_mode(temporary / name):
                     save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, temporary / name)
                 entries[name] = pool.submit(seal, temporary / name)
-        files = {name: entries[name].result() for name in sorted(entries)}
-        manifest = {"step": step_of(target), "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        if target.exists():
-            # A damaged checkpoint of this step, skipped at the resume: moved aside until its replacement is there.
+        manifest = {"step": step_of(target), "files": {name: entries[name].result() for name in sorted(entries)}}
+        write_text_atomic(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        if target.exists():  # a damaged checkpoint, skipped at the resume: moved aside until its replacement is there
             shutil.rmtree(aside := target.with_name(f"{TEMPORARY}old_{target.name}"), ignore_errors=True)
             os.rename(target, aside)
         os.rename(temporary, target)
@@ -151,18 +145,11 @@ def abandon_after(run_folder: Path, step: int) -> Path | None:
     abandoned.mkdir(exist_ok=True)
     if (log := run_folder / "metrics.jsonl").is_file():
         shutil.copy2(log, abandoned)
+    (folder / "latest").unlink(missing_ok=True)  # until the next save
     for path in sorted(later, key=step_of, reverse=True):
         os.rename(path, abandoned / (path.name if path.parent == folder else f"snapshot_{path.name}"))
     sync(folder)
-    if remaining := latest_checkpoint(run_folder):
-        write_text_atomic(folder / "latest", remaining.name + "\n")
-    else:
-        (folder / "latest").unlink(missing_ok=True)
     return abandoned
-
-
-def average_name(width: float) -> str:
-    return f"power_{width}"
 
 
 def average_files(folder: Path) -> dict[float, Path]:
@@ -173,10 +160,10 @@ def average_files(folder: Path) -> dict[float, Path]:
 def snapshots_until(checkpoint: Path) -> list[Path]:
     """The run's folders with power averages, oldest first, one for each step up to the checkpoint's: the checkpoint in
     float32 where there still is one."""
-    run_folder = checkpoint.absolute().parent.parent
+    run_folder, last = checkpoint.absolute().parent.parent, step_of(checkpoint)
     every = (*complete_checkpoints(run_folder, "snapshots"), *complete_checkpoints(run_folder), checkpoint)
-    folders = {step_of(p): p for p in every if average_files(p)}
-    return [folders[step] for step in sorted(folders) if step <= step_of(checkpoint)]
+    folders = {step_of(p): p for p in every if average_files(p) and step_of(p) <= last}
+    return [folders[step] for step in sorted(folders)]
 
 
 def complete_checkpoints(run_folder: Path, kind: str = "checkpoints") -> list[Path]:
@@ -204,7 +191,6 @@ def newest_intact(run_folder: Path) -> Path | None:
         except UserError as error:
             if is_main():
                 print(f"warning: {error}; going back to the one before", file=sys.stderr)
-    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -245,12 +231,12 @@ def read_manifest(checkpoint: Path) -> dict:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         return {"step": int(manifest["step"]), "files": dict(manifest["files"])}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
 
 
 def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> None:
-    """Raises UserError where a file is missing or differs from the manifest in any byte. only: these files; None = all.
+    """Raises UserError where a file is missing, or differs from the manifest in any byte. only: these files; None = all.
 
     What the manifest does not name must not be read either.
     """
@@ -258,11 +244,9 @@ def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> No
     for name in files if only is None else only:
         path = checkpoint / name
         if name not in files or not path.is_file():
-            by = "not named by the manifest" if path.is_file() else "missing, but the manifest names it"
-            raise UserError(f"{path} is {by}: the checkpoint is damaged")
+            raise UserError(f"{path} is missing, there or in the manifest: the checkpoint is damaged")
         # On resuming, the processes of a job may see different checkpoints, so that none waits for another's answer.
-        found = (sha256_of if only is None else sha256_once)(path)
-        if path.stat().st_size != files[name]["bytes"] or found != files[name]["sha256"]:
+        if (sha256_of if only is None else sha256_once)(path) != files[name]["sha256"]:
             raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
 
 
@@ -275,38 +259,31 @@ def read_config(checkpoint: Path) -> Settings:
 def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Loads tensors whose names and shapes are exactly the module's. Raises UserError with the first that differ."""
     own, theirs = ({key: tuple(t.shape) for key, t in named.items()} for named in (module.state_dict(), tensors))
-    missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
-    shapes = sorted(key for key in own.keys() & theirs.keys() if own[key] != theirs[key])
-    if missing or extra or shapes:
-        parts = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {extra[:3]}"] * bool(extra)
-        parts += [f"{key} is {theirs[key]} in the file and {own[key]} in the model" for key in shapes[:3]]
-        raise UserError(f"{source} is of another model: {'; '.join(parts)}")
+    differing = sorted({key for key, _ in own.items() ^ theirs.items()})[:3]
+    lines = [
+        f"{k} is {theirs.get(k, 'missing')} in the file and {own.get(k, 'missing')} in the model" for k in differing
+    ]
+    if lines:
+        raise UserError(f"{source} is of another model: {'; '.join(lines)}")
     module.load_state_dict(tensors)
 
 
 def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the optimizer's state, which is saved by parameter name.
-
-    Raises UserError for names that the model lacks and for the state of another optimizer.
-    """
-    path = checkpoint / "optimizer.safetensors"
-    names = {p: name for name, p in model.named_parameters()}
-    state = {name: {} for name in names.values()}
+    """Restores the optimizer's state, saved by parameter name. Raises UserError for the state of another optimizer."""
+    path, saved = checkpoint / "optimizer.safetensors", defaultdict(dict)
     for key, value in read_tensors(path).items():
         name, _, field = key.rpartition("/")
-        if name not in state:
-            raise UserError(f"{path} has state of {name!r}, which the model lacks")
-        state[name][field] = value
-    order = [(names[p], "betas" in group) for group in optimizer.param_groups for p in group["params"]]
-    for name, adam in order:
-        needed = "exp_avg" if adam else "momentum_buffer"
-        if state[name] and needed not in state[name]:
-            raise UserError(
-                f"{path} is of another optimizer: it has {', '.join(state[name])} of {name}, needed: {needed}; "
-                f"continue with the run's own optimizer=, or start a new run with init_from="
-            )
-    state = {i: state[name] for i, (name, _) in enumerate(order) if state[name]}  # as PyTorch numbers parameters
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        saved[name][field] = value
+    names, state = {p: name for name, p in model.named_parameters()}, {}  # state: as PyTorch numbers parameters
+    for group in optimizer.param_groups:
+        needed = "exp_avg" if "betas" in group else "momentum_buffer"
+        for i, p in enumerate(group["params"], len(state)):
+            state[i] = saved.get(names[p], {})
+            if state[i] and needed not in state[i]:
+                found = f"it has {', '.join(state[i])} of {names[p]}, needed: {needed}"
+                cure = "continue with the run's own optimizer=, or start a new run with init_from="
+                raise UserError(f"{path} is of another optimizer: {found}; {cure}")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: held for i, held in state.items() if held}})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -25,9 +25,8 @@ def save(
     kept: Condition = None,  # texts to sample and score with, without the data
 ) -> None:
     """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts."""
-    tensors = checkpoint_tensors(modules, optimizer)
-    if kept is not None:
-        tensors[CONDITIONS_FILE] = conditions.save(kept)
+    texts = {} if kept is None else {CONDITIONS_FILE: conditions.save(kept)}
+    tensors = checkpoint_tensors(modules, optimizer) | texts
     for pause in (*PAUSES_S, None):
         try:
             write_checkpoint(run_folder, step, tensors, {"data": fingerprint}, to_yaml(settings))
@@ -35,7 +34,7 @@ def save(
         except OSError as error:
             if pause is None:
                 raise
-            reason = cli.one_line(error)
-            print(f"warning: checkpoint of step {step}: {reason}; trying again in {pause} s", file=sys.stderr)
+            again = f"{cli.one_line(error)}; trying again in {pause} s"
+            print(f"warning: checkpoint of step {step}: {again}", file=sys.stderr)
             time.sleep(pause)
     prune_checkpoints(run_folder, settings.train.keep_last, settings.train.keep_every)

@@ -16,7 +16,7 @@ from checkpoints.run_folder import (
     find_checkpoint,
     latest_checkpoint,
     load_optimizer,
-    load_weights,
+    load_strictly,
     newest_intact,
     prune_checkpoints,
     read_tensors,
@@ -45,6 +45,10 @@ def save(folder, step, trained):
     return write_checkpoint(folder, step, tensors, {"data": "x"}, "a: 1\n")
 
 
+def load_weights(path, module, name):
+    load_strictly(module, read_tensors(path / name), str(path))
+
+
 def test_round_trip(tmp_path, trained):
     model, ema, optimizer = trained
     path = save(tmp_path, 7, trained)
@@ -53,13 +57,13 @@ def test_round_trip(tmp_path, trained):
     torch.manual_seed(1)
     other = DiT(8, 4, 1, 16, 1, 2, num_classes=2, learn_sigma=False)
     restored = torch.optim.AdamW(other.parameters(), lr=1e-3, fused=True)
-    load_weights(path, other, "raw")
+    load_weights(path, other, "model.safetensors")
     load_optimizer(path, other, restored)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         for field, value in optimizer.state[mine].items():
             assert torch.equal(value, restored.state[theirs][field])
-    load_weights(path, other, "ema")
+    load_weights(path, other, "ema.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), other.parameters()))
     saved = read_tensors(path / "model.safetensors")
     assert all(not key.startswith(("module.", "_orig_mod.")) for key in saved)
@@ -206,11 +210,9 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path, what):
 def test_weights_of_another_model_are_refused_with_the_keys(tmp_path, trained):
     path = save(tmp_path, 1, trained)
     with pytest.raises(ValueError, match="another model.*blocks.1"):
-        load_weights(path, DiT(8, 4, 1, 16, 2, 2, num_classes=2, learn_sigma=False), "raw")
+        load_weights(path, DiT(8, 4, 1, 16, 2, 2, num_classes=2, learn_sigma=False), "model.safetensors")
     with pytest.raises(ValueError, match="another model.*is .* in the file and"):
-        load_weights(path, DiT(8, 4, 1, 32, 1, 2, num_classes=2, learn_sigma=False), "raw")
-    with pytest.raises(ValueError, match="ema or raw"):
-        load_weights(path, trained[0], "best")
+        load_weights(path, DiT(8, 4, 1, 32, 1, 2, num_classes=2, learn_sigma=False), "model.safetensors")
 
 
 def test_manifest_names_every_file(tmp_path, trained):
