@@ -35,8 +35,7 @@ from checkpoints.generate import check_request, generate
 from checkpoints.load import Run, build_network
 from checkpoints.naming import run_name, sweep_name
 from checkpoints.resuming import find_resume, reserve_run_folder, resume
-from checkpoints.run_folder import START_AGAIN, is_complete
-from checkpoints.saving import save
+from checkpoints.run_folder import START_AGAIN, is_complete, save
 from conditions import Condition
 from contracts import Network, Objective
 from cost import cost_table, memory_table, out_of_memory

@@ -35,7 +35,7 @@ def read_log(run_folder: Path) -> list[dict]:
 
 
 def log_lines(log: Path) -> Iterator[tuple[int, str, dict | None]]:
-    """(number from 1, text, values; None where a full disk or a power cut has broken it) of each line of a log, if any."""
+    """(number from 1, text, values; None where a full disk or a power cut has broken it) of each line of a log."""
     # What follows the last line's end, a job is or was writing.
     lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else ()
     for number, line in enumerate(lines, 1):

@@ -32,12 +32,9 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
         ckpt = kept[0]
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
     found, needed = ((*each.model.latent_shape, each.objective.predicts) for each in (weak, run))
-    if found != needed:
-        raise UserError(
-            f"weak_ckpt={ckpt} is for other latents or predictions: {found}; needed: {needed}, as in the run"
-        )
-    if not conditions.alike(run.model.null_condition, weak.model.null_condition):
-        raise UserError(f"weak_ckpt={ckpt} is for other conditions (classes or texts); needed: those of the run")
+    if found != needed or not conditions.alike(run.model.null_condition, weak.model.null_condition):
+        what = f"latents, predictions {found} or conditions"
+        raise UserError(f"weak_ckpt={ckpt} is for other {what}; needed: those of the run, {needed}")
     return weak
 
 

@@ -93,7 +93,7 @@ def resume(
 ) -> int:  # fmt: skip
     """Restores weights, averages and optimizer -> the checkpoint's step. Raises UserError where the run is another.
 
-    modules: by file, as `saving.save` takes them. fingerprint: the data's.
+    modules: by file, as `run_folder.save` takes them. fingerprint: the data's.
     """
     differing = differences(folders.read_config(path), settings)
     was = json.loads((path / "trainer_state.json").read_text())["data"]

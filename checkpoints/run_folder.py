@@ -27,8 +27,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoints.config import Settings, from_file
-from system import UserError, hub
+import conditions
+from checkpoints.config import Settings, from_file, to_yaml
+from conditions import Condition
+from system import UserError, cli, hub
 from system.files import sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
 from system.settings import read_yaml
@@ -40,7 +42,33 @@ TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
+PAUSES_S = (1, 10)  # before a failed save is tried again: a full disk or a network file system may recover
 NamedTensors = dict[str, dict[str, torch.Tensor]]
+
+
+def save(
+    run_folder: Path,
+    step: int,
+    settings: Settings,
+    modules: dict[str, torch.nn.Module],  # by file: "model", "ema", and power averages
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,  # of the data
+    kept: Condition = None,  # texts to sample and score with, without the data
+) -> None:
+    """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts."""
+    texts = {} if kept is None else {CONDITIONS_FILE: conditions.save(kept)}
+    tensors = checkpoint_tensors(modules, optimizer) | texts
+    for pause in (*PAUSES_S, None):
+        try:
+            write_checkpoint(run_folder, step, tensors, {"data": fingerprint}, to_yaml(settings))
+            break
+        except OSError as error:
+            if pause is None:
+                raise
+            again = f"{cli.one_line(error)}; trying again in {pause} s"
+            print(f"warning: checkpoint of step {step}: {again}", file=sys.stderr)
+            time.sleep(pause)
+    prune_checkpoints(run_folder, settings.train.keep_last, settings.train.keep_every)
 
 
 def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
@@ -107,8 +135,7 @@ def seal(path: Path) -> dict:
 
 def remove_temporaries(run_folder: Path) -> None:
     """Removes what a killed writer left."""
-    folder, snapshots = run_folder / "checkpoints", run_folder / "snapshots"
-    for path in (*folder.glob(f"{TEMPORARY}*"), *snapshots.glob(f"{TEMPORARY}*"), *folder.glob(".latest.*.tmp")):
+    for path in (*run_folder.glob(f"*/{TEMPORARY}*"), *run_folder.glob("checkpoints/.latest.*.tmp")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -236,10 +263,7 @@ def read_manifest(checkpoint: Path) -> dict:
 
 
 def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> None:
-    """Raises UserError where a file is missing, or differs from the manifest in any byte. only: these files; None = all.
-
-    What the manifest does not name must not be read either.
-    """
+    """Raises UserError where a file is missing, or not the manifest's to the byte. only: these files; None = all."""
     files = read_manifest(checkpoint)["files"]
     for name in files if only is None else only:
         path = checkpoint / name
@@ -260,11 +284,10 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], sou
     """Loads tensors whose names and shapes are exactly the module's. Raises UserError with the first that differ."""
     own, theirs = ({key: tuple(t.shape) for key, t in named.items()} for named in (module.state_dict(), tensors))
     differing = sorted({key for key, _ in own.items() ^ theirs.items()})[:3]
-    lines = [
-        f"{k} is {theirs.get(k, 'missing')} in the file and {own.get(k, 'missing')} in the model" for k in differing
-    ]
-    if lines:
-        raise UserError(f"{source} is of another model: {'; '.join(lines)}")
+    if differing:
+        both = [(key, theirs.get(key, "missing"), own.get(key, "missing")) for key in differing]
+        told = "; ".join(f"{key} is {found} in the file and {needed} in the model" for key, found, needed in both)
+        raise UserError(f"{source} is of another model: {told}")
     module.load_state_dict(tensors)
 
 
