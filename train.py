@@ -127,7 +127,7 @@ def train(settings: Settings) -> int:
         log = Log(settings, run_folder, state.step, dist)
         log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
         if dist.is_main_process and (warning := data.scale_warning(loaded.train, objective.sigma_data)):
-            log.warn(warning)
+            data.latents.warn(warning)
         try:
             return run_steps(settings, processes, loaded, state, run_folder, log)
         except Exception as error:

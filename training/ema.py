@@ -2,8 +2,7 @@
 
 The power average of relative width s at step t gives the weights of step i the weight i^gamma: its standard deviation
 is s t. Training keeps two; every save stores them, as a snapshot. A mix of snapshots approximates any other width.
-Times enter as ratios alone, so they are steps here, where the paper counts images. Numbers of equations and algorithms
-are the paper's.
+Numbers of equations and algorithms are the paper's, whose times are images, not steps: only ratios matter.
 """
 
 import copy
@@ -84,10 +83,7 @@ def check_reconstruction(checkpoint: Path, weights: str, width: float) -> None:
 
 
 def reconstruct(checkpoint: Path, width: float) -> dict[str, torch.Tensor]:
-    """The average of this width at a checkpoint's step, by name. At a stored width it is the stored average itself.
-
-    Raises UserError where a file that it reads is damaged.
-    """
+    """The average of this width at a checkpoint's step; at a stored width, the stored one. Raises UserError."""
     stored = average_files(checkpoint)
     if width in stored:
         verify_checkpoint(checkpoint, only=[stored[width].name])

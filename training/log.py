@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from checkpoints.config import Settings
 from checkpoints.curves import log_lines
+from data.latents import warn
 from system import UserError, cli
 from system.processes import Elsewhere, Preempted, from_first
 from training.prepare import TrainState
@@ -55,7 +56,7 @@ class Log:
         )  # fmt: skip
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether the run had such values, or a preview, of this step when it was resumed: the same on all processes."""
+        """Whether the run had such values, or a preview, of this step when it was resumed, on all processes."""
         return step == self.resumed_at and any(name.startswith(prefix) for name in self.there)
 
     def say(self, text: str) -> None:
@@ -71,7 +72,7 @@ class Log:
     def train(self, state: TrainState, grad_norm: torch.Tensor, waited: float, left_out: int) -> int:
         """One line on the steps since the last one -> the first non-finite step, where it ends the run, else 0.
 
-        waited: seconds for data so far. left_out: this process's damaged samples. Training waits for the device here only.
+        waited: seconds for data so far. left_out: this process's damaged samples. The device is waited for here only.
         """
         guard, lr = state.guard, state.optimizer.param_groups[0]["lr"]
         totals = torch.stack([self.losses, torch.full_like(self.losses, left_out)])
@@ -107,13 +108,10 @@ class Log:
         except Exception as error:
             if self.dist.is_main_process and not (once and what in self.warned):
                 own = f": {type(error).__name__}: {cli.one_line(error)}"
-                self.warn(f"{what} failed{f' on {error}' if isinstance(error, Elsewhere) else own}")
+                warn(f"{what} failed{f' on {error}' if isinstance(error, Elsewhere) else own}")
                 if not isinstance(error, (Elsewhere, UserError, OSError)):
                     traceback.print_exception(error)
             self.warned.add(what)
-
-    def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self.dist.is_main_process:
@@ -127,7 +125,7 @@ class Log:
         except OSError as error:  # kept, and written with the next line; what a full disk took of it goes
             with suppress(OSError):
                 os.truncate(self.path, size)
-            self.warn(f"{self.path}: {error.strerror}; training goes on")
+            warn(f"{self.path}: {error.strerror}; training goes on")
         known = {name: value for name, value in values.items() if value is not None}
         for name, (log, _) in self.trackers.items():
             with self.survive(name, once=True):

@@ -11,7 +11,6 @@ from checkpoints.run_folder import TRACKER_ID
 from system import UserError
 from system.files import write_text_atomic
 
-
 Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]  # log(step, values), finish()
 
 
