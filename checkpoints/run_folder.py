@@ -47,15 +47,13 @@ NamedTensors = dict[str, dict[str, torch.Tensor]]
 
 
 def save(
-    run_folder: Path,
-    step: int,
-    settings: Settings,
-    modules: dict[str, torch.nn.Module],  # by file: "model", "ema", and power averages
-    optimizer: torch.optim.Optimizer,
-    fingerprint: str,  # of the data
-    kept: Condition = None,  # texts to sample and score with, without the data
-) -> None:
-    """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts."""
+    run_folder: Path, step: int, settings: Settings, modules: dict[str, torch.nn.Module],
+    optimizer: torch.optim.Optimizer, fingerprint: str, kept: Condition = None,
+) -> None:  # fmt: skip
+    """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts.
+
+    modules: by file, "model", "ema" and averages. fingerprint: the data's. kept: texts to sample without the data.
+    """
     texts = {} if kept is None else {CONDITIONS_FILE: conditions.save(kept)}
     tensors = checkpoint_tensors(modules, optimizer) | texts
     for pause in (*PAUSES_S, None):
@@ -80,16 +78,15 @@ def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.opt
 
 
 def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str) -> Path:
-    """Writes the checkpoint of `step`, of `checkpoint_tensors`, and points `latest` at it.
+    """Writes a checkpoint, with `state` in trainer_state.json and `config` in config.yaml, and points `latest` at it.
 
-    state: for trainer_state.json. config: the settings, as YAML. Raises OSError where the disk cannot be written or has
-    less than 102 % of the bytes free; earlier checkpoints are untouched.
+    Raises OSError where the disk cannot be written or is too full; earlier checkpoints are untouched.
     """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
-    needed = sum(t.nbytes for named in tensors.values() for t in named.values())
+    needed = sum(t.nbytes for named in tensors.values() for t in named.values()) * 1.02
     free = shutil.disk_usage(next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())).free
-    if free < needed * 1.02:
+    if free < needed:
         reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
         raise OSError(errno.ENOSPC, reason, str(run_folder))
     write_folder(target, tensors, texts)
@@ -127,8 +124,8 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
 
 
 def seal(path: Path) -> dict:
-    """Flushes a file to disk -> its entry in the manifest."""
-    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}  # while the system writes it out
+    """Flushes a file to disk, hashing it while the system writes it out -> its entry in the manifest."""
+    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     sync(path)
     return entry
 
@@ -148,23 +145,24 @@ def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) 
         if keep_every and step_of(path) % keep_every == 0:
             continue
         try:  # 4 bytes a parameter of the checkpoint's 24
-            if averages := average_files(path):
-                halves = {p.name: {name: t.half() for name, t in read_tensors(p).items()} for p in averages.values()}
+            files = average_files(path).values()
+            halves = {file.name: {name: t.half() for name, t in read_tensors(file).items()} for file in files}
+            if halves:
                 write_folder(run_folder / "snapshots" / path.name, halves, {})
         except (OSError, UserError) as error:
             print(f"warning: {path} is not deleted, for its averages cannot be kept: {error}", file=sys.stderr)
-            continue
-        (path / MANIFEST).unlink()  # from here on it is no checkpoint
-        shutil.rmtree(path)
+        else:
+            (path / MANIFEST).unlink()  # from here on it is no checkpoint
+            shutil.rmtree(path)
 
 
 def abandon_after(run_folder: Path, step: int) -> Path | None:
     """Moves checkpoints and snapshots after `step`, and a copy of the log, to checkpoints/abandoned_<date>/ -> it.
 
-    For a run that goes back, whose own checkpoints are then the newest. None where nothing comes after `step`.
+    None where nothing comes after `step`.
     """
     folder = run_folder / "checkpoints"
-    places = (*folder.glob("step_*"), *(run_folder / "snapshots").glob("step_*"))
+    places = (p for kind in (folder, run_folder / "snapshots") for p in kind.glob("step_*"))
     later = [p for p in places if STEP_NAME.fullmatch(p.name) and step_of(p) > step]
     if not later:
         return None
@@ -185,8 +183,7 @@ def average_files(folder: Path) -> dict[float, Path]:
 
 
 def snapshots_until(checkpoint: Path) -> list[Path]:
-    """The run's folders with power averages, oldest first, one for each step up to the checkpoint's: the checkpoint in
-    float32 where there still is one."""
+    """Folders with power averages of the steps up to the checkpoint's, oldest first: in float32 where there are."""
     run_folder, last = checkpoint.absolute().parent.parent, step_of(checkpoint)
     every = (*complete_checkpoints(run_folder, "snapshots"), *complete_checkpoints(run_folder), checkpoint)
     folders = {step_of(p): p for p in every if average_files(p) and step_of(p) <= last}
@@ -275,7 +272,7 @@ def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> No
 
 
 def read_config(checkpoint: Path) -> Settings:
-    """The settings that a checkpoint was trained with. Raises UserError where they are damaged or of another format."""
+    """The settings of a run or checkpoint folder. Raises UserError where they are damaged or of another format."""
     path = checkpoint / "config.yaml"
     return from_file(read_yaml(path.read_bytes(), str(path)), str(path))
 

@@ -159,7 +159,6 @@ def describe(
 ) -> str:
     """The first lines of a run's output. Memory is told where it is a device's own, or was asked for."""
     on, latents, plan = next(model.parameters()).device.type, loaded.train, loaded.plan
-    told = on == "cuda" or settings.hardware.memory_gb is not None
     held = {"class": f", {latents.num_classes} classes", "text": ", with texts", "none": ""}[latents.condition]
     lines = [
         f"run        {Path(settings.results_dir) / settings.run_name}" + (f", from {resumed}" if resumed else ""),
@@ -168,7 +167,8 @@ def describe(
         f"data       {settings.data.path}: {len(latents)} samples of {tuple(latents.shape)}{held}",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated",
-        *([memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size)] if told else []),
         f"precision  {settings.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
     ]
+    if on == "cuda" or settings.hardware.memory_gb is not None:
+        lines.insert(-1, memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size))
     return "\n".join(lines)
