@@ -63,7 +63,7 @@ def drop(condition: Condition, null: Condition, rate: float, generators: Generat
     like = _labels_or_mask(condition)
     dropped = uniform(like.shape[:1], generators, device=like.device) < rate  # (B,)
     if not isinstance(condition, Text):
-        return torch.where(dropped, int(null), condition)
+        return torch.where(dropped, null[0], condition)  # a number, which no device waits for
     return _each(
         lambda a, b: torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), a, b), to(null, like.device), condition
     )

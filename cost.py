@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 import conditions
 from checkpoints.config import Settings
 from checkpoints.load import build_network
-from contracts import Network, Objective, muon_matrices
-from routing_module import Routing
+from contracts import Network, Objective, Routing, muon_matrices
 from system import cli
 from system.building import build
 from system.kernels import as_on_gpus

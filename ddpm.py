@@ -13,12 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from conditions import Condition
-from contracts import Objective
+from contracts import Condition, Objective, Source
 from randomness import normal, uniform
-from routing_module import Source
 from solvers import broadcast_t, edm_sampler, linear_alpha_bar
-from system import UserError
 
 
 class DDPM(Objective):
@@ -30,7 +27,7 @@ class DDPM(Objective):
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
         if num_steps < 2 or not 0 < beta_start <= beta_end < 1:
-            raise UserError(
+            raise ValueError(
                 f"needed: num_steps >= 2, 0 < beta_start <= beta_end < 1; got {num_steps}, {beta_start}, {beta_end}"
             )
         self.alpha_bar = linear_alpha_bar(num_steps, beta_start, beta_end)  # a_k

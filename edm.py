@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from conditions import Condition
-from contracts import Objective, weighted
+from contracts import Condition, Objective, Source, weighted
 from randomness import normal
-from routing_module import Source
 from solvers import broadcast_t, edm_sampler
 
 

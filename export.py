@@ -23,16 +23,12 @@ import yaml
 from safetensors.torch import save_file
 
 import conditions
-from autoencoder import PixelCodec
 from checkpoints.config import Settings, Train, Weights, Width, to_yaml
 from checkpoints.curves import log_lines
 from checkpoints.load import Run, load_run
 from checkpoints.run_folder import CONDITIONS_FILE, find_checkpoint
 from cost import cost_table
-from ddpm import DDPM
-from dit import DiT
 from evaluation.table import SCORES, finite
-from lightningdit import LightningDiT
 from system import UserError, cli, hub
 from system.files import usual_mode
 from system.settings import Check, parse
@@ -100,17 +96,18 @@ def check_layout(run: Run, layout: str) -> None:
     """Raises UserError where the layout of another project cannot hold the run's network."""
     if layout == "safetensors":
         return
-    model, objective, (_, h, w) = type(run.model), run.objective, run.model.latent_shape
-    kind, found = conditions.kind_of(run.model.null_condition), f"{run.checkpoint} is of the class {model.__name__}"
-    if layout == "diffusers" and (model is not DiT or not isinstance(objective, DDPM)):
-        raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found}, with {type(objective).__name__}")
-    if model not in (DiT, LightningDiT):
+    (_, h, w), objective = run.model.latent_shape, run.settings.objective["_target_"]
+    model, kind = run.settings.model["_target_"], conditions.kind_of(run.model.null_condition)
+    found = f"{run.checkpoint} is of the class {model}"
+    if layout == "diffusers" and (model, objective) != ("dit.DiT", "ddpm.DDPM"):
+        raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found}, with {objective}")
+    if model not in ("dit.DiT", "lightningdit.LightningDiT"):
         raise UserError(f"format={layout} is another project's, which cannot open it: {found}; needed: safetensors")
     if kind != "class" or h != w or layout == "diffusers" and len(run.pool) > pipeline.NULL_LABEL:
         found = f"{run.checkpoint} is for {conditions.KINDS[kind]} and latents of {h} x {w}"
         raise UserError(f"format={layout} needs labels (for diffusers 1000 at most) and square latents; {found}")
-    if layout == "sit" and objective.predicts != "velocity":
-        raise UserError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {objective.predicts}")
+    if layout == "sit" and (predicts := run.objective.predicts) != "velocity":
+        raise UserError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {predicts}")
     check_keys(run.model.state_dict(), run.checkpoint)
 
 
@@ -161,7 +158,7 @@ def export_pipeline(run: Run, tensors: Tensors, out: Path) -> None:
 
     names = {"num_steps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
     schedule = {names[key]: value for key, value in run.settings.objective.items() if key in names}
-    if isinstance(run.codec, PixelCodec):
+    if run.settings.data.codec["_target_"] == "autoencoder.PixelCodec":
         vae = pipeline.pixel_vae(run.model.latent_shape[0])
     elif run.codec.scale.ndim or run.codec.bias.any():
         raise UserError("format=diffusers needs latents of one scale and no bias; these have one per channel")

@@ -19,10 +19,8 @@ from typing import Annotated, Literal
 import torch
 
 import conditions
-from conditions import Condition
-from contracts import Network
+from contracts import Condition, Network, Routing, Source
 from routing_blocks import check_route
-from routing_module import Routing, Source
 from system import UserError
 from system.settings import at_least, between, check_fields
 

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Attention, Block, DiT, shape_of
-from routing_module import Route
+from dit import Attention, Block, DiT, Route, shape_of
 from system import UserError
 from system.kernels import linear
 

@@ -18,7 +18,6 @@ from conditions import Condition
 from dit import Block, DiT, FinalLayer, LabelEmbedder, modulate, sincos_positions, weights_of
 from routing_blocks import block_tokens
 from routing_module import Route, Routing, Source, gather_tokens, num_kept, run_blocks, scatter_tokens
-from system import UserError
 
 DECODER = dict(decoder_hidden_size=512, decoder_depth=8, decoder_num_heads=16)  # at every published size
 SMALL_DECODER = dict(decoder_hidden_size=64, decoder_depth=4, decoder_num_heads=2)  # XS's, in proportion to XL's
@@ -31,7 +30,7 @@ class MaskDiT(DiT):
     the mask token is not trained. mae_weight: the reconstruction's weight in the loss.
     decoder_hidden_size, decoder_depth, decoder_num_heads: None = by `size`.
 
-    Raises UserError for sizes that do not divide, and for a ratio that the selection does not allow.
+    Raises ValueError for sizes that do not divide, and for a ratio that the selection does not allow.
     """
 
     def __init__(
@@ -62,9 +61,9 @@ class MaskDiT(DiT):
         given = (decoder_hidden_size, decoder_depth, decoder_num_heads)
         width, depth, heads = (number if by is None else by for number, by in zip(named.values(), given))
         if min(width, depth, heads) < 1 or width % heads or width % 4:
-            raise UserError(f"decoder_hidden_size {width} must be divisible by decoder_num_heads ({heads}) and by 4")
+            raise ValueError(f"decoder_hidden_size {width} must be divisible by decoder_num_heads ({heads}) and by 4")
         if in_channels * self.patch_size**2 == 1 and mae_weight:
-            raise UserError(
+            raise ValueError(
                 "mae_weight normalises patches, and this model's have one number each; needed: mae_weight=0"
             )
         D, self.mae_weight = self.hidden_size, mae_weight

@@ -13,10 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from conditions import Condition
-from contracts import Objective
+from contracts import Condition, Objective, Source
 from randomness import normal, uniform
-from routing_module import Source
 from solvers import broadcast_t, flow_sampler
 from system import UserError
 

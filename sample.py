@@ -17,14 +17,12 @@ from typing import Any, Literal
 
 import conditions
 import data
-from autoencoder import Codec
 from checkpoints import config, gallery
 from checkpoints.config import Count, Generation, Seeds
 from checkpoints.generate import count_calls, generate
-from checkpoints.load import Run, load_run
+from checkpoints.load import Run, build_codec, load_run
 from checkpoints.naming import settings_name  # noqa: F401
 from system import UserError, cli
-from system.building import build
 from system.launchers import own_process
 from system.processes import start_processes
 from system.settings import parse
@@ -80,7 +78,7 @@ def adjust(run: Run, settings: Any) -> None:
     given = {key: value for key, value in asdict(settings.codec).items() if value is not None}
     codec = run.settings.data.codec | ({"_target_": "autoencoder.VAECodec"} if "path" in given else {}) | given
     if given:
-        run.codec = build(codec, Codec, "codec").to(run.device)
+        run.codec = build_codec(codec, run.device)
     sampler = settings.sampler or run.settings.sampler
     run.settings = replace(run.settings, sampler=sampler, data=replace(run.settings.data, codec=codec))
     if settings.data.path is not None:

@@ -18,7 +18,6 @@ from conditions import Condition
 from lightningdit import LightningDiT
 from randomness import uniform
 from routing_module import Route, Routing, gather_tokens, run_blocks, scatter_tokens
-from system import UserError
 
 DENSE = 2  # blocks of f, and of h
 
@@ -30,7 +29,7 @@ class Sprint(LightningDiT):
     training replaces the deep stream by the mask token. The other defaults are the paper's SiT: DiT's LayerNorm, rotary
     positions alone, QK-norm, SwiGLU; with norm="layer", mlp="gelu", qk_norm=False, rotary=False it is DiT.
 
-    Raises UserError for fewer than 5 blocks, and for a ratio that the selection does not allow.
+    Raises ValueError for fewer than 5 blocks, and for a ratio that the selection does not allow.
     """
 
     def __init__(
@@ -57,9 +56,9 @@ class Sprint(LightningDiT):
         text_width: int | None = None,
     ):
         if depth is not None and depth <= 2 * DENSE:
-            raise UserError(f"SPRINT's {2 * DENSE} dense blocks leave none of {depth} for its sparse middle")
+            raise ValueError(f"SPRINT's {2 * DENSE} dense blocks leave none of {depth} for its sparse middle")
         if not 0 <= path_drop < 1:
-            raise UserError(f"path_drop {path_drop}; needed: a probability in [0, 1)")
+            raise ValueError(f"path_drop {path_drop}; needed: a probability in [0, 1)")
         route = Route(selection_ratio, DENSE, -1 - DENSE, selection)
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,

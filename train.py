@@ -37,7 +37,6 @@ from checkpoints.naming import run_name, sweep_name
 from checkpoints.resuming import find_resume, reserve_run_folder, resume
 from checkpoints.run_folder import START_AGAIN, is_complete, save
 from conditions import Condition
-from contracts import Network, Objective
 from cost import cost_table, memory_table, out_of_memory
 from evaluation.evaluate import evaluate, extractor_and_reference, score_name
 from evaluation.score import write_metrics
@@ -51,16 +50,7 @@ from system.processes import Preempted, agree, start_processes, together
 from system.settings import parse
 from training.ema import update_averages
 from training.log import Log, TimedBatches, preview_path
-from training.prepare import (
-    TrainingData,
-    TrainState,
-    batch_plan,
-    build_objective,
-    build_state,
-    describe,
-    open_data,
-    settle_precision,
-)
+from training.prepare import TrainingData, TrainState, batch_plan, build_state, describe, open_data, settle_precision
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
 from training.trackers import check_installed
 
@@ -95,10 +85,9 @@ def train(settings: Settings) -> int:
     set_determinism(settings.train.deterministic)
     dist = start_processes(settings.train.timeout_s)
     check_installed(settings.log)
-    plan, run_folder = batch_plan(settings.train, dist), Path(settings.results_dir) / settings.run_name
-    objective = build_objective(settings, plan.micro_batch_size)
+    plan, run_folder = batch_plan(settings, dist), Path(settings.results_dir) / settings.run_name
     if settings.train.dry_run:
-        return dry_run(settle_precision(settings, dist), dist, plan, objective)
+        return dry_run(settle_precision(settings, dist), dist, plan)
     resumed = find_resume(settings, run_folder)
     settings = settle_precision(settings, dist, resumed)
     loaded = open_data(settings, dist, plan)
@@ -106,11 +95,9 @@ def train(settings: Settings) -> int:
         "run_name": settings.run_name, "train.precision": settings.train.precision,
         "the checkpoint to resume from": resumed and resumed.name, "the data's fingerprint": loaded.train.fingerprint,
     })  # fmt: skip
-    state = build_state(settings, dist, objective, new=resumed is None)
+    state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
     check_sampling(settings, state.ema)
-    if settings.eval.every:
-        extractor_and_reference(settings.eval)
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.train.fingerprint)
     lock = reserve_run_folder(run_folder, settings, state.step) if dist.is_main_process else contextlib.nullcontext()
@@ -120,13 +107,13 @@ def train(settings: Settings) -> int:
         torch.compiler.reset()  # a sweep trains several models in one process
         compiled, why_not = decide_compile(settings.train.compile, dist.device)
         if dist.num_processes > 1:
-            state.net = wrap(state.model, objective)
+            state.net = wrap(state)
         compile_blocks(state.model.all_blocks, compiled)
         compile_blocks(state.ema.model.all_blocks, compiled, dynamic=True)
         state.ema.compile = compiled
         log = Log(settings, run_folder, state.step, dist)
         log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
-        if dist.is_main_process and (warning := data.scale_warning(loaded.train, objective.sigma_data)):
+        if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
             data.latents.warn(warning)
         try:
             return run_steps(settings, processes, loaded, state, run_folder, log)
@@ -147,6 +134,7 @@ def check_sampling(settings: Settings, ema: Run) -> None:
     if settings.preview.every:
         check_request(ema, settings.preview, preview_condition(settings.preview, ema))
     if settings.eval.every:
+        extractor_and_reference(settings.eval)
         condition = conditions.choose(settings.eval.labels, settings.eval.all_seeds[:1], ema.pool)
         check_request(ema, settings.eval, condition)
 
@@ -156,7 +144,7 @@ def run_steps(
     log: Log,
 ) -> int:  # fmt: skip
     """The loop -> exit code. At its head is what is due after a step; a resumed run does what is not there yet."""
-    everything, cfg, dist = (settings, processes, loaded, state, run_folder, log), settings.train, processes.dist
+    cfg, dist = settings.train, processes.dist
     loader = data.make_loader(
         loaded.train, loaded.plan, seed=settings.seed, start_step=state.step, num_steps=cfg.max_steps,
         num_workers=settings.data.num_workers, pin_memory=dist.device.type == "cuda",
@@ -165,24 +153,28 @@ def run_steps(
     while True:
         trained = state.step > resumed_at
         stop = stop or trained and processes.stops_after(state.step)
-        if stop and processes.alone:
-            return save_alone(*everything)
+        alone = stop and processes.alone  # process 0 after the launcher's end, which saves what the step left
         last = stop or state.step >= cfg.max_steps
         save_due = last or every(cfg.save_every, state.step) or every(settings.eval.every, state.step)
-        if log.steps and (every(cfg.log_every, state.step) or save_due):
+        if log.steps and not alone and (every(cfg.log_every, state.step) or save_due):
             bad_step = log.train(state, grad_norm, batches.waited, len(loaded.train.faults))
             if bad_step:
                 dump = dump_bad_step(settings, loaded, run_folder, bad_step) if dist.is_main_process else None
                 bad = f"a gradient of step {bad_step} was not finite; nothing was updated"
                 log.close(f"error: {bad}; samples in {dump}")
                 return EXIT_NOT_FINITE
-        if trained and every(cfg.check_replicas_every, state.step) and dist.num_processes > 1:
+        if alone and state.guard.mode == "stop" and state.guard.count:
+            return EXIT_NOT_FINITE
+        if trained and every(cfg.check_replicas_every, state.step) and dist.num_processes > 1 and not alone:
             check_replicas(state.model, state.step, dist)
         if trained and save_due:
-            save_checkpoint(*everything)
+            with log.pause(), nullcontext() if alone else together():
+                if dist.is_main_process and not is_complete(run_folder, state.step):
+                    fingerprint = loaded.train.fingerprint
+                    save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
         if state.step and not stop:
             try:
-                between_steps(*everything)
+                between_steps(settings, processes, loaded, state, run_folder, log)
             except Preempted:
                 stop = True
                 continue
@@ -193,7 +185,7 @@ def run_steps(
         update_averages(state.averages, state.model, state.step, cfg.ema_decay, cfg.ema_ramp)
         log.add(loss)
     if stop:
-        return end_early(*everything)
+        return end_early(processes, state.step, run_folder, log)
     past = f", past train.max_steps={cfg.max_steps}: nothing to do" if state.step > cfg.max_steps else ""
     log.close(f"{run_folder}: trained to step {state.step}{past}")
     dist.wait_for_everyone()
@@ -210,7 +202,8 @@ def train_step(
     cfg, model, plan, step = settings.train, state.model, loaded.plan, state.step
     device = state.ema.device
     total = torch.zeros((), device=device)
-    set_learning_rate(state.optimizer, learning_rate(step, cfg))
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
     for micro in range(plan.accumulation):
         raw, condition = next(batches)
         rows = plan.slice(seeded_generator(settings.seed, "train", step, device=device), micro)
@@ -230,11 +223,6 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.where(good, total, 0), grad_norm
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -320,40 +308,15 @@ def preview_condition(settings: Preview, ema: Run) -> Condition:
     return conditions.choose("balanced", range(settings.num_images), ema.pool)
 
 
-def save_checkpoint(
-    settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState, run_folder: Path,
-    log: Log,
-) -> None:  # fmt: skip
-    """The checkpoint of the last step, unless it is there already."""
-    with log.pause(), nullcontext() if processes.alone else together():
-        if processes.dist.is_main_process and not is_complete(run_folder, state.step):
-            fingerprint = loaded.train.fingerprint
-            save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
-
-
-def save_alone(
-    settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState, run_folder: Path,
-    log: Log,
-) -> int:  # fmt: skip
-    """Process 0 after the launcher's end saves what its step left, without a word to the others -> exit code."""
-    if state.guard.mode == "stop" and state.guard.count:
-        return EXIT_NOT_FINITE
-    save_checkpoint(settings, processes, loaded, state, run_folder, log)
-    return end_early(settings, processes, loaded, state, run_folder, log)
-
-
-def end_early(
-    settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState, run_folder: Path,
-    log: Log,
-) -> int:  # fmt: skip
+def end_early(processes: PreemptionHandler, step: int, run_folder: Path, log: Log) -> int:
     """Says that a saved run is to be started again -> exit code.
 
     <run folder>/start_again says it to job scripts: no launcher hands on the exit code that does.
     """
     if processes.dist.is_main_process:
         with log.survive(START_AGAIN):
-            write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} after step {state.step}\n")
-    log.close(f"stopped by {processes.reason} after step {state.step}, saved: the same command continues")
+            write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} after step {step}\n")
+    log.close(f"stopped by {processes.reason} after step {step}, saved: the same command continues")
     return EXIT_START_AGAIN
 
 
@@ -382,13 +345,13 @@ def dump_bad_step(settings: Settings, loaded: TrainingData, run_folder: Path, st
     return path
 
 
-def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan, objective: Objective) -> int:
+def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan) -> int:
     """Builds the run, prints its cost and takes one step on noise; reads and writes no data -> exit code 0."""
-    state = build_state(settings, dist, objective, new=True)
+    state = build_state(settings, dist, new=True)
     state.ema.pool = conditions.pool(state.model.null_condition, kept=state.model.null_condition)
     check_sampling(settings, state.ema)
     if dist.num_processes > 1:
-        state.net = wrap(state.model, objective)
+        state.net = wrap(state)
     noise = seeded_generator(settings.seed, "dry run", dist.process_index, device=dist.device)
     shape = (plan.micro_batch_size, *state.model.latent_shape)
     nothing = conditions.repeat(state.model.null_condition, plan.micro_batch_size, dist.device)
@@ -405,8 +368,8 @@ def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan, object
     return 0
 
 
-def wrap(model: Network, objective: Objective) -> nn.Module:
-    """In DistributedDataParallel: gradients are all that the processes exchange in a step. Before `compile_blocks`.
+def wrap(state: TrainState) -> nn.Module:
+    """The model in DistributedDataParallel, before `compile_blocks`: in a step the processes exchange gradients alone.
 
     After its first backward pass DDP lays out its buckets anew, and with them the order in which three or more
     processes add up. So that a step after a resume rounds as in a run without, a backward pass of zeros comes first.
@@ -414,13 +377,13 @@ def wrap(model: Network, objective: Objective) -> nn.Module:
     torch._dynamo.config.optimize_ddp = False  # or its buckets would cut the compiled blocks in pieces
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases call broadcast_buffers by another name
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    device = next(model.parameters()).device
+        net = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model, device = state.model, state.ema.device
     x = torch.zeros(2, *model.latent_shape, device=device)  # (2, C, h, w)
     rows = BatchSlice(seeded_generator("first pass", device=device), 0, len(x))
     routing = model.training_routing(len(x), rows, device)
     nothing = conditions.repeat(model.null_condition, len(x), device)
-    errors = objective.errors(partial(net, routing=routing), x, nothing, rows)
+    errors = state.objective.errors(partial(net, routing=routing), x, nothing, rows)
     (model.reduce(*errors, routing) * 0).sum().backward()
     model.zero_grad(set_to_none=True)
     return net

@@ -10,10 +10,21 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from data.encoding import Kind, PerChannel
 from guidance import Guidance
 from system import UserError
-from system.settings import Check, Count, Positive, above, at_least, at_most, between, parse, refuse_interpolations
+from system.settings import (
+    Check,
+    Count,
+    Kind,
+    PerChannel,
+    Positive,
+    above,
+    at_least,
+    at_most,
+    between,
+    parse,
+    refuse_interpolations,
+)
 
 FORMAT = 1  # of config.yaml and of exports
 

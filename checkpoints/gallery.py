@@ -105,7 +105,7 @@ def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *
 
 
 def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
-    """After all images of `seeds`: a grid of the first 400, samples.json."""
+    """Writes a grid of the first 400 images and samples.json, once all images of `seeds` are there."""
     images = torch.from_numpy(np.stack(list(read_images(folder, seeds[:400])))).permute(0, 3, 1, 2)  # (n, 3, H, W)
     save_grid(images, folder / "grid.png", columns=10 if len(images) <= 100 else 20)
     write_manifest(folder, manifest)

@@ -10,7 +10,7 @@ import torch
 import conditions
 from checkpoints.load import Run, load_run
 from checkpoints.run_folder import complete_checkpoints, step_of
-from conditions import Condition
+from contracts import Condition
 from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
 from solvers import flow_time, solve

@@ -13,9 +13,7 @@ from autoencoder import Codec
 from checkpoints import run_folder as folders
 from checkpoints.config import Settings, from_file
 from checkpoints.run_folder import CONDITIONS_FILE, WEIGHTS_FILES, load_strictly, read_tensors
-from conditions import Condition
-from contracts import Network, Objective, check_members
-from routing_module import Routing
+from contracts import Condition, Network, Objective, Routing, check_members
 from system import UserError
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
@@ -92,7 +90,7 @@ def load_run(
     model.to(device).eval().requires_grad_(False)
     kept = conditions.load(read_tensors(beside)) if beside.is_file() else None
     objective = build(settings.objective, Objective, "objective")
-    codec = build(settings.data.codec, Codec, "data.codec").to(device)
+    codec = build_codec(settings.data.codec, device)
     run = Run(model, objective, codec, settings, device, precision, step=step, weights=weights, checkpoint=path)
     run.pool, run.folder = conditions.pool(model.null_condition, kept), folder_of(ckpt, path)
     run.compile_as(compile)
@@ -108,6 +106,10 @@ def build_network(settings: Settings) -> Network:
         return model
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def build_codec(section: dict, device: torch.device) -> Codec:
+    return build(section, Codec, "data.codec").to(device)
 
 
 def folder_of(ckpt: str | Path, path: Path) -> Path:

@@ -12,7 +12,7 @@ LONGEST = 200  # bytes; file systems take 255
 def settings_name(settings, leave_out: Collection[str] = ()) -> str:
     """The fields of a dataclass that differ from their defaults: scale-1.5_seeds-0-9; "default" where none does.
 
-    A section or a dictionary among them is told by its digest alone.
+    A section or a dictionary among them appears as its digest.
     """
     values, parts = asdict(settings), []
     for field in fields(settings):

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.convert import Conversion, convert
-from data.encoding import Kind, LatentEncoding, PerChannel
+from data.encoding import LatentEncoding
 from data.inspect import as_text, inspect
 from data.shards import finalize, read_manifest
 from system import UserError, cli
-from system.settings import Positive, parse
+from system.settings import Kind, PerChannel, Positive, parse
 
 
 @dataclass(frozen=True)

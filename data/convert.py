@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.encoding import Kind, LatentEncoding, PerChannel, guess_kind, model_shape
+from data.encoding import LatentEncoding, guess_kind, model_shape
 from data.foreign import Source, open_source
 from data.loader import Order
 from data.shards import finalize, reserve, shard_name, write_shard
 from system import UserError
 from system.files import locked
 from system.launchers import usable_cpus
-from system.settings import Count, Positive
+from system.settings import Count, Kind, PerChannel, Positive
 
 
 @dataclass(frozen=True)

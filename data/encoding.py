@@ -11,15 +11,14 @@ Moments are sampled anew at every use. `scale` and `bias` are numbers, or lists 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from randomness import Generators, normal
 from system import UserError
+from system.settings import Kind, PerChannel
 
-Kind = Literal["sample_scaled", "sample_raw", "moments_logvar", "mean_std"]
-PerChannel = float | tuple[float, ...]  # a number, or one per channel; meta.json has lists
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to it too
 
 

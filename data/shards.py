@@ -29,11 +29,12 @@ import numpy as np
 
 from conditions import KINDS
 from data.archives import ARRAY, LABEL, TEXT
-from data.encoding import Kind, LatentEncoding
+from data.encoding import LatentEncoding
 from data.index import build_index, find_layout, load_index, save_index
 from data.latents import Latents, channel_stats, warn
 from system import UserError
 from system.files import atomic_file, sha256_of, write_text_atomic
+from system.settings import Kind
 
 SPLITS = ("train", "val")
 FILE_NAME = "meta.json"

@@ -20,7 +20,7 @@ from evaluation.score import describe_scoring, distance_name, read_part, score, 
 from system import UserError
 from system.processes import start_processes
 
-# Left out of folders' names: what changes no score, and what `score_name` tells in its own way.
+# Left out of folders' names: what changes no score, and what `score_name` adds in its own way.
 UNNAMED = (
     "ckpt", "images", "out", "batch_size", "digits", "fashion", "every", "extractor", "extractor_weights",
     "extractor_sha256", "ref", "metrics", "precision", "compile",

@@ -19,39 +19,22 @@ STATE_DICT = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 TORCHSCRIPT = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 TRUE_WEIGHTS = {STATE_DICT: "torch-fidelity", TORCHSCRIPT: "NVIDIA"}  # distances in their features are FIDs
 
-# Names of the convolutions, NVIDIA's: torch-fidelity's.
-STEM = {
-    "conv": "Conv2d_1a_3x3", "conv_1": "Conv2d_2a_3x3", "conv_2": "Conv2d_2b_3x3",
-    "conv_3": "Conv2d_3b_1x1", "conv_4": "Conv2d_4a_3x3",
-}  # fmt: skip
-A = {
-    "conv": "branch1x1", "tower.conv": "branch5x5_1", "tower.conv_1": "branch5x5_2", "tower_1.conv": "branch3x3dbl_1",
-    "tower_1.conv_1": "branch3x3dbl_2", "tower_1.conv_2": "branch3x3dbl_3", "tower_2.conv": "branch_pool",
-}  # fmt: skip
-B = {
-    "conv": "branch3x3",
-    "tower.conv": "branch3x3dbl_1", "tower.conv_1": "branch3x3dbl_2", "tower.conv_2": "branch3x3dbl_3",
-}  # fmt: skip
-C = {
-    "conv": "branch1x1", "tower.conv": "branch7x7_1", "tower.conv_1": "branch7x7_2", "tower.conv_2": "branch7x7_3",
-    "tower_1.conv": "branch7x7dbl_1", "tower_1.conv_1": "branch7x7dbl_2", "tower_1.conv_2": "branch7x7dbl_3",
-    "tower_1.conv_3": "branch7x7dbl_4", "tower_1.conv_4": "branch7x7dbl_5", "tower_2.conv": "branch_pool",
-}  # fmt: skip
-D = {
-    "tower.conv": "branch3x3_1", "tower.conv_1": "branch3x3_2", "tower_1.conv": "branch7x7x3_1",
-    "tower_1.conv_1": "branch7x7x3_2", "tower_1.conv_2": "branch7x7x3_3", "tower_1.conv_3": "branch7x7x3_4",
-}  # fmt: skip
-E = {
-    "conv": "branch1x1", "tower_conv": "branch3x3_1", "tower_mixed_conv": "branch3x3_2a",
-    "tower_mixed_conv_1": "branch3x3_2b", "tower_1_conv": "branch3x3dbl_1", "tower_1_conv_1": "branch3x3dbl_2",
-    "tower_1_mixed_conv": "branch3x3dbl_3a", "tower_1_mixed_conv_1": "branch3x3dbl_3b", "tower_2_conv": "branch_pool",
-}  # fmt: skip
+# NVIDIA's names of the convolutions, in the order of torch-fidelity's.
+A = "conv tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_2.conv"
+B = "conv tower.conv tower.conv_1 tower.conv_2"
+C = (
+    "conv tower.conv tower.conv_1 tower.conv_2 "
+    "tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_1.conv_3 tower_1.conv_4 tower_2.conv"
+)
+D = "tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_1.conv_3"
+E = (
+    "conv tower_conv tower_mixed_conv tower_mixed_conv_1 "
+    "tower_1_conv tower_1_conv_1 tower_1_mixed_conv tower_1_mixed_conv_1 tower_2_conv"
+)
+BLOCKS = zip(("mixed", *(f"mixed_{i}" for i in range(1, 11))), (A, A, A, B, C, C, C, C, D, E, E))
+CONVOLUTIONS = ["layers.conv", *(f"layers.conv_{i}" for i in range(1, 5))]
+CONVOLUTIONS += [f"layers.{block}.{name}" for block, names in BLOCKS for name in names.split()]
 LEAVES = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
-BLOCKS = {
-    "mixed": ("Mixed_5b", A), "mixed_1": ("Mixed_5c", A), "mixed_2": ("Mixed_5d", A), "mixed_3": ("Mixed_6a", B),
-    "mixed_4": ("Mixed_6b", C), "mixed_5": ("Mixed_6c", C), "mixed_6": ("Mixed_6d", C), "mixed_7": ("Mixed_6e", C),
-    "mixed_8": ("Mixed_7a", D), "mixed_9": ("Mixed_7b", E), "mixed_10": ("Mixed_7c", E),
-}  # fmt: skip
 
 
 def published_weights() -> Path:
@@ -75,28 +58,36 @@ def load(path: Path, layers: list[str]) -> torch.nn.Module:
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    class Unloaded(FeatureExtractorInceptionV3):  # the constructor unpickles a file: an empty one of our own
+        def load_state_dict(self, state: dict) -> None: ...
+
+    torch.save({}, empty := io.BytesIO())
+    empty.seek(0)
+    net = Unloaded("inception-v3-compat", layers, feature_extractor_weights_path=empty)
     try:
         if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            state = dict(_translate(torch.jit.load(path, map_location="cpu").state_dict()))
+            nvidias = torch.jit.load(path, map_location="cpu").state_dict()
+            state = dict(_translate(nvidias, convolutions(net.state_dict())))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
         reason = f"cannot be read without running code ({type(error).__name__})"
         raise UserError(f"{path} holds no Inception weights, or {reason}") from None
-    own_bytes = io.BytesIO()  # the constructor unpickles its file, so it gets one that we have just written
-    torch.save(state, own_bytes)
-    own_bytes.seek(0)
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=own_bytes)
+        torch.nn.Module.load_state_dict(net, state)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: these are not Inception's weights: {' '.join(str(error).split())[:200]}") from None
+    return net
 
 
-def _translate(theirs: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def convolutions(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """{NVIDIA's name: torch-fidelity's name} of each convolution, from torch-fidelity's state dict."""
+    own = [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]
+    return dict(zip(CONVOLUTIONS, own, strict=True))
+
+
+def _translate(theirs: dict[str, torch.Tensor], names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     """NVIDIA's tensors under torch-fidelity's names. Their batch norms have no scale: it is one."""
-    names = {f"layers.{name}": own for name, own in STEM.items()}
-    for block, (own_block, convolutions) in BLOCKS.items():
-        names |= {f"layers.{block}.{name}": f"{own_block}.{own}" for name, own in convolutions.items()}
     for name, own in names.items():
         for leaf, key in LEAVES.items():
             yield f"{own}.{key}", theirs[f"{name}.{leaf}"]

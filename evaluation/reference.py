@@ -53,7 +53,7 @@ def reference_from(
 
 
 def shipped_reference(extractor: Extractor, path: str | Path) -> Reference:
-    """Of the training images that extractor=mnist or fashion is for, in the folder `path`, written on first use.
+    """The reference of extractor=mnist or fashion: its training images, in the folder `path`, written on first use.
 
     It has the features of at most MAX_FEATURES images and is kept in the folder.
     """

@@ -52,7 +52,6 @@ from autoencoder import PixelCodec
 from checkpoints.config import Settings
 from checkpoints.generate import count_calls, generate_latents
 from checkpoints.load import Run, build_network, round_linears
-from contracts import Objective
 from data.encoding import LatentEncoding
 from data.shards import finalize, shard_name, write_shard
 from guidance import Guidance
@@ -67,7 +66,7 @@ from system.settings import parse
 from train import train_step
 from training.ema import update_ema
 from training.log import TimedBatches
-from training.prepare import TrainingData, TrainState, batch_plan, build_objective, build_state, settle_precision
+from training.prepare import TrainingData, TrainState, batch_plan, build_state, settle_precision
 
 ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -145,7 +144,7 @@ def plain_step(settings: Settings, loaded: TrainingData, state: TrainState, batc
         x = loaded.train.to_model_input(raw, rows)
         y = torch.where(uniform(y.shape, rows, device=device) < train.label_dropout, state.model.num_classes, y)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            routing = Routing(generators=rows)
+            routing = state.model.training_routing(len(x), rows, device)
             errors = state.objective.errors(partial(state.model, routing=routing), x, y, rows)
             loss = state.model.reduce(*errors, routing).mean()
         (loss / plan.accumulation).backward()
@@ -273,20 +272,20 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
     dist = start_processes()
     if dist.num_processes > 1:
         raise UserError(f"bench.py measures one process; started with {dist.num_processes}")
-    plan, device = batch_plan(settings.train, dist), dist.device
+    plan, device = batch_plan(settings, dist), dist.device
     # Trained on noise at the full rate, weights would diverge, and CPUs are slow where numbers underflow.
     slow = dataclasses.replace(
         settings.train, lr=settings.train.lr / max(settings.train.warmup_steps, 1), warmup_steps=0
     )
     settings = settle_precision(dataclasses.replace(settings, train=slow), dist)
-    state = build_state(settings, dist, build_objective(settings, plan.micro_batch_size), new=False)
+    state = build_state(settings, dist, new=False)
     model = state.model
     if not model.routes:
         raise UserError("the model has no routes to compare with; needed: model=tread")
     states = {"ours": (state, our_step, our_update)}
     if compare:
         states["plain"] = plain_state(state, settings), plain_step, plain_update
-    ways = {"dense": (), "routed": model.routes}
+    ways = {"dense": lambda *given: None, "routed": model.training_routing}
     report = {(whose, way): {} for whose in states for way in ways}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +297,7 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
         def step(whose: str, way: str) -> None:
             state, take, _ = states[whose]
             state.step += 1
-            state.model.routes = ways[way]
+            state.model.training_routing = ways[way]
             take(settings, loaded, state, batches)
 
         def each_step() -> None:
@@ -342,7 +341,6 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
         optimizer = lambda: with_gradients(state, torch.randn_like, lambda: seconds_of(state.optimizer.step, device))
         optimizer_s = statistics.median(optimizer() for _ in range(rounds))
 
-    model.routes = ways["routed"]
     gmacs = {"dense": model.macs() / 1e9, "routed": model.macs(Routing()) / 1e9}
     for kind, row in report.items():
         median = statistics.median(seconds[kind])
@@ -410,7 +408,7 @@ def bench_guidance(overrides: Sequence[str]) -> None:
     net = build_network(settings)
     if precision == "bf16":
         round_linears(net)
-    objective, one = build(settings.objective, Objective, "objective"), {"num_steps": 1}
+    objective, one = build(settings.objective, object, "objective"), {"num_steps": 1}
     pool = conditions.pool(net.null_condition)
     run = Run(net.to(device).eval(), objective, PixelCodec(), settings, device, precision, pool=pool)
     labels, seconds = conditions.choose("random", seeds, pool), {name: [] for name in methods}

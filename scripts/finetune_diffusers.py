@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints.config import Positive, Share
 from randomness import normal, seeded_generator
-from routing_blocks import routing
-from routing_diffusers import route
-from system import cli
+from routing_diffusers import route, routing
+from system import UserError, cli
 from system.settings import at_least, parse
 
 HEADS = dict(num_attention_heads=4, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
@@ -44,7 +43,10 @@ class Finetuning:
 def main(overrides: list[str]) -> None:
     cfg, flux = parse(Finetuning, cli.load_config("finetune_diffusers", overrides)), FluxTransformer2DModel
     model = flux.from_pretrained(cfg.transformer, subfolder="transformer") if cfg.transformer else flux(**TINY)
-    model, shape = route(model, cfg.start, cfg.end, cfg.ratio).to(cfg.device), model.config
+    try:
+        model, shape = route(model, cfg.start, cfg.end, cfg.ratio).to(cfg.device), model.config
+    except ValueError as error:
+        raise UserError(str(error)) from None
     scheduler, optimizer = FlowMatchEulerDiscreteScheduler(), torch.optim.AdamW(model.parameters(), lr=cfg.lr)
     (pixels, labels), patch = map(torch.from_numpy, mnist_data()), int(shape.in_channels**0.5)
     x = F.pad(pixels.view(-1, 1, 28, 28).float() / 127.5 - 1, [0, -28 % patch] * 2, value=-1)

@@ -28,7 +28,11 @@ def build(section: Mapping, base: type, key: str):
     for name, _ in nested(settings, key):
         if re.search(r"\._\w*_$", name):
             raise UserError(f"{name} is no setting; needed: plain values beside {key}._target_")
-    return cls(**arguments(cls, settings, key))
+    arguments_of = arguments(cls, settings, key)
+    try:
+        return cls(**arguments_of)
+    except ValueError as error:  # of the maths, which knows no commands
+        raise UserError(str(error)) from None
 
 
 def class_of(target, base: type, key: str) -> type:

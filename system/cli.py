@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from system import UserError
 from system.launchers import own_process
-from system.processes import end_processes, first_to_tell, lost_others, roll_call
+from system.processes import claim_report, connection_lost, end_processes, roll_call
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -110,7 +110,7 @@ def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, 
 def user_errors() -> Iterator[None]:
     """A UserError, OSError or config error inside becomes `error: <one line>` on stderr and exit code 2.
 
-    Every other exception is a bug, and keeps its traceback. Of several processes one tells.
+    Every other exception is a bug, and keeps its traceback. Of several processes one reports it.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises its errors, instead of printing them and exiting 1
@@ -129,22 +129,22 @@ def user_errors() -> Iterator[None]:
 
 
 def leave(error: Exception) -> NoReturn:
-    """Ends this one of several processes after an error. The first to fail tells why; those that it pulled down do not.
+    """Ends this one of several processes after an error. The first to fail says why; those that it pulled down do not.
 
     Without an orderly exit, which would wait for a process group that is broken.
     """
-    lost = lost_others(error)
+    lost = connection_lost(error)
     missing = roll_call() if lost else []
     rank = os.environ.get("RANK", "0")
-    tells, code = first_to_tell(2 if isinstance(error, USER_ERRORS) else 1)
-    if tells:
+    reports, code = claim_report(2 if isinstance(error, USER_ERRORS) else 1)
+    if reports:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, as soon as another process has left
-    if tells and lost:
+    if reports and lost:
         text = f"process {rank} lost the others: {one_line(error)}; not answering: {missing or 'none'}"
         print(f"error: {text}", file=sys.stderr)
-    elif tells and isinstance(error, USER_ERRORS) and not SHOW_TRACEBACK:
+    elif reports and isinstance(error, USER_ERRORS) and not SHOW_TRACEBACK:
         print(f"error: {one_line(error)}", file=sys.stderr)
-    elif tells:
+    elif reports:
         print(f"process {rank} failed first:\n{''.join(traceback.format_exception(error))}", end="", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -34,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def usual_mode(path: Path) -> Iterator[None]:
-    """A new file's permissions for one that safetensors writes inside: it would be readable by its owner alone."""
+    """Gives a file that safetensors writes inside a new file's permissions: its owner alone could read it otherwise."""
     path.touch()
     mode = path.stat().st_mode & 0o777
     yield

@@ -13,26 +13,20 @@ import torch
 
 from system import UserError
 
-# What `accelerate launch` hands on by environment: its flag, and the key to use instead.
-SAVES_MEMORY = "train.gradient_checkpointing=true, to save memory on plain DDP"
-NOT_HONOURED = {
-    "ACCELERATE_USE_FSDP": ("--use_fsdp", SAVES_MEMORY),
-    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", SAVES_MEMORY),
-    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", SAVES_MEMORY),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", SAVES_MEMORY),
-    "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", "train.compile=blocks, or compile=blocks when sampling"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("--gradient_accumulation_steps", "train.micro_batch_size"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("--gradient_clipping", "train.grad_clip"),
+# What `accelerate launch` hands on of flags by which a model may fit into memory that does not fit here.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
 }
-ASKS_FOR_NOTHING = ("", "0", "1", "1.0", "false", "no", "none")
 
 
 def own_process() -> None:
-    """For a command's own process: malloc and threads suited to training on CPUs, and an end with its launcher.
+    """Prepares a command's own process: malloc and threads for training on CPUs, and it ends with its launcher.
 
-    Raises UserError for flags of the launcher that are not honoured.
+    Raises UserError for flags of the launcher that ask for another way to train.
     """
-    refuse_flags()
+    refuse_sharding()
     end_with_launcher()
     if torch.cuda.is_available():
         return
@@ -42,15 +36,11 @@ def own_process() -> None:
         torch.set_num_threads(usable_cpus())  # `accelerate launch` leaves a lone process one thread
 
 
-def refuse_flags() -> None:
-    """Raises UserError for flags of `accelerate launch` that would change nothing here."""
-    given = launcher_arguments()
-    for variable, (flag, instead) in NOT_HONOURED.items():
-        value = os.environ.get(variable, "")
-        if not value and flag in given:  # some flags are handed on to DeepSpeed alone
-            value = given[flag]
-        if value.lower() not in ASKS_FOR_NOTHING or variable.startswith("ACCELERATE_USE") and value == "1":
-            raise UserError(f"{flag} of the launcher is not honoured here; needed: {instead}")
+def refuse_sharding() -> None:
+    """Raises UserError where `accelerate launch` was told to divide the model among the processes."""
+    for variable, flag in SHARDING.items():
+        if os.environ.get(variable) == "true":
+            raise UserError(f"{flag} of the launcher has no effect here; needed: train.gradient_checkpointing=true")
 
 
 def launcher_arguments() -> dict[str, str]:
@@ -86,7 +76,7 @@ def end_with_parent() -> None:
 
 
 def usable_cpus() -> int:
-    """Of this process: fewer than the machine has under taskset, SLURM or a container's cpuset."""
+    """The CPUs that this process may use: not all under taskset, SLURM or a container's cpuset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

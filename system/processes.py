@@ -13,7 +13,11 @@ from accelerate import PartialState
 
 from system import UserError
 
-LOST = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+CONNECTION_ERRORS = (
+    torch.distributed.DistBackendError,
+    torch.distributed.DistNetworkError,
+    torch.distributed.DistStoreError,
+)
 agreements = 0  # that `together` has made so far: the same number on all processes
 
 
@@ -21,12 +25,12 @@ class Preempted(Exception):
     """Work between two steps was left, because the job has to stop."""
 
 
-class Elsewhere(RuntimeError):
+class OtherProcessFailed(RuntimeError):
     """Another process failed. The message says which one, and ends with its traceback."""
 
 
 def start_processes(timeout_s: float = 600) -> PartialState:
-    """This process's rank, device and process group, which the first call joins.
+    """This process's rank, device and process group; the first call joins the group.
 
     timeout_s: seconds that the others may take to answer. Without a GPU, several processes communicate through gloo.
     """
@@ -67,21 +71,21 @@ def store() -> torch.distributed.Store:
 def together() -> Iterator[None]:
     """Work that ends alike on all processes: what fails on one is raised on all, so that none goes on alone.
 
-    The process that failed raises its own error; the others UserError or Elsewhere, naming it. Preempted on one is
-    Preempted on all. All processes must come here. Collectives within the work need a `together` of their own before
-    them.
+    The process that failed raises its own error; the others UserError or OtherProcessFailed, which name it. Preempted
+    on one is Preempted on all. All processes must come here. Collectives within the work need a `together` of their
+    own before them.
     """
     global agreements
     own = None
     try:
         yield
     except Exception as error:
-        if not several() or lost_others(error) or getattr(error, "agreed", False):
+        if not several() or connection_lost(error) or getattr(error, "agreed", False):
             raise
         own = error
     if not several():
         return
-    if own is not None and not isinstance(own, Elsewhere):
+    if own is not None and not isinstance(own, OtherProcessFailed):
         store().set(f"tread_failed_{agreements}", "yes")
     outcomes: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(outcomes, outcome_of(own))
@@ -91,7 +95,7 @@ def together() -> Iterator[None]:
         return
     stopping = next((failure for failure in failed if failure[1] is Preempted), None)
     rank, kind, text = stopping or failed[0]
-    if own is None or isinstance(own, Elsewhere) or stopping:
+    if own is None or isinstance(own, OtherProcessFailed) or stopping:
         own = kind(text) if kind is Preempted else kind(f"process {rank}: {text}")
     own.agreed = True  # an outer `together` has nothing to ask any more
     raise own
@@ -99,16 +103,16 @@ def together() -> Iterator[None]:
 
 def outcome_of(error: Exception | None) -> tuple[type, str] | None:
     """What the other processes raise for this one's error, and its text; None = nothing went wrong here."""
-    if error is None or isinstance(error, Elsewhere):
+    if error is None or isinstance(error, OtherProcessFailed):
         return None
     if isinstance(error, Preempted):
         return Preempted, str(error)
     if isinstance(error, (UserError, OSError)):
         return UserError, str(error)
-    return Elsewhere, "".join(traceback.format_exception(error)).strip()
+    return OtherProcessFailed, "".join(traceback.format_exception(error)).strip()
 
 
-def failed_elsewhere() -> bool:
+def other_process_failed() -> bool:
     """Whether another process has failed in the present `together`, so that the rest of the work is in vain."""
     return several() and store().check([f"tread_failed_{agreements}"])
 
@@ -159,38 +163,38 @@ def agree(facts: dict[str, str]) -> None:
                 )
 
 
-def lost_others(error: BaseException) -> bool:
+def connection_lost(error: BaseException) -> bool:
     """Whether an error says that other processes no longer answer. gloo has no class of its own for it."""
-    return isinstance(error, LOST) or (
+    return isinstance(error, CONNECTION_ERRORS) or (
         isinstance(error, RuntimeError) and "/gloo/transport/" in str(error) and "enforce fail" not in str(error)
     )
 
 
 def roll_call(seconds: float = 3.0) -> list[int]:
-    """After a lost connection: the ranks that do not answer, as soon as one of the others has told what happened."""
+    """After a lost connection: the ranks that do not answer, as soon as one of the others has reported the error."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     deadline = time.monotonic() + seconds
     missing = list(range(world))
     with contextlib.suppress(RuntimeError):  # the store has gone, with the launcher that held it
         store().set(f"tread_alive_{rank}", "yes")
-        while missing and time.monotonic() < deadline and not store().check(["tread_told"]):
+        while missing and time.monotonic() < deadline and not store().check(["tread_reported"]):
             missing = [rank for rank in missing if not store().check([f"tread_alive_{rank}"])]
             time.sleep(0.1)
     return missing
 
 
-def first_to_tell(code: int) -> tuple[bool, int]:
-    """(whether this process tells the job's error: the first that asks does, the exit code of that one).
+def claim_report(code: int) -> tuple[bool, int]:
+    """(whether this process reports the job's error: the first that asks does, that one's exit code).
 
     Before the processes have met, it is the first of each machine; another one, with an error of its own, after 5 s.
     """
     if not torch.distributed.is_initialized():
         if int(os.environ.get("LOCAL_RANK", 0)):
-            time.sleep(5)  # the launcher ends this process when the first has told the error and left
+            time.sleep(5)  # the launcher ends this process when the first has reported its error and left
         return True, code
     own = f"{torch.distributed.get_rank()} {code}"
     try:
-        told = store().compare_set("tread_told", "", own).decode()
+        reported = store().compare_set("tread_reported", "", own).decode()
     except RuntimeError:  # the store ended with the process that held it
         return True, code
-    return told == own, int(told.split()[1])
+    return reported == own, int(reported.split()[1])

@@ -55,6 +55,8 @@ def between(low: float, high: float) -> Check:
 
 Count = Annotated[int, at_least(0)]  # 0 = never, or none
 Positive = Annotated[int, at_least(1)]
+Kind = Literal["sample_scaled", "sample_raw", "moments_logvar", "mean_std"]  # of latents, see data/encoding.py
+PerChannel = float | tuple[float, ...]  # a number, or one per channel; meta.json has lists
 
 
 def parse(cls: type, values: Mapping, where: str = ""):

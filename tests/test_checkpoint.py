@@ -11,6 +11,7 @@ import torch
 from checkpoints import run_folder
 from checkpoints.run_folder import (
     MANIFEST,
+    WEIGHTS_FILES,
     checkpoint_tensors,
     complete_checkpoints,
     find_checkpoint,
@@ -45,8 +46,8 @@ def save(folder, step, trained):
     return write_checkpoint(folder, step, tensors, {"data": "x"}, "a: 1\n")
 
 
-def load_weights(path, module, name):
-    load_strictly(module, read_tensors(path / name), str(path))
+def load_weights(checkpoint, module, weights):
+    load_strictly(module, read_tensors(checkpoint / WEIGHTS_FILES[weights]), source=str(checkpoint))
 
 
 def test_round_trip(tmp_path, trained):
@@ -57,13 +58,13 @@ def test_round_trip(tmp_path, trained):
     torch.manual_seed(1)
     other = DiT(8, 4, 1, 16, 1, 2, num_classes=2, learn_sigma=False)
     restored = torch.optim.AdamW(other.parameters(), lr=1e-3, fused=True)
-    load_weights(path, other, "model.safetensors")
+    load_weights(path, other, "raw")
     load_optimizer(path, other, restored)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         for field, value in optimizer.state[mine].items():
             assert torch.equal(value, restored.state[theirs][field])
-    load_weights(path, other, "ema.safetensors")
+    load_weights(path, other, "ema")
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), other.parameters()))
     saved = read_tensors(path / "model.safetensors")
     assert all(not key.startswith(("module.", "_orig_mod.")) for key in saved)
@@ -210,9 +211,9 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path, what):
 def test_weights_of_another_model_are_refused_with_the_keys(tmp_path, trained):
     path = save(tmp_path, 1, trained)
     with pytest.raises(ValueError, match="another model.*blocks.1"):
-        load_weights(path, DiT(8, 4, 1, 16, 2, 2, num_classes=2, learn_sigma=False), "model.safetensors")
+        load_weights(path, DiT(8, 4, 1, 16, 2, 2, num_classes=2, learn_sigma=False), "raw")
     with pytest.raises(ValueError, match="another model.*is .* in the file and"):
-        load_weights(path, DiT(8, 4, 1, 32, 1, 2, num_classes=2, learn_sigma=False), "model.safetensors")
+        load_weights(path, DiT(8, 4, 1, 32, 1, 2, num_classes=2, learn_sigma=False), "raw")
 
 
 def test_manifest_names_every_file(tmp_path, trained):

@@ -87,9 +87,9 @@ def test_inception_features(inception_file):
 
 
 def test_inception_from_torchscript_is_the_same_network(inception_file, tmp_path):
-    names = {f"layers.{name}": own for name, own in inception.STEM.items()}
-    for block, (own_block, convolutions) in inception.BLOCKS.items():
-        names |= {f"layers.{block}.{name}": f"{own_block}.{own}" for name, own in convolutions.items()}
+    names = inception.convolutions(made_state())
+    assert names["layers.mixed_8.tower_1.conv_3"] == "Mixed_7a.branch7x7x3_4" and len(names) == 94
+    assert names["layers.mixed_10.tower_1_mixed_conv_1"] == "Mixed_7c.branch3x3dbl_3b"
     root = torch.nn.Module()
     for name, own in names.items():
         tensors = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}

@@ -14,7 +14,7 @@ import torch
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors
 from system import UserError
 from system.files import reserve
-from system.launchers import refuse_flags, usable_cpus
+from system.launchers import refuse_sharding, usable_cpus
 from tests.conftest import COMPARED, ROOT, TORCHRUN, numbers
 
 
@@ -188,38 +188,23 @@ def test_a_signal_to_the_launcher_alone_saves_and_leaves_no_orphan(settings, lau
     reserve(folder).close()  # and hold no lock
 
 
-@pytest.mark.parametrize(
-    "variable, value, expected",
-    [
-        ("ACCELERATE_USE_FSDP", "true", "--use_fsdp .*train.gradient_checkpointing"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "--use_deepspeed .*train.gradient_checkpointing"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--dynamo_backend .*train.compile"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps .*train.micro_batch_size"),
-    ],
-)
-def test_flags_of_the_launcher_that_change_nothing_are_refused(variable, value, expected, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` sets it without the flag
-    refuse_flags()
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=expected):
-        refuse_flags()
-
-
-def test_flags_that_the_launcher_keeps_to_itself_are_refused_as_well():
-    command = accelerate("--num_processes", "1", "--cpu", "--gradient_accumulation_steps", "2")
-    done = subprocess.run([*command, "train.py", "--cfg", "job"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.count("error: --gradient_accumulation_steps of the launcher") == 1
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed", "megatron_lm"])
+def test_a_launcher_that_is_to_divide_the_model_is_refused(name, monkeypatch):
+    refuse_sharding()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(UserError, match=f"--use_{name} .*train.gradient_checkpointing"):
+        refuse_sharding()
 
 
 def test_a_library_call_leaves_the_process_as_it_is(tmp_path):
     script = tmp_path / "library.py"
     script.write_text(
         "import os, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "import torch, sample\nfrom system import launchers\n"
+        "import torch, sample\nfrom guidance import Guidance\nfrom system import launchers\n"
         "launchers.keep_freed_memory = launchers.end_with_launcher = None\n"  # whoever calls them fails
         "before = dict(os.environ), torch.get_num_threads(), os.getcwd()\n"
         "run = sample.load_run(sys.argv[1] + '/assets/mnist-tread-edm/model.safetensors')\n"
-        "next(sample.generate(run, sample.Guidance(), [0], steps=1))\n"
+        "next(sample.generate(run, Guidance(), [0], steps=1))\n"
         "assert (dict(os.environ), torch.get_num_threads(), os.getcwd()) == before\n"
     )
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}

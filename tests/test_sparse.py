@@ -195,7 +195,8 @@ def test_show_routes_shows_the_tokens_that_sampling_keeps(model, tmp_path):
     ids = draw_keep_ids(2, run.model.num_tokens, route.selection_ratio, generators=masks, selection=route.selection)
     assert torch.equal(kept.nonzero()[:, 1].view(2, -1), ids)
     passes = show_routes.through_blocks(run, [kept])
-    assert passes.sum(dim=2).tolist() == [tokens_of(run.model, Routing())] * 2
+    inside, blocks = tokens_of(run.model, Routing()), len(run.model.all_blocks)  # SPRINT's output, MaskDiT's decoder
+    assert passes.sum(dim=2).tolist() == [inside + [run.model.num_tokens] * (blocks - len(inside))] * 2
     show_routes.main([f"ckpt={folder}", "seeds=0-1", f"out={tmp_path / 'routes.png'}"])
     assert (tmp_path / "routes.png").stat().st_size > 5000
 

@@ -302,7 +302,7 @@ def test_a_step_clips_as_pytorch_does(grad_clip):
     for optimizer in (state.optimizer, other.optimizer):
         optimizer.param_groups[0]["eps"] = 1e-3  # or AdamW's first step would not depend on the gradient's size
     _, grad_norm = training.train_step(config, latents_of(plan), state, iter([batch]))
-    training.set_learning_rate(other.optimizer, training.learning_rate(1, config.train))
+    other.optimizer.param_groups[0]["lr"] = training.learning_rate(1, config.train)
 
     rows = plan.slice(seeded_generator(config.seed, "train", 1), 0)
     uniform((4,), rows)  # of the label dropout

@@ -19,7 +19,7 @@ from checkpoints.config import Settings
 from checkpoints.curves import log_lines
 from data.latents import warn
 from system import UserError, cli
-from system.processes import Elsewhere, Preempted, from_first
+from system.processes import OtherProcessFailed, Preempted, from_first
 from training.prepare import TrainState
 from training.trackers import TRACKERS
 
@@ -107,9 +107,9 @@ class Log:
             raise
         except Exception as error:
             if self.dist.is_main_process and not (once and what in self.warned):
-                own = f": {type(error).__name__}: {cli.one_line(error)}"
-                warn(f"{what} failed{f' on {error}' if isinstance(error, Elsewhere) else own}")
-                if not isinstance(error, (Elsewhere, UserError, OSError)):
+                told = str(error) if isinstance(error, OtherProcessFailed) else ""
+                warn(f"{what} failed" + (f" on {told}" if told else f": {type(error).__name__}: {cli.one_line(error)}"))
+                if not isinstance(error, (OtherProcessFailed, UserError, OSError)):
                     traceback.print_exception(error)
             self.warned.add(what)
 

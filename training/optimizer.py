@@ -15,7 +15,7 @@ from system.processes import several
 
 
 def make_optimizer(net: Network, settings: Optimizer, lr: float) -> torch.optim.Optimizer:
-    """lr: the first step's. Raises UserError where this torch lacks the optimizer."""
+    """The optimizer of a run; lr is the first step's. Raises UserError where this torch lacks it."""
     if settings.name == "adamw":
         return adamw(net.parameters(), settings, lr)
     if not hasattr(torch.optim, "Muon"):

@@ -8,12 +8,10 @@ from accelerate import PartialState
 from torch import nn
 
 import data
-from autoencoder import Codec
-from checkpoints.config import Settings, Train
-from checkpoints.load import Run, build_network, load_run
+from checkpoints.config import Settings
+from checkpoints.load import Run, build_codec, build_network, load_run
 from checkpoints.run_folder import find_checkpoint, load_strictly, read_config
-from conditions import Condition
-from contracts import Network, Objective
+from contracts import Condition, Network, Objective
 from cost import cost_table, memory_table
 from data import BatchPlan
 from system import UserError, hub
@@ -81,13 +79,15 @@ def settle_precision(settings: Settings, dist: PartialState, resumed: Path | Non
     return replace(settings, train=train, eval=replace(settings.eval, precision="auto"))  # which follows train's
 
 
-def batch_plan(train: Train, dist: PartialState) -> BatchPlan:
+def batch_plan(settings: Settings, dist: PartialState) -> BatchPlan:
     """How the global batch splits over processes and accumulation. Raises UserError where it does not."""
-    world, total = dist.num_processes, train.global_batch_size
+    train, world, total = settings.train, dist.num_processes, settings.train.global_batch_size
     micro = train.micro_batch_size or total // world
     if total % (world * max(micro, 1)):
         needed = f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
         raise UserError(f"train.global_batch_size={total} is not {needed}")
+    if settings.objective.get("contrastive") and micro % 2:
+        raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
     return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)
 
 
@@ -117,20 +117,12 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     return TrainingData(train, val, plan)
 
 
-def build_objective(settings: Settings, micro_batch: int) -> Objective:
-    """Raises UserError where it cannot be trained in micro-batches of this size."""
-    objective = build(settings.objective, Objective, "objective")
-    if getattr(objective, "contrastive", 0) and micro_batch % 2:
-        needed = f"an even size, got {micro_batch}"
-        raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: {needed}")
-    return objective
-
-
-def build_state(settings: Settings, dist: PartialState, objective: Objective, new: bool) -> TrainState:
+def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState:
     """The state before the first step; a `new` run starts from init_from, if set. Raises UserError."""
     init_from = settings.init_from if new else None
     if init_from is not None:
         find_checkpoint(init_from, "init_from")
+    objective = build(settings.objective, Objective, "objective")
     torch.manual_seed(settings.seed)  # for the initial weights; training itself never uses the global generator
     model = build_network(settings).to(dist.device)
     if init_from is not None:
@@ -140,7 +132,7 @@ def build_state(settings: Settings, dist: PartialState, objective: Objective, ne
         block.recompute = settings.train.gradient_checkpointing
     optimizer = make_optimizer(model, settings.optimizer, settings.train.lr)
     guard = FiniteGuard(optimizer, dist.device, settings.train.on_nonfinite)
-    codec = build(settings.data.codec, Codec, "data.codec").to(dist.device)
+    codec = build_codec(settings.data.codec, dist.device)
     ema = TrainedEma(averages["ema"], objective, codec, settings, dist.device, settings.train.precision)
     return TrainState(model, model, averages, optimizer, guard, objective, ema)
 
@@ -157,7 +149,7 @@ def start_from(ckpt: str, model: Network, objective: Objective) -> None:
 def describe(
     settings: Settings, model: Network, loaded: TrainingData, resumed: Path | None, compiled: str, why_not: str
 ) -> str:
-    """The first lines of a run's output. Memory is told where it is a device's own, or was asked for."""
+    """The first lines of a run's output. Memory: on GPUs, and where hardware.memory_gb asks for it."""
     on, latents, plan = next(model.parameters()).device.type, loaded.train, loaded.plan
     held = {"class": f", {latents.num_classes} classes", "text": ", with texts", "none": ""}[latents.condition]
     lines = [

@@ -12,7 +12,7 @@ from collections import deque
 import torch
 from accelerate import PartialState
 
-from system.processes import Elsewhere, Preempted, failed_elsewhere, several, store
+from system.processes import OtherProcessFailed, Preempted, other_process_failed, several, store
 
 EXIT_START_AGAIN = 75  # stopped and saved; the same command continues (EX_TEMPFAIL)
 EXIT_NOT_FINITE = 3  # a gradient was not finite; the last checkpoint is from before it
@@ -47,7 +47,7 @@ class PreemptionHandler:
         self.reason = self.reason or signal.Signals(number).name
 
     def stops_after(self, step: int) -> bool:
-        """`should_stop`; where the launcher is gone, and with it the store that it held, on process 0 alone."""
+        """As `should_stop`; where the launcher is gone, and with it the store that it held, True on process 0 alone."""
         try:
             return self.should_stop(step)
         except RuntimeError:
@@ -72,8 +72,8 @@ class PreemptionHandler:
         return step >= int(last_step)
 
     def poll(self) -> None:
-        """Between two steps: raises Preempted where any process is asked to stop, Elsewhere where the same work has
-        failed on another one. Cheap enough for every network call."""
+        """Between steps: raises Preempted where any process is asked to stop, OtherProcessFailed where the same work
+        has failed on another one. Cheap enough for every network call."""
         now = time.monotonic()
         if self.reason is None and now < self.polled + POLL_S:
             return
@@ -83,8 +83,8 @@ class PreemptionHandler:
             self.reason = self.store.get(KEY).decode().split()[1]
         if self.reason is not None:
             raise Preempted(self.reason)
-        if failed_elsewhere():
-            raise Elsewhere("another process failed")
+        if other_process_failed():
+            raise OtherProcessFailed("another process failed")
 
     def look(self) -> None:
         """Notices the time limit, and tells the other processes what this one has noticed."""

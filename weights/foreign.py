@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from contracts import Network
 from dit import SIZES, TIME_WIDTH
 from system import UserError
 from system.building import build
@@ -157,7 +156,7 @@ def check_keys(tensors: Tensors, path: Path) -> None:
     network = network_of(tensors)
     network["depth"] = max(num_blocks(tensors), 5 if network["_target_"] == "sprint.Sprint" else 1)
     with torch.device("meta"):
-        wanted = build(network, Network, "model").state_dict()
+        wanted = build(network, torch.nn.Module, "model").state_dict()
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unknown:
         lists = {"missing": missing, "unknown": unknown}

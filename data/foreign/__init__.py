@@ -24,9 +24,9 @@ import torch
 
 from autoencoder import SD_SCALE
 from data.archives import dataset_json, is_picture, open_tars, open_tree, parse_number, split_name
-from data.encoding import PerChannel
 from data.foreign.pickled import read_pickled_array
 from system import UserError
+from system.settings import PerChannel
 
 INVAE_SCALE = 0.3099
 EDM2_MEAN, EDM2_STD, EDM2_FINAL_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
