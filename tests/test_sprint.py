@@ -178,9 +178,9 @@ def test_structured_selection_needs_a_grid_that_cells_divide(backbone):
     with pytest.raises(ValueError, match="needed: selection=random"):
         small(backbone, input_size=14)
     small(backbone, input_size=14, selection="random")
-    with pytest.raises(UserError, match="leave none of 4"):
+    with pytest.raises(ValueError, match="leave none of 4"):
         small(backbone, depth=4)
-    with pytest.raises(UserError, match="path_drop 1"):
+    with pytest.raises(ValueError, match="path_drop 1"):
         small(backbone, path_drop=1.0)
 
 
