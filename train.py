@@ -175,8 +175,8 @@ def run_steps(
         if state.step and not stop:
             try:
                 between_steps(settings, processes, loaded, state, run_folder, log)
-            except Preempted:
-                stop = True
+            except Preempted as preempted:  # on all processes; not all of them had a signal
+                stop, processes.reason = True, processes.reason or str(preempted)
                 continue
         if last:
             break
@@ -244,18 +244,16 @@ def between_steps(
     step, at_end = state.step, state.step == settings.train.max_steps
     state.ema.step = step
 
-    def due(interval: int) -> bool:
-        return bool(interval) and (every(interval, step) or at_end)
+    def due(interval: int, name: str) -> bool:
+        return bool(interval) and (every(interval, step) or at_end) and not log.has(step, name)
 
-    with together():
-        processes.poll()  # a save may take long
-    if due(settings.train.val_every) and not log.has(step, "val/"):
+    if due(settings.train.val_every, "val/"):
         with log.pause():
             log.write(step, validation_losses(settings, processes, loaded, state))
-    if due(settings.eval.every) and not log.has(step, "eval/"):
+    if due(settings.eval.every, "eval/"):
         with log.pause(), log.survive("evaluation"), together():
             log.write(step, score_ema(settings, state, run_folder))
-    if due(settings.preview.every) and not log.has(step, "preview"):
+    if due(settings.preview.every, "preview"):
         with log.pause(), log.survive("preview"), together():
             if processes.dist.is_main_process:
                 preview(settings.preview, state.ema, preview_path(run_folder, step))

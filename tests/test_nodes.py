@@ -48,10 +48,10 @@ def steps(network, checkpointed, rank, world):
         block.recompute = checkpointed
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, eps=1.0, fused=True)  # nearly linear in the gradient
     guard = FiniteGuard(optimizer, torch.device("cpu"), "stop")
-    net = training.wrap(model, RectifiedFlow()) if world > 1 else model
-    compile_blocks(model.all_blocks, "blocks")
     on_cpu = SimpleNamespace(device=torch.device("cpu"))
-    state = TrainState(net, model, {}, optimizer, guard, RectifiedFlow(), on_cpu)
+    state = TrainState(model, model, {}, optimizer, guard, RectifiedFlow(), on_cpu)
+    state.net = training.wrap(state) if world > 1 else model
+    compile_blocks(model.all_blocks, "blocks")
     plan, pieces = BatchPlan(8, 4 // world, 2, rank, world), 0
     for state.step in (1, 2):
         rows = [plan.slice(None, micro).start for micro in range(2)]
