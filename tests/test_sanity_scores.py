@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 
 import fid
-import sample
 from evaluation.features import CLASSIFIERS, real_images
 from evaluation.metrics import FeatureStats
 from evaluation.reference import MAX_FEATURES, Reference, reference_from
@@ -17,11 +16,19 @@ from randomness import seeded_generator
 from scripts.plot import markdown
 from system import UserError, cli
 from system.launchers import own_process
+from system.settings import parse
+
+
+class Scores(fid.Calc):
+    """As of `fid.py calc`, with neither ckpt= nor images= needed."""
+
+    def __post_init__(self):
+        pass
 
 
 def scores(overrides: list[str]) -> Iterator[tuple[str, dict]]:
     """(what was scored, its scores)"""
-    config = cli.load_config("fid", ["metrics=[fd,pr]", *overrides])
+    config = parse(Scores, cli.load_config("fid", ["metrics=[fd,pr]", *overrides]))
     if config.extractor not in CLASSIFIERS:
         raise UserError(f"extractor={config.extractor}; needed: {' or '.join(CLASSIFIERS)}")
     extractor, reference = fid.extractor_and_reference(config)
@@ -41,7 +48,7 @@ def scores(overrides: list[str]) -> Iterator[tuple[str, dict]]:
     yield f"one half of {len(train)} images, against the other", score(train[1::2], train_labels[1::2], against)
     yield f"{len(unseen)} images unseen by the classifier", score(unseen, unseen_labels, reference)
     if config.ckpt is not None:
-        run = sample.load_run(config.ckpt, config.weights, ema_width=config.ema_width, precision=config.precision)
+        run = fid.load_scored(config)
         yield f"samples of {run.folder.name}", fid.evaluate(run, config, extractor, reference)
     noise = torch.randint(0, 256, (1000, 3, 28, 28), generator=seeded_generator("sanity noise"), dtype=torch.uint8)
     yield "noise", score(noise, None, reference)
