@@ -61,6 +61,19 @@ def failing_reads() -> Iterator[Callable[[str, int], None]]:
         os.pread = real
 
 
+# Whole files for `pytest -m quick`: no subprocess, no compilation, no run of training.
+QUICK = {
+    "architecture", "conditions", "contract", "curves", "ddpm_sampler", "dit", "guidance", "idx", "maskdit",
+    "objectives", "packed", "routing", "selection", "settings", "solvers", "texts",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK:
+            item.add_marker(pytest.mark.quick)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The embedded digits, prepared once for the whole session."""
