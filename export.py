@@ -117,12 +117,14 @@ def portable_config(settings: Settings) -> dict:
     for key in ("path", "prepare", "source"):
         del values["data"][key]
     told = ["train", "optimizer", "seed"] if is_trained(settings) else []
-    return {key: values[key] for key in ("format", "model", "objective", "sampler", "data", *told)}
+    config = {key: values[key] for key in ("format", "model", "objective", "sampler", "data", *told)}
+    known = not told and settings.train.label_dropout is not None  # of another project's training, this alone
+    return config | ({"train": {"label_dropout": settings.train.label_dropout}} if known else {})
 
 
 def is_trained(settings: Settings) -> bool:
-    """Whether the training is known: a file of another project does not tell it, and then all of it is defaults."""
-    return settings.train != Train()
+    """Whether the training is known: a file of another project tells no more of it than its label dropout."""
+    return settings.train != Train(label_dropout=settings.train.label_dropout)
 
 
 def export_folder(run: Run, tensors: Tensors, out: Path) -> None:

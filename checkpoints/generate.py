@@ -1,6 +1,7 @@
 """Images of a run. An image depends on its seed and condition alone: its noise, condition and routing masks come from
 generators keyed by the seed, whatever the batch size and the number of processes."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -15,6 +16,7 @@ from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
 from solvers import flow_time, solve
 from system import UserError
+from system.processes import start_processes
 
 load_cached = lru_cache(maxsize=1)(load_run)  # evaluation generates batch by batch
 
@@ -84,10 +86,29 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, batch_size
     conditions.check(condition, run.model.null_condition)
     if guidance.on and guidance.weak_label != "same" and condition is None:
         raise UserError(f"weak_label={guidance.weak_label}: this network takes no condition; needed: weak_label=same")
+    if guidance.on and guidance.weak_label == "none":
+        check_null(weak)
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}; needed: at least 1")
     if (guidance.cfg_channels or 0) > run.model.latent_shape[0]:
         raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.latent_shape[0]}")
+
+
+def check_null(run: Run) -> None:
+    """Raises UserError where the run was never trained without a label; says once that a file does not tell."""
+    dropped = run.settings.train.label_dropout
+    if dropped == 0:
+        found = f"{run.checkpoint or run.folder} was never trained without its condition (train.label_dropout=0)"
+        raise UserError(f"weak_label=none: {found}; needed: another guidance, such as icg or sparse")
+    if dropped is None:
+        warn_once(f"warning: {run.checkpoint} does not say its label dropout; taken as trained with a null label")
+
+
+@lru_cache
+def warn_once(text: str) -> None:
+    """From the main process alone."""
+    if start_processes().is_main_process:
+        print(text, file=sys.stderr)
 
 
 @torch.no_grad()
