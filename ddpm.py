@@ -75,7 +75,8 @@ class DDPM(Objective):
         wider = (learned + 1) / 2 * (log_beta - log_small)
         divergence = (wider + (-wider).expm1() + gap * missed.square() * (-wider).exp()) / 2
         inverse_std, off = (-(log_small + wider) / 2).exp(), self.log_sigma[0].exp() * missed  # x less the mean
-        upper, lower = (normal_cdf(inverse_std * (off + side / 255)) for side in (1, -1))
+        ends = (inverse_std * (off + side / 255) for side in (1, -1))
+        upper, lower = ((1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh()) / 2 for z in ends)  # N(0, 1)'s
         upper, lower = torch.where(x > 0.999, 1, upper), torch.where(x < -0.999, 0, lower)  # the outer bins have no end
         likelihood = (upper - lower).clamp(min=1e-12).log()
         return torch.where(step.view(-1, 1, 1, 1) == 0, -likelihood, divergence) / math.log(2)
@@ -102,8 +103,3 @@ class DDPM(Objective):
         above = torch.searchsorted(self.log_sigma, wanted).clamp(1, len(self.log_sigma) - 1)
         low, high = self.log_sigma[above - 1], self.log_sigma[above]
         return above - 1 + (wanted - low) / (high - low)
-
-
-def normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    """Of N(0, 1), approximated as in the reference code of arXiv 2102.09672."""
-    return (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh()) / 2

@@ -52,8 +52,6 @@ def parse_seeds(seeds: Seeds) -> list[int]:
 
 @dataclass(frozen=True)
 class Train:
-    """label_dropout: None = a file of another project does not say it."""
-
     dry_run: bool = False
     max_steps: Positive = 1800
     global_batch_size: Positive = 64
@@ -62,7 +60,7 @@ class Train:
     warmup_steps: Count = 100
     decay_steps: Count = 900
     grad_clip: Annotated[float, above(0)] | None = 1.0
-    label_dropout: Share | None = 0.1
+    label_dropout: Share = 0.1
     ema_decay: Share = 0.999
     ema_ramp: bool = True
     precision: Precision = "auto"
@@ -243,10 +241,7 @@ def to_yaml(settings: Settings) -> str:
 
 
 def from_file(values: Mapping, source: str) -> Settings:
-    """The settings that a file holds, `source` being its name. Raises UserError.
-
-    A missing key takes its default; a file without `train`, which is not our own run's, does not say its label dropout.
-    """
+    """The settings that a file holds, `source` being its name. A missing key takes its default. Raises UserError."""
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: its config is damaged; needed: the settings of a run")
     if (found := values.get("format")) != FORMAT:
@@ -254,7 +249,6 @@ def from_file(values: Mapping, source: str) -> Settings:
         raise UserError(f"{source}: its config has {found}; needed: format {FORMAT}")
     refuse_interpolations(values, source)
     try:
-        told = {"train": {"label_dropout": None}} | {key: value for key, value in values.items() if key != "format"}
-        return parse(Settings, told)
+        return parse(Settings, {key: value for key, value in values.items() if key != "format"})
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

@@ -86,29 +86,21 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, batch_size
     conditions.check(condition, run.model.null_condition)
     if guidance.on and guidance.weak_label != "same" and condition is None:
         raise UserError(f"weak_label={guidance.weak_label}: this network takes no condition; needed: weak_label=same")
-    if guidance.on and guidance.weak_label == "none":
-        check_null(weak)
+    if guidance.on and guidance.weak_label == "none" and not weak.told:
+        warn_once(f"{weak.checkpoint} does not say its label dropout; taken as trained with a null label")
+    elif guidance.on and guidance.weak_label == "none" and weak.settings.train.label_dropout == 0:
+        found = f"{weak.checkpoint or weak.folder} was never trained with a null label (label_dropout 0)"
+        raise UserError(f"weak_label=none: {found}; needed: another guidance, such as icg or sparse")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}; needed: at least 1")
     if (guidance.cfg_channels or 0) > run.model.latent_shape[0]:
         raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.latent_shape[0]}")
 
 
-def check_null(run: Run) -> None:
-    """Raises UserError where the run was never trained without a label; says once that a file does not tell."""
-    dropped = run.settings.train.label_dropout
-    if dropped == 0:
-        found = f"{run.checkpoint or run.folder} was never trained without its condition (train.label_dropout=0)"
-        raise UserError(f"weak_label=none: {found}; needed: another guidance, such as icg or sparse")
-    if dropped is None:
-        warn_once(f"warning: {run.checkpoint} does not say its label dropout; taken as trained with a null label")
-
-
 @lru_cache
 def warn_once(text: str) -> None:
-    """From the main process alone."""
     if start_processes().is_main_process:
-        print(text, file=sys.stderr)
+        print(f"warning: {text}", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class Run:
     device: torch.device
     precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
+    told: bool = True  # whether settings.train.label_dropout is known: a file of another project may not say it
     pool: Condition = None  # the conditions to choose from: every class, or the texts that the run has kept
     step: int = 0
     weights: str = "ema"
@@ -82,10 +83,11 @@ def load_run(
     None = this process's own. precision: fp32, bf16 or, where all processes call this, auto. Raises UserError where
     there is no checkpoint or it is damaged.
     """
-    path, kept = find_checkpoint(ckpt), None
+    path, kept, told = find_checkpoint(ckpt), None, True
     if path.is_file():
         values, found, step = foreign.read(path, weights, split_family(ckpt)[0])
         settings, beside = from_file(values, str(path)), path.with_name(CONDITIONS_FILE)
+        told = "train" in values
     else:
         if weights not in WEIGHTS_FILES:
             raise UserError(f"weights={weights!r}; needed: ema or raw")
@@ -110,6 +112,7 @@ def load_run(
         settings=settings,
         device=device,
         precision=precision,
+        told=told,
         pool=conditions.pool(model.null_condition, kept),
         step=step,
         weights=weights,

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import export
 import sample
-import sprint
 from checkpoints.generate import branches, generate_latents
 from checkpoints.load import Run, build_network, load_run
 from checkpoints.naming import settings_name
@@ -415,4 +414,3 @@ def test_a_config_builds_it():
         net = build_network(made_settings([f"model={model}"]))
         assert type(net) is Sprint and net.num_tokens == 196
         assert block_tokens(net.routes, Routing(), 12, 196) == [196] * 2 + [49] * 8 + [196] * 2
-    assert sprint.DENSE == 2

@@ -91,8 +91,6 @@ def batch_plan(settings: Settings, dist: PartialState) -> BatchPlan:
             f"train.global_batch_size={total} is not "
             f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
         )
-    if train.label_dropout is None:
-        raise UserError("train.label_dropout=null; needed: a share from 0 to 1")
     if settings.objective.get("contrastive") and micro % 2:
         raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
     return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)

@@ -18,7 +18,7 @@ reversed and renamed, and how, is in weights/layouts.py. A SPRINT does not say i
 import argparse
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,27 +116,21 @@ def read_pt(path: Path, weights: str) -> tuple[Tensors, dict, int]:
     if not known:
         return tensors, {}, 0
     args = loaded.get("args", loaded.get("config"))
-    args = dict(flat(vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}))
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = {k: v for part in args.values() if isinstance(part, dict) for k, v in part.items()} | args
     if chosen.endswith("_state_dict"):  # TREAD's name
         args = {"layout": "tread", **args}
     step = next((loaded[key] for key in ("step", "steps") if isinstance(loaded.get(key), int)), 0)
     return tensors, args, step
 
 
-def flat(values: Mapping) -> Iterator[tuple[str, Any]]:
-    """(key, value) of all settings, those of sections included."""
-    for key, value in values.items():
-        yield from flat(value) if isinstance(value, Mapping) else [(key, value)]
-
-
 def check_arguments(args: dict, path: Path) -> None:
     """Raises UserError for arguments of a file that its network cannot be opened with."""
-    asked = {key: args[key] for key in ARGUMENTS if key in args}
-    if "path_type" in asked:
-        asked.setdefault("prediction", None)
-    wrong = [key for key, value in asked.items() if str(value).lower() not in ARGUMENTS[key]]
+    args = {"use_rope": "use_swiglu" not in args} | args  # which LightningDiT's configs turn on
+    asked = {key: str(args.get(key)).lower() for key in ARGUMENTS if key in args or "path_type" in args}
+    wrong = [key for key, value in asked.items() if value not in ARGUMENTS[key]]
     if wrong:
-        found = ", ".join(f"{key} {str(asked[key]).lower():.40}" for key in wrong)
+        found = ", ".join(f"{key} {asked[key]:.40}" for key in wrong)
         needed = ", ".join(f"{key} {' or '.join(ARGUMENTS[key])}" for key in wrong)
         raise UserError(f"{path} says {found} in its arguments; needed: {needed}")
 
@@ -146,26 +140,24 @@ def renamed(tensors: Tensors, family: str | None, path: Path) -> tuple[Tensors, 
 
     Raises UserError for a family that is wrong.
     """
-    said = re.fullmatch(r"sprint(\d*)(?:-(\d+)-(\d+))?", family or "sprint")
-    side, *depths = said.groups() if said else ("", None, None)
-    official, ours = (any(key.startswith(name) for key in tensors) for name in ("encoder_blocks.", "fusion."))
-    if not official and not ours:
-        if family and said:
-            raise UserError(f"{path} is not a SPRINT; needed: ckpt=FILE, or another family in front")
+    if any(key.startswith("encoder_blocks.") for key in tensors):
+        side = re.fullmatch(r"sprint(\d*)", family or "sprint")
+        if not side or int(side.group(1) or 32) % layouts.SPRINT_PATCH:
+            found = f"{path} is a SPRINT, whose latents have an even side"
+            raise UserError(f"{found}; needed: ckpt=sprint64:FILE for 64 x 64")
+        depths = [num_blocks(tensors, f"{stage}_blocks.") for stage in ("encoder", "decoder")]
+        tensors = layouts.from_sprint(tensors, int(side.group(1) or 32))
+    elif "fusion.weight" in tensors:
+        depths = re.fullmatch(r"sprint-(\d+)-(\d+)", family or "")
+        if not depths or tensors.get("pos_embed", torch.zeros(1)).any():
+            found = f"{path} is a SPRINT whose keys do not tell its stages, encoder_depth and decoder_depth"
+            raise UserError(f"{found}; needed: ckpt=sprint-2-2:FILE for 2 and 2, and rotary positions alone")
+        depths = map(int, depths.groups())
+    elif family and family.startswith("sprint"):
+        raise UserError(f"{path} is not a SPRINT; needed: ckpt=FILE, or another family in front")
+    else:
         return tensors, family, {}
-    if not said or int(side or 32) % layouts.SPRINT_PATCH:
-        raise UserError(f"{path} is a SPRINT, whose latents have an even side; needed: ckpt=sprint64:FILE for 64 x 64")
-    if official:
-        told = [str(num_blocks(tensors, f"{stage}_blocks.")) for stage in ("encoder", "decoder")]
-        if depths not in ([None, None], told):
-            raise UserError(f"{path} has {' and '.join(told)} blocks around its middle, by its keys; needed: no others")
-        tensors, depths = layouts.from_sprint(tensors, int(side or 32)), told
-    elif None in depths or tensors.get("pos_embed", torch.zeros(1)).any():
-        raise UserError(
-            f"{path} is a SPRINT whose keys do not tell its stages (encoder_depth, decoder_depth); needed: rotary "
-            f"positions, and ckpt=sprint-2-2:FILE for 2 blocks before and 2 after the sparse middle"
-        )
-    return tensors, "sprint", dict(zip(("encoder_depth", "decoder_depth"), map(int, depths)))
+    return tensors, "sprint", dict(zip(("encoder_depth", "decoder_depth"), depths))
 
 
 def family_of(tensors: Tensors, args: dict, path: Path) -> str:
@@ -192,19 +184,18 @@ def labels_of(network: str, table: Sequence[int], args: dict, path: Path) -> tup
 
     By the arguments; where there are none, the last row of more than one is the null label's.
     """
-    said = [args.get("class_dropout_prob", args.get("cfg_prob")), args.get("num_classes")]
+    share, classes = args.get("class_dropout_prob", args.get("cfg_prob")), args.get("num_classes")
+    said = f"class_dropout_prob {share}, num_classes {classes}"
     try:
-        share, classes = None if said[0] is None else float(said[0]), int(said[1] or 0)
+        share, classes = None if share is None else float(share), int(classes or 0)
     except (TypeError, ValueError):
-        raise UserError(f"{path} says class_dropout_prob {said[0]}, num_classes {said[1]}; needed: numbers") from None
+        raise UserError(f"{path} says {said} in its arguments; needed: numbers") from None
     if network == "maskdit.MaskDiT":  # a column a class; no label is zero
         return table[1], share
-    null = share > 0 if share is not None else table[0] > (classes or 1)
+    null = table[0] > (classes or 1) if share is None else share > 0
     if table[0] - null != (classes or max(table[0] - null, 1)):
-        raise UserError(
-            f"{path} has {table[0]} rows of labels, and says class_dropout_prob {said[0]}, num_classes {said[1]}; "
-            f"needed: a row a class and, for a class_dropout_prob above 0, one for no label"
-        )
+        rows = "needed: one a class and, for a class_dropout_prob above 0, one for no label"
+        raise UserError(f"{path} has {table[0]} rows of labels, and says {said} in its arguments; {rows}")
     return table[0] - null, share if null else 0.0
 
 
