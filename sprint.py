@@ -18,7 +18,6 @@ from conditions import Condition
 from lightningdit import LightningDiT
 from randomness import uniform
 from routing_module import Route, Routing, gather_tokens, run_blocks, scatter_tokens
-from system import UserError
 
 
 class Sprint(LightningDiT):
@@ -29,7 +28,7 @@ class Sprint(LightningDiT):
     positions alone, QK-norm, SwiGLU; with norm="layer", mlp="gelu", qk_norm=False, rotary=False it is DiT.
 
     encoder_depth, decoder_depth: the blocks of f and of h.
-    Raises UserError where these leave no block for g, ValueError for a ratio that the selection does not allow.
+    Raises ValueError where these leave no block for g, and for a ratio that the selection does not allow.
     """
 
     def __init__(
@@ -59,9 +58,9 @@ class Sprint(LightningDiT):
     ):
         if min(encoder_depth, decoder_depth) < 1 or depth is not None and depth <= encoder_depth + decoder_depth:
             dense = f"{encoder_depth} + {decoder_depth} dense blocks"
-            raise UserError(f"SPRINT's {dense} leave none of {depth} for its sparse middle; needed: 1 of each or more")
+            raise ValueError(f"SPRINT's {dense} leave none of {depth} for its sparse middle; needed: 1 of each or more")
         if not 0 <= path_drop < 1:
-            raise UserError(f"path_drop {path_drop}; needed: a probability in [0, 1)")
+            raise ValueError(f"path_drop {path_drop}; needed: a probability in [0, 1)")
         route = Route(selection_ratio, encoder_depth, -1 - decoder_depth, selection)
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
