@@ -35,8 +35,7 @@ from checkpoints.generate import check_request, generate
 from checkpoints.load import Run, build_network
 from checkpoints.naming import run_name, sweep_name
 from checkpoints.resuming import find_resume, reserve_run_folder, resume
-from checkpoints.run_folder import START_AGAIN, is_complete
-from checkpoints.saving import save
+from checkpoints.run_folder import START_AGAIN, is_complete, save
 from conditions import Condition
 from cost import cost_table, memory_table, out_of_memory
 from evaluation.evaluate import evaluate, extractor_and_reference, score_name
@@ -115,7 +114,7 @@ def train(settings: Settings) -> int:
         log = Log(settings, run_folder, state.step, dist)
         log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
         if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
-            log.warn(warning)
+            data.latents.warn(warning)
         try:
             return run_steps(settings, processes, loaded, state, run_folder, log)
         except Exception as error:
@@ -133,11 +132,11 @@ def train(settings: Settings) -> int:
 def check_sampling(settings: Settings, ema: Run) -> None:
     """Raises UserError for previews and evaluations that could not be drawn, before the first step."""
     if settings.preview.every:
-        check_request(ema, settings.preview, preview_condition(settings.preview, ema), settings.preview.num_images)
+        check_request(ema, settings.preview, preview_condition(settings.preview, ema))
     if settings.eval.every:
         extractor_and_reference(settings.eval)
         condition = conditions.choose(settings.eval.labels, settings.eval.all_seeds[:1], ema.pool)
-        check_request(ema, settings.eval, condition, settings.eval.batch_size)
+        check_request(ema, settings.eval, condition)
 
 
 def run_steps(

@@ -22,16 +22,15 @@ from system.settings import (
     at_least,
     at_most,
     between,
-    inside,
     parse,
     refuse_interpolations,
 )
 
 FORMAT = 1  # of config.yaml and of exports
-MAX_WIDTH = 0.28  # of a power average: gamma = 0, the plain mean of all steps, has width 0.2887
 
 Share = Annotated[float, between(0, 1)]
-Width = Annotated[float, inside(0, MAX_WIDTH)]
+# Of a power average; that of all steps alike, gamma = 0, has 0.2887.
+Width = Annotated[float, Check("between 0 and 0.28, both left out", lambda width: 0 < width < 0.28)]
 Weights = Literal["ema", "raw"]
 Precision = Literal["auto", "fp32", "bf16"]
 Seeds = int | str | tuple[int | str, ...]  # parse_seeds
@@ -169,12 +168,8 @@ class Scoring(Generation):
 @dataclass(frozen=True)
 class Eval(Scoring):
     every: Count = 0
+    weights: Literal["ema"] = "ema"
     metrics: Metrics | None = ("fd",)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.weights != "ema":
-            raise UserError(f"weights={self.weights}; needed: ema, which is what training scores")
 
 
 @dataclass(frozen=True)
@@ -226,17 +221,15 @@ class Settings:
 
     def __post_init__(self):
         if self.eval.precision not in ("auto", self.train.precision):
-            found, needed = self.eval.precision, self.train.precision
-            raise UserError(f"eval.precision={found}; needed: {needed}, as train.precision")
+            raise UserError(f"eval.precision={self.eval.precision}; needed: {self.train.precision}, as train.precision")
         object.__setattr__(self, "eval", replace(self.eval, precision=self.train.precision))
 
 
 def to_yaml(settings: Settings) -> str:
-    """The text of config.yaml. Muon's settings are those of runs with Muon alone."""
+    """The text of config.yaml."""
     plain = {"format": FORMAT} | asdict(settings)
-    if settings.optimizer.name != "muon":
-        for key in ("momentum", "nesterov", "ns_steps"):
-            del plain["optimizer"][key]
+    if settings.optimizer.name != "muon":  # whose settings the others are
+        plain["optimizer"] = {key: plain["optimizer"][key] for key in ("name", "betas", "eps", "weight_decay")}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -244,9 +237,8 @@ def from_file(values: Mapping, source: str) -> Settings:
     """The settings that a file holds, `source` being its name. A missing key takes its default. Raises UserError."""
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: its config is damaged; needed: the settings of a run")
-    if (found := values.get("format")) != FORMAT:
-        found = "no format, as an earlier version" if found is None else f"format {found!r:.20}"
-        raise UserError(f"{source}: its config has {found}; needed: format {FORMAT}")
+    if values.get("format") != FORMAT:
+        raise UserError(f"{source}: its config has format {values.get('format')!r:.20}; needed: format {FORMAT}")
     refuse_interpolations(values, source)
     try:
         return parse(Settings, {key: value for key, value in values.items() if key != "format"})

@@ -16,31 +16,28 @@ def read_log(run_folder: Path) -> list[dict]:
     log = run_folder / "metrics.jsonl"
     if not log.is_file():
         raise UserError(f"{log} does not exist; needed: the folder of a run")
-    steps: list[dict] = []
+    steps: dict[int, dict] = {}
     for _, _, values in log_lines(log):
-        if values is None:
-            continue
-        while steps and steps[-1]["step"] > values["step"]:
-            steps.pop()
-        if steps and steps[-1]["step"] == values["step"]:
-            steps[-1] |= values
-        else:
-            steps.append(values)
-    if not any("perf/step_s" in values for values in steps):
+        while values and steps and next(reversed(steps)) > values["step"]:
+            steps.popitem()
+        if values:
+            steps[values["step"]] = steps.get(values["step"], {}) | values
+    if not any("perf/step_s" in values for values in steps.values()):
         raise UserError(f"{log} has no step of training yet")
     trained, seconds, images = 0, 0.0, 0.0
-    for values in steps:
+    for step, values in steps.items():
         if "perf/step_s" in values:
-            passed, trained = values["step"] - trained, values["step"]
+            passed, trained = step - trained, step
             seconds += passed * values["perf/step_s"]
             images += passed * values["perf/step_s"] * values["perf/img_per_s"]
         values |= {"seconds": seconds, "images": round(images)}
-    return steps
+    return list(steps.values())
 
 
 def log_lines(log: Path) -> Iterator[tuple[int, str, dict | None]]:
-    """(number from 1, text, values; None where a full disk or a power cut has broken the line) of each whole line."""
-    lines = log.read_bytes().split(b"\n")[:-1]  # what follows the last line's end, a job is or was writing
+    """(number from 1, text, values; None where a full disk or a power cut has broken it) of each line of a log."""
+    # What follows the last line's end, a job is or was writing.
+    lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else ()
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line.decode())

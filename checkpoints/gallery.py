@@ -1,6 +1,4 @@
-"""Samples on disk: one PNG per seed, a grid, samples.json and, if asked for, `samples.npz` (`arr_0`, uint8, NHWC).
-
-    <folder>/images/000000/000042.png    in subfolders of a thousand
+"""Samples on disk: one PNG per seed (images/000000/000042.png), a grid, samples.json and, if asked for, `samples.npz`.
 
 A PNG is written whole or not at all: where it exists, its seed is done.
 """
@@ -34,21 +32,23 @@ def missing(folder: Path, seeds: Sequence[int]) -> list[int]:
     return sorted(i for seed, i in first.items() if not image_path(folder, seed).exists())
 
 
+def read_manifest(folder: Path) -> dict:
+    """What samples.json holds so far; {} where there is none."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def begun_precision(folder: str | Path | None) -> str | None:
-    """The precision of the images that an interrupted call has left in the folder; None where there are none."""
-    path = Path(folder or "") / MANIFEST
-    return json.loads(path.read_text())["settings"]["precision"] if folder and path.is_file() else None
+    """Of the images that an interrupted call has left in the folder; None where there are none."""
+    return read_manifest(Path(folder)).get("settings", {}).get("precision") if folder else None
 
 
 def reserve(folder: Path, settings: dict) -> dict:
     """The contents of samples.json so far. Raises UserError where the folder's images have other settings."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {"settings": settings}
-    written = json.loads(path.read_text())
-    was, now = written["settings"], json.loads(json.dumps(settings))
-    keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    if keys:
+    now = json.loads(json.dumps(settings))
+    written = read_manifest(folder) or {"settings": now}
+    was = written["settings"]
+    if keys := sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key)):
         differing = "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys)
         raise UserError(f"{folder} holds images of other settings ({differing}); needed: another out=")
     return written

@@ -3,7 +3,7 @@ generators keyed by the seed, whatever the batch size and the number of processe
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -11,7 +11,7 @@ import torch
 import conditions
 from checkpoints.load import Run, load_run
 from checkpoints.run_folder import complete_checkpoints, step_of
-from contracts import Condition, Routing
+from contracts import Condition
 from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
 from solvers import flow_time, solve
@@ -29,20 +29,14 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
     if ckpt == "earliest":
         kept = complete_checkpoints(run.folder) if run.folder else []
         if not kept or step_of(kept[0]) >= run.step:
-            raise UserError(
-                f"step {run.step} of {run.folder} has no earlier checkpoint beside it for the weak branch; "
-                f"needed: weak_ckpt="
-            )
+            found = f"step {run.step} of {run.folder} has no earlier checkpoint beside it"
+            raise UserError(f"{found} for the weak branch; needed: weak_ckpt=")
         ckpt = kept[0]
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
-    if run.model.latent_shape != weak.model.latent_shape:
-        found, wanted = weak.model.latent_shape, run.model.latent_shape
-        raise UserError(f"weak_ckpt={ckpt} is for other latents (C, h, w): {found}; needed: {wanted}, as in the run")
-    if run.objective.predicts != weak.objective.predicts:
-        found, wanted = weak.objective.predicts, run.objective.predicts
-        raise UserError(f"weak_ckpt={ckpt} is for other predictions: {found}; needed: {wanted}, as in the run")
-    if not conditions.alike(run.model.null_condition, weak.model.null_condition):
-        raise UserError(f"weak_ckpt={ckpt} is for other conditions (classes or texts); needed: those of the run")
+    found, needed = ((*each.model.latent_shape, each.objective.predicts) for each in (weak, run))
+    if found != needed or not conditions.alike(run.model.null_condition, weak.model.null_condition):
+        what = f"latents, predictions {found} or conditions"
+        raise UserError(f"weak_ckpt={ckpt} is for other {what}; needed: those of the run, {needed}")
     return weak
 
 
@@ -57,25 +51,24 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Images of the given seeds, in order: batches of uint8 (B, 3, H, W) on the run's device.
 
-    labels: class labels (n,) int64, or another condition that the network takes. The sampler is run.settings.sampler
-    (configs/sampler/). Raises UserError, before the first batch, for guidance that the model was not trained for, for
-    a weak branch that does not fit, and for labels outside the classes.
+    labels: class labels (n,) int64, or another condition that the network takes. Raises UserError, before the first
+    batch, for what `check_request` refuses.
     """
     weak = load_weak(run, guidance)
     condition = conditions.choose("random", seeds, run.pool) if labels is None else labels
-    check_request(run, guidance, condition, batch_size, weak)
+    check_request(run, guidance, condition, weak)
     run.codec.check(run.model.latent_shape[0])  # or decoding would fail after all steps
-    sampler = run.settings.sampler | ({} if steps is None else {"num_steps": steps})
+    sampler = sampler_of(run, steps)
     batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
-    return (
-        run.codec.decode(
-            generate_latents(run, guidance, seeds[b], conditions.rows(condition, b), sampler, weak=weak)
-        )
-        for b in batches
-    )  # fmt: skip
+    latents = (generate_latents(run, guidance, seeds[b], conditions.rows(condition, b), sampler, weak) for b in batches)
+    return map(run.codec.decode, latents)
 
 
-def check_request(run: Run, guidance: Guidance, condition: Condition, batch_size: int, weak: Run | None = None) -> None:
+def sampler_of(run: Run, steps: int | None) -> dict:
+    return run.settings.sampler | ({} if steps is None else {"num_steps": steps})
+
+
+def check_request(run: Run, guidance: Guidance, condition: Condition, weak: Run | None = None) -> None:
     """Raises UserError for what cannot be drawn. weak: the weak branch's run; None = it is loaded here.
 
     A weak branch of the run's earliest checkpoint, of which there may be none yet, counts as one of the same network.
@@ -91,8 +84,6 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, batch_size
     elif guidance.on and guidance.weak_label == "none" and weak.settings.train.label_dropout == 0:
         found = f"{weak.checkpoint or weak.folder} was never trained with a null label (label_dropout 0)"
         raise UserError(f"weak_label=none: {found}; needed: another guidance, such as icg or sparse")
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}; needed: at least 1")
     if (guidance.cfg_channels or 0) > run.model.latent_shape[0]:
         raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.latent_shape[0]}")
 
@@ -105,7 +96,7 @@ def warn_once(text: str) -> None:
 
 @torch.no_grad()
 def generate_latents(
-    run: Run, guidance: Guidance, seeds: Sequence[int], condition: Condition, sampler: dict, *, weak: Run | None = None
+    run: Run, guidance: Guidance, seeds: Sequence[int], condition: Condition, sampler: dict, weak: Run | None = None
 ) -> torch.Tensor:
     """One batch: seeds (B), their condition -> latents (B, C, h, w) float32. weak: the weak branch; None = `run`."""
     weak = weak or run
@@ -118,33 +109,26 @@ def generate_latents(
     return solve(run.objective, predict, noise, sampler, streams(seeds, "churn"))
 
 
-@dataclass
-class Counted(Run):
-    """A run whose network is not called: it counts the calls and their multiply-adds."""
-
-    calls: int = 0
-    macs: int = 0
-
-    def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None) -> torch.Tensor:
-        self.calls += len(x)
-        self.macs += len(x) * self.model.macs(routing)
-        return torch.zeros_like(x).repeat(1, 2, 1, 1)  # as of a network that has learned its variance
-
-
-def counted(run: Run) -> Counted:
-    return Counted(**{field.name: getattr(run, field.name) for field in fields(Run)} | {"device": torch.device("cpu")})
-
-
 def count_calls(run: Run, guidance: Guidance, steps: int | None = None) -> tuple[int, int]:
     """(network calls, their multiply-adds) for an image."""
-    weak = load_weak(run, guidance)
+    weak, macs = load_weak(run, guidance), []
+
+    def counted(run: Run) -> Run:
+        """The run, its network's calls being noted in place of made."""
+
+        def predict(x, t, condition, routing) -> torch.Tensor:
+            macs.extend([run.model.macs(routing)] * len(x))
+            return torch.zeros_like(x).repeat(1, 2, 1, 1)  # as of a network that has learned its variance
+
+        noting = replace(run, device=torch.device("cpu"))
+        noting.predict = predict
+        return noting
+
     first = counted(run)
-    second = first if weak is run else counted(weak)
     condition = conditions.repeat(run.model.null_condition, 1, "cpu")
-    sampler = run.settings.sampler | ({} if steps is None else {"num_steps": steps})
-    generate_latents(first, guidance, [0], condition, sampler, weak=second)
-    others = (0, 0) if second is first else (second.calls, second.macs)
-    return first.calls + others[0], first.macs + others[1]
+    second = first if weak is run else counted(weak)
+    generate_latents(first, guidance, [0], condition, sampler_of(run, steps), second)
+    return len(macs), sum(macs)
 
 
 def branches(

@@ -10,19 +10,9 @@ import torch
 
 import conditions
 from autoencoder import Codec
+from checkpoints import run_folder as folders
 from checkpoints.config import Settings, from_file
-from checkpoints.run_folder import (
-    CONDITIONS_FILE,
-    WEIGHTS_FILES,
-    find_checkpoint,
-    load_strictly,
-    read_config,
-    read_manifest,
-    read_tensors,
-    split_family,
-    step_of,
-    verify_checkpoint,
-)
+from checkpoints.run_folder import CONDITIONS_FILE, WEIGHTS_FILES, load_strictly, read_tensors
 from contracts import Condition, Network, Objective, Routing, check_members
 from system import UserError
 from system.building import build
@@ -44,20 +34,20 @@ class Run:
     device: torch.device
     precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
-    told: bool = True  # whether settings.train.label_dropout is known: a file of another project may not say it
     pool: Condition = None  # the conditions to choose from: every class, or the texts that the run has kept
     step: int = 0
     weights: str = "ema"
     ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
+    told: bool = True  # whether settings.train.label_dropout is known: a file of another project may not say it
 
     @cached_property
     def sha256(self) -> str:
         """Of the weights file that was loaded, by the manifest that it was verified by; with ema_width, the EMA's."""
         if self.checkpoint.is_file():
             return sha256_once(self.checkpoint)
-        return read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
+        return folders.read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
 
     def compile_as(self, wanted: str) -> None:
         """blocks, where this machine can, or off."""
@@ -79,46 +69,32 @@ def load_run(
 ) -> Run:  # fmt: skip
     """The network of a run folder, checkpoint folder or file (weights/), with its objective, codec and settings.
 
-    weights: "ema" or "raw". tensors: in their place, such as an average of another width (training/ema.py). device:
-    None = this process's own. precision: fp32, bf16 or, where all processes call this, auto. Raises UserError where
-    there is no checkpoint or it is damaged.
+    weights: "ema" or "raw". tensors: in their place, such as an average of another width. device: None = this process's
+    own. precision: fp32, bf16 or, where all processes call this, auto. Raises UserError for no or a damaged checkpoint.
     """
-    path, kept, told = find_checkpoint(ckpt), None, True
+    path, told = folders.find_checkpoint(ckpt), True
     if path.is_file():
-        values, found, step = foreign.read(path, weights, split_family(ckpt)[0])
+        values, tensors, step = foreign.read(path, weights, folders.split_family(ckpt)[0])
         settings, beside = from_file(values, str(path)), path.with_name(CONDITIONS_FILE)
         told = "train" in values
     else:
-        if weights not in WEIGHTS_FILES:
-            raise UserError(f"weights={weights!r}; needed: ema or raw")
-        read = ["config.yaml"] + [WEIGHTS_FILES[weights]] * (tensors is None)  # the rest is several times as much
         beside = path / CONDITIONS_FILE
-        verify_checkpoint(path, only=read + [CONDITIONS_FILE] * beside.is_file())
-        settings, step = read_config(path), step_of(path)
-        found = read_tensors(path / WEIGHTS_FILES[weights]) if tensors is None else tensors
+        read = [WEIGHTS_FILES[weights]] if tensors is None else []  # the rest is several times as much
+        folders.verify_checkpoint(path, only=["config.yaml", *read, *([CONDITIONS_FILE] if beside.is_file() else [])])
+        settings, step = folders.read_config(path), folders.step_of(path)
+        tensors = read_tensors(path / read[0]) if read else tensors
     device = torch.device(device) if device is not None else start_processes().device
     model = build_network(settings)
-    load_strictly(model, found, source=str(path))
+    load_strictly(model, tensors, source=str(path))
     precision = decide_precision(precision, device)
     if precision == "bf16":
         round_linears(model)
     model.to(device).eval().requires_grad_(False)
-    if beside.is_file():
-        kept = conditions.load(read_tensors(beside))
-    run = Run(
-        model=model,
-        objective=build(settings.objective, Objective, "objective"),
-        codec=build_codec(settings.data.codec, device),
-        settings=settings,
-        device=device,
-        precision=precision,
-        told=told,
-        pool=conditions.pool(model.null_condition, kept),
-        step=step,
-        weights=weights,
-        folder=folder_of(ckpt, path),
-        checkpoint=path,
-    )
+    kept = conditions.load(read_tensors(beside)) if beside.is_file() else None
+    objective = build(settings.objective, Objective, "objective")
+    codec = build_codec(settings.data.codec, device)
+    run = Run(model, objective, codec, settings, device, precision, step=step, weights=weights, checkpoint=path)
+    run.pool, run.folder, run.told = conditions.pool(model.null_condition, kept), folder_of(ckpt, path), told
     run.compile_as(compile)
     return run
 
@@ -129,9 +105,9 @@ def build_network(settings: Settings) -> Network:
         model = build(settings.model, Network, "model")
         check_members(model)
         conditions.check_kind(settings.data.condition, model.null_condition)
+        return model
     except ValueError as error:
         raise UserError(str(error)) from None
-    return model
 
 
 def build_codec(section: dict, device: torch.device) -> Codec:

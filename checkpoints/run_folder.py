@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +27,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoints.config import Settings, from_file
-from system import UserError, hub
+import conditions
+from checkpoints.config import Settings, from_file, to_yaml
+from conditions import Condition
+from system import UserError, cli, hub
 from system.files import sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
 from system.settings import read_yaml
@@ -39,31 +42,51 @@ TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
+PAUSES_S = (1, 10)  # before a failed save is tried again: a full disk or a network file system may recover
 NamedTensors = dict[str, dict[str, torch.Tensor]]
+
+
+def save(
+    run_folder: Path, step: int, settings: Settings, modules: dict[str, torch.nn.Module],
+    optimizer: torch.optim.Optimizer, fingerprint: str, kept: Condition = None,
+) -> None:  # fmt: skip
+    """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts.
+
+    modules: by file, "model", "ema" and averages. fingerprint: the data's. kept: texts to sample without the data.
+    """
+    texts = {} if kept is None else {CONDITIONS_FILE: conditions.save(kept)}
+    tensors = checkpoint_tensors(modules, optimizer) | texts
+    for pause in (*PAUSES_S, None):
+        try:
+            write_checkpoint(run_folder, step, tensors, {"data": fingerprint}, to_yaml(settings))
+            break
+        except OSError as error:
+            if pause is None:
+                raise
+            again = f"{cli.one_line(error)}; trying again in {pause} s"
+            print(f"warning: checkpoint of step {step}: {again}", file=sys.stderr)
+            time.sleep(pause)
+    prune_checkpoints(run_folder, settings.train.keep_last, settings.train.keep_every)
 
 
 def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
     """{file: {name: tensor}} of a checkpoint: the tensors themselves, not copies. The largest file comes first."""
-    names = {p: name for name, p in modules["model"].named_parameters()}
-    state = {
-        f"{names[p]}/{field}": torch.as_tensor(value)
-        for p, fields in optimizer.state.items()
-        for field, value in fields.items()
-    }
+    named = modules["model"].named_parameters()
+    states = ((name, field, value) for name, p in named for field, value in optimizer.state.get(p, {}).items())
+    state = {f"{name}/{field}": torch.as_tensor(value) for name, field, value in states}
     return {"optimizer.safetensors": state} | {f"{name}.safetensors": m.state_dict() for name, m in modules.items()}
 
 
 def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str) -> Path:
-    """Writes the checkpoint of `step`, of `checkpoint_tensors`, and points `latest` at it.
+    """Writes a checkpoint, with `state` in trainer_state.json and `config` in config.yaml, and points `latest` at it.
 
-    state: plain numbers and strings, for trainer_state.json. config: the settings, as YAML. Raises OSError where the
-    disk cannot be written or has less than 102 % of the bytes free; earlier checkpoints are untouched.
+    Raises OSError where the disk cannot be written or is too full; earlier checkpoints are untouched.
     """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
-    needed = sum(t.nbytes for named in tensors.values() for t in named.values())
+    needed = sum(t.nbytes for named in tensors.values() for t in named.values()) * 1.02
     free = shutil.disk_usage(next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())).free
-    if free < needed * 1.02:
+    if free < needed:
         reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
         raise OSError(errno.ENOSPC, reason, str(run_folder))
     write_folder(target, tensors, texts)
@@ -86,13 +109,9 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
                 with usual_mode(temporary / name):
                     save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, temporary / name)
                 entries[name] = pool.submit(seal, temporary / name)
-        files = {name: entries[name].result() for name in sorted(entries)}
-        manifest = {"step": step_of(target), "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        if target.exists():
-            # A damaged checkpoint of this step, skipped at the resume: moved aside until its replacement is there.
+        manifest = {"step": step_of(target), "files": {name: entries[name].result() for name in sorted(entries)}}
+        write_text_atomic(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        if target.exists():  # a damaged checkpoint, skipped at the resume: moved aside until its replacement is there
             shutil.rmtree(aside := target.with_name(f"{TEMPORARY}old_{target.name}"), ignore_errors=True)
             os.rename(target, aside)
         os.rename(temporary, target)
@@ -105,16 +124,15 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
 
 
 def seal(path: Path) -> dict:
-    """Flushes a file to disk -> its entry in the manifest."""
-    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}  # while the system writes it out
+    """Flushes a file to disk, hashing it while the system writes it out -> its entry in the manifest."""
+    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     sync(path)
     return entry
 
 
 def remove_temporaries(run_folder: Path) -> None:
     """Removes what a killed writer left."""
-    folder, snapshots = run_folder / "checkpoints", run_folder / "snapshots"
-    for path in (*folder.glob(f"{TEMPORARY}*"), *snapshots.glob(f"{TEMPORARY}*"), *folder.glob(".latest.*.tmp")):
+    for path in (*run_folder.glob(f"*/{TEMPORARY}*"), *run_folder.glob("checkpoints/.latest.*.tmp")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -127,23 +145,24 @@ def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) 
         if keep_every and step_of(path) % keep_every == 0:
             continue
         try:  # 4 bytes a parameter of the checkpoint's 24
-            if averages := average_files(path):
-                halves = {p.name: {name: t.half() for name, t in read_tensors(p).items()} for p in averages.values()}
+            files = average_files(path).values()
+            halves = {file.name: {name: t.half() for name, t in read_tensors(file).items()} for file in files}
+            if halves:
                 write_folder(run_folder / "snapshots" / path.name, halves, {})
         except (OSError, UserError) as error:
             print(f"warning: {path} is not deleted, for its averages cannot be kept: {error}", file=sys.stderr)
-            continue
-        (path / MANIFEST).unlink()  # from here on it is no checkpoint
-        shutil.rmtree(path)
+        else:
+            (path / MANIFEST).unlink()  # from here on it is no checkpoint
+            shutil.rmtree(path)
 
 
 def abandon_after(run_folder: Path, step: int) -> Path | None:
     """Moves checkpoints and snapshots after `step`, and a copy of the log, to checkpoints/abandoned_<date>/ -> it.
 
-    For a run that goes back, whose own checkpoints are then the newest. None where nothing comes after `step`.
+    None where nothing comes after `step`.
     """
     folder = run_folder / "checkpoints"
-    places = (*folder.glob("step_*"), *(run_folder / "snapshots").glob("step_*"))
+    places = (p for kind in (folder, run_folder / "snapshots") for p in kind.glob("step_*"))
     later = [p for p in places if STEP_NAME.fullmatch(p.name) and step_of(p) > step]
     if not later:
         return None
@@ -151,18 +170,11 @@ def abandon_after(run_folder: Path, step: int) -> Path | None:
     abandoned.mkdir(exist_ok=True)
     if (log := run_folder / "metrics.jsonl").is_file():
         shutil.copy2(log, abandoned)
+    (folder / "latest").unlink(missing_ok=True)  # until the next save
     for path in sorted(later, key=step_of, reverse=True):
         os.rename(path, abandoned / (path.name if path.parent == folder else f"snapshot_{path.name}"))
     sync(folder)
-    if remaining := latest_checkpoint(run_folder):
-        write_text_atomic(folder / "latest", remaining.name + "\n")
-    else:
-        (folder / "latest").unlink(missing_ok=True)
     return abandoned
-
-
-def average_name(width: float) -> str:
-    return f"power_{width}"
 
 
 def average_files(folder: Path) -> dict[float, Path]:
@@ -171,12 +183,11 @@ def average_files(folder: Path) -> dict[float, Path]:
 
 
 def snapshots_until(checkpoint: Path) -> list[Path]:
-    """The run's folders with power averages, oldest first, one for each step up to the checkpoint's: the checkpoint in
-    float32 where there still is one."""
-    run_folder = checkpoint.absolute().parent.parent
+    """Folders with power averages of the steps up to the checkpoint's, oldest first: in float32 where there are."""
+    run_folder, last = checkpoint.absolute().parent.parent, step_of(checkpoint)
     every = (*complete_checkpoints(run_folder, "snapshots"), *complete_checkpoints(run_folder), checkpoint)
-    folders = {step_of(p): p for p in every if average_files(p)}
-    return [folders[step] for step in sorted(folders) if step <= step_of(checkpoint)]
+    folders = {step_of(p): p for p in every if average_files(p) and step_of(p) <= last}
+    return [folders[step] for step in sorted(folders)]
 
 
 def complete_checkpoints(run_folder: Path, kind: str = "checkpoints") -> list[Path]:
@@ -204,7 +215,6 @@ def newest_intact(run_folder: Path) -> Path | None:
         except UserError as error:
             if is_main():
                 print(f"warning: {error}; going back to the one before", file=sys.stderr)
-    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -245,29 +255,24 @@ def read_manifest(checkpoint: Path) -> dict:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         return {"step": int(manifest["step"]), "files": dict(manifest["files"])}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
 
 
 def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> None:
-    """Raises UserError where a file is missing or differs from the manifest in any byte. only: these files; None = all.
-
-    What the manifest does not name must not be read either.
-    """
+    """Raises UserError where a file is missing, or not the manifest's to the byte. only: these files; None = all."""
     files = read_manifest(checkpoint)["files"]
     for name in files if only is None else only:
         path = checkpoint / name
         if name not in files or not path.is_file():
-            by = "not named by the manifest" if path.is_file() else "missing, but the manifest names it"
-            raise UserError(f"{path} is {by}: the checkpoint is damaged")
+            raise UserError(f"{path} is missing, there or in the manifest: the checkpoint is damaged")
         # On resuming, the processes of a job may see different checkpoints, so that none waits for another's answer.
-        found = (sha256_of if only is None else sha256_once)(path)
-        if path.stat().st_size != files[name]["bytes"] or found != files[name]["sha256"]:
+        if (sha256_of if only is None else sha256_once)(path) != files[name]["sha256"]:
             raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
 
 
 def read_config(checkpoint: Path) -> Settings:
-    """The settings that a checkpoint was trained with. Raises UserError where they are damaged or of another format."""
+    """The settings of a run or checkpoint folder. Raises UserError where they are damaged or of another format."""
     path = checkpoint / "config.yaml"
     return from_file(read_yaml(path.read_bytes(), str(path)), str(path))
 
@@ -275,38 +280,30 @@ def read_config(checkpoint: Path) -> Settings:
 def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Loads tensors whose names and shapes are exactly the module's. Raises UserError with the first that differ."""
     own, theirs = ({key: tuple(t.shape) for key, t in named.items()} for named in (module.state_dict(), tensors))
-    missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
-    shapes = sorted(key for key in own.keys() & theirs.keys() if own[key] != theirs[key])
-    if missing or extra or shapes:
-        parts = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {extra[:3]}"] * bool(extra)
-        parts += [f"{key} is {theirs[key]} in the file and {own[key]} in the model" for key in shapes[:3]]
-        raise UserError(f"{source} is of another model: {'; '.join(parts)}")
+    differing = sorted({key for key, _ in own.items() ^ theirs.items()})[:3]
+    if differing:
+        both = [(key, theirs.get(key, "missing"), own.get(key, "missing")) for key in differing]
+        told = "; ".join(f"{key} is {found} in the file and {needed} in the model" for key, found, needed in both)
+        raise UserError(f"{source} is of another model: {told}")
     module.load_state_dict(tensors)
 
 
 def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the optimizer's state, which is saved by parameter name.
-
-    Raises UserError for names that the model lacks and for the state of another optimizer.
-    """
-    path = checkpoint / "optimizer.safetensors"
-    names = {p: name for name, p in model.named_parameters()}
-    state = {name: {} for name in names.values()}
+    """Restores the optimizer's state, saved by parameter name. Raises UserError for the state of another optimizer."""
+    path, saved = checkpoint / "optimizer.safetensors", defaultdict(dict)
     for key, value in read_tensors(path).items():
         name, _, field = key.rpartition("/")
-        if name not in state:
-            raise UserError(f"{path} has state of {name!r}, which the model lacks")
-        state[name][field] = value
-    order = [(names[p], "betas" in group) for group in optimizer.param_groups for p in group["params"]]
-    for name, adam in order:
-        needed = "exp_avg" if adam else "momentum_buffer"
-        if state[name] and needed not in state[name]:
-            raise UserError(
-                f"{path} is of another optimizer: it has {', '.join(state[name])} of {name}, needed: {needed}; "
-                f"continue with the run's own optimizer=, or start a new run with init_from="
-            )
-    state = {i: state[name] for i, (name, _) in enumerate(order) if state[name]}  # as PyTorch numbers parameters
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        saved[name][field] = value
+    names, state = {p: name for name, p in model.named_parameters()}, {}  # state: as PyTorch numbers parameters
+    for group in optimizer.param_groups:
+        needed = "exp_avg" if "betas" in group else "momentum_buffer"
+        for i, p in enumerate(group["params"], len(state)):
+            state[i] = saved.get(names[p], {})
+            if state[i] and needed not in state[i]:
+                found = f"it has {', '.join(state[i])} of {names[p]}, needed: {needed}"
+                cure = "continue with the run's own optimizer=, or start a new run with init_from="
+                raise UserError(f"{path} is of another optimizer: {found}; {cure}")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: held for i, held in state.items() if held}})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

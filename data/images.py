@@ -137,12 +137,12 @@ class Images:
 def decoded_ahead(
     batches: Iterable[Sequence[int]], decode: Callable[[int], np.ndarray], num_threads: int
 ) -> Iterator[np.ndarray]:
-    """For each batch of numbers the stack (B, ...) of what `decode` makes of them, two batches ahead in threads."""
+    """For each batch of numbers the stack (B, ...) of what `decode` makes of them, the next one in threads."""
     with ThreadPoolExecutor(num_threads) as threads:
         ahead = []
-        for batch in (*batches, (), ()):
+        for batch in (*batches, ()):
             ahead.append([threads.submit(decode, i) for i in batch])
-            if len(ahead) > 2 and (ready := ahead.pop(0)):
+            if len(ahead) > 1 and (ready := ahead.pop(0)):
                 yield np.stack([decoding.result() for decoding in ready])
 
 

@@ -53,11 +53,6 @@ def between(low: float, high: float) -> Check:
     return Check(f"in [{low}, {high})", lambda value: low <= value < high)
 
 
-def inside(low: float, high: float) -> Check:
-    """(low, high)"""
-    return Check(f"between {low} and {high}, both left out", lambda value: low < value < high)
-
-
 Count = Annotated[int, at_least(0)]  # 0 = never, or none
 Positive = Annotated[int, at_least(1)]
 Kind = Literal["sample_scaled", "sample_raw", "moments_logvar", "mean_std"]  # of latents, see data/encoding.py

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import pickle  # to plant one; nothing here reads it
@@ -29,16 +30,18 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+import yaml
 
 import data
 import sample
 import train
+from checkpoints.config import Settings
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors, step_of, verify_checkpoint
 from data.images import open_images
 from evaluation.reference import read_reference
 from system import UserError, cli
 from system.files import sha256_of
+from system.settings import parse
 from tests.conftest import COMPARED, ROOT, TORCHRUN, Canary, failing_reads, free_port, numbers
 from tests.made_runs import make_run
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
@@ -103,7 +106,7 @@ class Job:
             os.dup2(output, 1)
             os.dup2(output, 2)
             with cli.user_errors():
-                code = train.train(cli.load_config("config", self.overrides))
+                code = train.train(parse(Settings, cli.load_config("config", self.overrides)))
         except SystemExit as leaving:
             code = leaving.code
         finally:
@@ -281,7 +284,8 @@ def launch(results: Path, name: str, change: str, *overrides: str) -> tuple[Job,
     job, program = Job(results, name, *overrides), results / f"{name}.py"
     program.write_text(
         f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom system import cli\n{change}\n"
-        "with cli.user_errors():\n    code = train.train(cli.load_config('config', sys.argv[1:]))\nsys.exit(code)\n"
+        "with cli.user_errors():\n    settings = train.parse(train.Settings, cli.load_config('config', sys.argv[1:]))\n"
+        "    code = train.train(settings)\nsys.exit(code)\n"
     )
     heard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return job, subprocess.Popen([*TORCHRUN, str(program), *job.overrides], cwd=ROOT, **heard)
@@ -411,10 +415,10 @@ def bad_numbers(results: Path) -> Rows:
     job = Job(results, "infinite", "train.max_steps=40", "train.log_every=7")
     step = train.train_step
 
-    def poisoned(state, objective, latents, batches, number, plan, cfg):
-        if number == 10:
+    def poisoned(settings, loaded, state, batches):
+        if state.step == 10:
             list(state.model.parameters())[-1].register_hook(lambda grad: grad * torch.inf)
-        return step(state, objective, latents, batches, number, plan, cfg)
+        return step(settings, loaded, state, batches)
 
     train.train_step = poisoned
     code = job.run()
@@ -490,9 +494,10 @@ def planted_code(results: Path) -> Rows:
 def plant(checkpoint: Path, section: str, hostile: dict) -> None:
     """Puts a class into a checkpoint's config, and the config's new hash into its manifest: nothing else is wrong."""
     path, manifest = checkpoint / "config.yaml", json.loads((checkpoint / "manifest.json").read_text())
-    config = OmegaConf.load(path)
-    OmegaConf.update(config, section, hostile, merge=False)
-    OmegaConf.save(config, path)
+    config = yaml.safe_load(path.read_text())
+    *parents, last = section.split(".")
+    functools.reduce(dict.__getitem__, parents, config)[last] = hostile
+    path.write_text(yaml.safe_dump(config))
     manifest["files"][path.name] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     verify_checkpoint(checkpoint)

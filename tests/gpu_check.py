@@ -12,21 +12,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
+import conditions
 import cost
 import data
-import sample
+from autoencoder import PixelCodec
+from checkpoints.config import Settings
+from checkpoints.generate import generate_latents
+from checkpoints.load import Run, build_network
 from evaluation.features import load_extractor
 from guidance import Guidance
 from scripts import bench
 from scripts.plot import markdown
 from system import UserError, cli
+from system.building import build
 from system.files import write_text_atomic
-from system.instantiate import instantiate
 from system.processes import start_processes
 from training.prepare import batch_plan
 
@@ -49,18 +53,18 @@ def run_tests() -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def config_of(size: str, batch: int, small: bool) -> DictConfig:
+def config_of(size: str, batch: int, small: bool) -> Settings:
     """ImageNet's setting of a size; small: a tiny network on four images."""
     keys = [f"model.size={size}", f"train.global_batch_size={batch}", *(SMALL if small else ())]
-    return cli.load_config("config", ["data=imagenet256", "model=tread", *keys])
+    return bench.load("data=imagenet256", "model=tread", *keys)
 
 
-def row_of(size: str, report: dict, cfg: DictConfig) -> dict:
+def row_of(size: str, report: dict, settings: Settings) -> dict:
     """One line of the table, from a report. GB are those of a step beyond the state."""
     ways = {way: report["kinds"][f"ours {way}"] for way in ("dense", "routed")}
-    mfu, batch = report["mfu"] or {}, cfg.train.global_batch_size
-    cfg.train.precision = report["precision"]
-    memory = cost.step_memory(cfg, device=start_processes().device.type)
+    mfu, batch = report["mfu"] or {}, settings.train.global_batch_size
+    settings = replace(settings, train=replace(settings.train, precision=report["precision"]))
+    memory = cost.step_memory(settings, device=start_processes().device.type)
     row = {"model": size, "batch": batch, "measured / predicted": report["measured_over_predicted"]}
     for way, kind in ways.items():
         row |= {f"{way} img/s": kind["img_per_s"], f"{way} MFU": mfu.get(way), f"{way} GB": kind["step_gb"]}
@@ -68,25 +72,26 @@ def row_of(size: str, report: dict, cfg: DictConfig) -> dict:
     return row | {"waits": sum(kind["host_waits"] for kind in ways.values()), "report": report}
 
 
-def loader_rate(cfg: DictConfig) -> float:
+def loader_rate(settings: Settings) -> float:
     """Samples per second that the loader reads, with the config's workers."""
     with tempfile.TemporaryDirectory() as folder:
-        latents = bench.noise_latents(Path(folder), cfg)
-        plan, steps = batch_plan(cfg.train, start_processes()), 50
-        loader = iter(data.make_loader(latents, plan, num_steps=steps, num_workers=cfg.data.num_workers))
+        latents = bench.noise_latents(Path(folder), settings)
+        plan, steps = batch_plan(settings, start_processes()), 50
+        loader = iter(data.make_loader(latents, plan, num_steps=steps, num_workers=settings.data.num_workers))
         next(loader)
         seconds = bench.seconds_of(lambda: list(loader), torch.device("cpu"))
         return (steps - 1) * plan.micro_batch_size / seconds
 
 
-def sampling_rates(cfg: DictConfig, images: int) -> dict[str, float]:
+def sampling_rates(settings: Settings, images: int) -> dict[str, float]:
     """Images per second of 10 steps with guidance, in latents, by precision; random weights cost what others do."""
     device, rates = start_processes().device, {}
-    model = instantiate(cfg.model).to(device).eval().requires_grad_(False)
+    model = build_network(settings).to(device).eval().requires_grad_(False)
+    objective, pool = build(settings.objective, object, "objective"), conditions.pool(model.null_condition)
     for precision in ("fp32", "bf16"):
-        run = sample.Run(model, instantiate(cfg.objective), None, cfg, device, precision)
-        labels = sample.labels_for(run.num_classes, range(images), "balanced")
-        draw = lambda: sample.generate_latents(run, Guidance(2.0), range(images), labels, {"num_steps": 10})
+        run = Run(model, objective, PixelCodec(), settings, device, precision, pool=pool)
+        labels = conditions.choose("balanced", range(images), pool)
+        draw = lambda: generate_latents(run, Guidance(2.0), range(images), labels, {"num_steps": 10})
         draw()
         rates[precision] = images / bench.seconds_of(draw, device)
     return rates
@@ -121,20 +126,21 @@ def main(arguments: list[str]) -> None:
         if time.monotonic() - started > BUDGET * 0.75:
             left_out.append(size)
             continue
-        cfg = config_of(size, batch, small)
+        settings = config_of(size, batch, small)
         try:
-            report = bench.bench(cfg, compare=False, rounds=1 if small else bench.ROUNDS)
+            report = bench.bench(settings, compare=False, rounds=1 if small else bench.ROUNDS)
         except torch.OutOfMemoryError:
             left_out.append(f"{size} (out of memory at {batch})")
             continue
-        rows.append(row_of(size, report, cfg))
+        rows.append(row_of(size, report, settings))
         print(f"bench      {size}: {report['measured_over_predicted']:.3f} measured / predicted", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    cfg = config_of("DiT-B/2", 256, small)
+    settings = config_of("DiT-B/2", 256, small)
     found = {
         "device": name, "torch": torch.__version__, "goals": GOALS, "tests": tests, "rows": rows, "left_out": left_out,
-        "loader_samples_per_s": loader_rate(cfg), "sampling_images_per_s": sampling_rates(cfg, 4 if small else 256),
+        "loader_samples_per_s": loader_rate(settings),
+        "sampling_images_per_s": sampling_rates(settings, 4 if small else 256),
         "scoring_images_per_s": scoring_rate(16 if small else 5000), "seconds": time.monotonic() - started,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,3 +28,15 @@ def make_run(folder, overrides, steps=(1,), kept=None):
             tensors[CONDITIONS_FILE] = conditions.save(kept)
         write_checkpoint(folder, step, tensors, {}, to_yaml(settings))
     return folder
+
+
+def note_calls(run):
+    """A list to which each row of each call of the run's network adds its multiply-adds, from now on."""
+    macs, predict = [], run.predict
+
+    def noting(x, t, condition, routing):
+        macs.extend([run.model.macs(routing)] * len(x))
+        return predict(x, t, condition, routing)
+
+    run.predict = noting
+    return macs

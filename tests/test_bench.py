@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from contracts import pixel_mean
 from dit import DiT
 from edm import EDM
 from routing_module import Routing
 from scripts import bench
-from system import cli
 
 TINY = [
     "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=8", "train.compile=off",
@@ -17,7 +17,7 @@ TINY = [
 
 @pytest.fixture
 def report():
-    return bench.bench(cli.load_config("config", TINY), compare=True, rounds=2)
+    return bench.bench(bench.load(*TINY), compare=True, rounds=2)
 
 
 def test_the_plain_network_is_the_same_function():
@@ -37,7 +37,7 @@ def test_the_plain_network_is_the_same_function():
         for net in (ours, plain):
             routing = Routing(generators=torch.Generator().manual_seed(1)) if routed else None
             bound = lambda x, t, y: net(x, t, y, routing=routing)  # noqa: B023
-            losses.append(EDM().loss(bound, x, y, torch.Generator().manual_seed(2)))
+            losses.append(pixel_mean(EDM().errors(bound, x, y, torch.Generator().manual_seed(2))[0]))
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_the_time_of_the_products_is_each_shapes_time_as_often_as_it_occurs(monk
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 def test_the_cost_of_muon_is_printed():
-    report = bench.bench(cli.load_config("config", [*TINY, "optimizer=muon"]), compare=False, rounds=2)
+    report = bench.bench(bench.load(*TINY, "optimizer=muon"), compare=False, rounds=2)
     assert report["optimizer"] == "muon" and report["kinds"]["ours routed"]["host_waits"] == 0
     (line,) = [line for line in bench.show(report).splitlines() if line.startswith("optimizer_s ")]
     assert float(line.split()[1]) == pytest.approx(report["optimizer_s"], rel=1e-3)
@@ -83,7 +83,7 @@ def test_the_cost_of_muon_is_printed():
 )
 def test_what_cannot_be_compared_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        bench.bench(cli.load_config("config", [*overrides, *TINY]), compare=True)
+        bench.bench(bench.load(*overrides, *TINY), compare=True)
 
 
 def test_the_cost_of_guidance_is_counted_and_measured(monkeypatch, capsys):

@@ -20,7 +20,7 @@ from routing_module import Routing
 from system import cli
 from system.processes import start_processes
 from system.settings import parse
-from training.prepare import build_objective, build_state
+from training.prepare import build_state
 
 SIZES = {"S": 12, "B": 12, "L": 24, "XL": 28}
 PUBLISHED = {f"{model} {size}/2": f"{overrides} model.size=DiT-{size}/2" for model, overrides in {
@@ -113,7 +113,7 @@ def test_finetuning_is_dense_slow_and_from_the_routed_run():
     assert settings.train.lr == 1e-5 and settings.init_from == "runs/imagenet256-tread-XL2-edm"
     assert not settings.model["routes"]
     with pytest.raises(ValueError, match="tread-XL2-edm"):  # which is not there: nothing starts from scratch
-        build_state(settings, start_processes(), build_objective(settings, 2), new=True)
+        build_state(settings, start_processes(), new=True)
 
 
 def test_a_dry_run_from_the_command_line(tmp_path):

@@ -26,7 +26,7 @@ from system.processes import start_processes
 from tests.conftest import ROOT, assert_same_run
 from tests.made_runs import made_settings
 from training.ema import update_averages
-from training.prepare import TrainingData, build_objective, build_state
+from training.prepare import TrainingData, build_state
 from training.stopping import EXIT_START_AGAIN
 
 TREAD = [dict(selection_ratio=0.5, start_layer_idx=2, end_layer_idx=-4)]
@@ -49,7 +49,7 @@ def step():
     """step(number), state and settings of a routed DiT-S/2 in bf16 on the GPU; its batches are there already."""
     keys = ["data=imagenet256", "model.size=DiT-S/2", "train.precision=bf16", "train.global_batch_size=32"]
     settings = made_settings(keys)
-    state = build_state(settings, start_processes(), build_objective(settings, 32), new=True)
+    state = build_state(settings, start_processes(), new=True)
     batch = torch.randn(32, 4, 32, 32, device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
     data = TrainingData(Latents, Latents, BatchPlan(32, 32, 1, 0, 1))
 

@@ -1,6 +1,7 @@
 """The one guidance rule: what it combines, when it calls the weak branch, what it costs."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
-from checkpoints.generate import generate_latents
+from checkpoints.generate import count_calls, generate_latents
 from checkpoints.load import Run
 from edm import EDM
 from guidance import Branch, Guidance, guide, pair
@@ -18,6 +19,7 @@ from routing_module import Routing
 from sample import Sampling
 from system import cli
 from system.settings import parse
+from tests.made_runs import note_calls
 
 
 def at(t):
@@ -163,10 +165,10 @@ def test_the_weak_branch_may_be_another_network(small):
     torch.manual_seed(1)
     weak = dit.DiT(8, 2, 1, 32, 2, 2, num_classes=3, learn_sigma=False)
     run, other = (run_of(net, RectifiedFlow()) for net in (small, weak))
-    guidance = Guidance(1.5, weak_label="same", weak_ckpt="any")
+    guidance, strong_macs, weak_macs = Guidance(1.5, weak_label="same", weak_ckpt="any"), *map(note_calls, (run, other))
     found = generate_latents(run, guidance, [0, 1], torch.tensor([0, 1]), {"num_steps": 4}, weak=other)
     assert (found - latents_of(small, RectifiedFlow(), Guidance(), seeds=(0, 1))[0]).abs().max() > 1e-3
-    assert run.calls == 8 and run.macs == 4 * (small.macs() + weak.macs())
+    assert strong_macs == [small.macs()] * 8 and weak_macs == [weak.macs()] * 8  # four steps of two images
 
 
 def test_calls_and_multiply_adds_are_counted_an_image(small):
@@ -176,8 +178,9 @@ def test_calls_and_multiply_adds_are_counted_an_image(small):
         (preset("sparse"), 8, 4 * (small.macs(Routing(0.2)) + small.macs(Routing(0.7)))),
         (preset("cfg", "interval=[0.4,0.8]"), 6, 6 * small.macs()),  # t = 1, 0.75, 0.5, 0.25
     ):
-        _, run = latents_of(small, RectifiedFlow(), guidance)
-        assert (run.calls, run.macs) == (calls, macs)
+        run = run_of(small, RectifiedFlow())
+        run.settings = SimpleNamespace(sampler={"num_steps": 4})
+        assert count_calls(run, guidance) == (calls, macs)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +203,10 @@ def test_cost_of_sparse_guidance_beside_classifier_free(size, gammas, ratio):
 
     def cost(guidance):
         with FlopCounterMode(display=False) as counter:
-            _, run = latents_of(Counted(), RectifiedFlow(), guidance, seeds=(0,), labels=[7], num_steps=1)
-        return counter.get_total_flops(), run.macs
+            latents_of(Counted(), RectifiedFlow(), guidance, seeds=(0,), labels=[7], num_steps=1)
+        run = run_of(Counted(), RectifiedFlow())
+        run.settings = SimpleNamespace(sampler={"num_steps": 1})
+        return counter.get_total_flops(), count_calls(run, guidance)[1]
 
     sparse = Guidance(1.5, gamma_strong=gammas[0], gamma_weak=gammas[1], weak_label="same")
     (sparse_flops, sparse_macs), (cfg_flops, cfg_macs) = cost(sparse), cost(Guidance(1.5))

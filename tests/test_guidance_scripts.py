@@ -65,7 +65,7 @@ def test_routes_shown_are_those_that_sampling_draws(run_folder, tmp_path, monkey
     draw = routing_module.draw_keep_ids
     monkeypatch.setattr(routing_module, "draw_keep_ids", record)
     next(sample.generate(run, Guidance(gamma_strong=0.5), [0, 1], torch.tensor([0, 1])))
-    for step, keep_ids in enumerate(drawn):
+    for step, keep_ids in enumerate(list(drawn)):
         (mask,) = show_routes.kept_tokens(run, [0, 1], 0.5, step)
         assert torch.equal(mask.nonzero()[:, 1].view(2, -1), keep_ids)
     passes = show_routes.through_blocks(run, [mask])

@@ -56,7 +56,7 @@ def test_made_shards_are_made_again_only_when_damaged(tmp_path, capsys):
     keys = ["data=idx", f"data.source={tmp_path}/files", f"data.path={tmp_path}/made"]
     asked = parse(Settings, cli.load_config("config", keys)), PartialState(cpu=True), BatchPlan(64, 64, 1, 0, 1)
     open_data(*asked)
-    assert capsys.readouterr().out.count("made does not exist: its pictures are made there") == 1
+    assert capsys.readouterr().out.count("made does not exist: data.source's pictures are made there") == 1
     shard = tmp_path / "made/val-000000.tar"
     before = shard.read_bytes(), shard.stat().st_mtime_ns
     loaded = open_data(*asked)

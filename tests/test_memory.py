@@ -32,9 +32,8 @@ def settings_of(overrides):
 
 def measured(settings, dense):
     """Bytes at most within the second step of train.py on this CPU, beyond those between two steps."""
-    objective = prepare.build_objective(settings, 2)
-    state = prepare.build_state(settings, start_processes(), objective, new=True)
-    plan = training.batch_plan(settings.train, start_processes())
+    state = prepare.build_state(settings, start_processes(), new=True)
+    plan = training.batch_plan(settings, start_processes())
     loaded = SimpleNamespace(train=SimpleNamespace(to_model_input=lambda raw, rows: raw), plan=plan)
     if dense:
         state.model.training_routing = lambda *arguments: None

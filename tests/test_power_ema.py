@@ -26,7 +26,7 @@ from checkpoints.run_folder import (
 from evaluation import table
 from tests.conftest import assert_same_run
 from tests.made_runs import made_settings
-from training.ema import beta, coefficients, gamma_of, inner_product, reconstruct, update_averages, update_ema, width_of
+from training.ema import beta, coefficients, gamma_of, inner_product, reconstruct, update_averages, update_ema
 from training.stopping import EXIT_START_AGAIN
 
 WIDTHS, WEIGHT = (0.05, 0.1), "blocks.0.attn.proj.weight"
@@ -37,7 +37,7 @@ def test_gamma_is_the_largest_root_and_its_profile_has_the_width(width):
     gamma = gamma_of(width)
     terms = [gamma**3, 7 * gamma**2, (16 - width**-2) * gamma, 12 - width**-2]
     assert abs(sum(terms)) < 1e-12 * sum(map(abs, terms)) and gamma > 0
-    assert width_of(gamma) == pytest.approx(width, rel=1e-12)
+    assert (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5 == pytest.approx(width, rel=1e-12)  # Eq. 123
     mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)  # of i / t under the density i^gamma
     assert math.sqrt(square - mean**2) == pytest.approx(width, rel=1e-9)
 

@@ -305,6 +305,8 @@ def test_loading_reads_the_weights_that_it_needs_and_no_others(runs, tmp_path, m
     assert run.sha256 == files.sha256_of(checkpoint / "ema.safetensors")
     with pytest.raises(ValueError, match="model.safetensors does not match"):
         load_run(folder, "raw", device="cpu")
+    with pytest.raises(ValueError, match="ema or raw"):
+        load_run(folder, "best", device="cpu")
     with open(checkpoint / "ema.safetensors", "r+b") as file:  # of the same size
         file.seek(-1, os.SEEK_END)
         last = file.read(1)

@@ -19,7 +19,7 @@ from guidance import Guidance
 from routing_module import Route
 from system import UserError, cli
 from system.building import build
-from system.settings import above, at_least, at_most, between, convert, inside, parse, read_yaml, refuse_interpolations
+from system.settings import above, at_least, at_most, between, convert, parse, read_yaml, refuse_interpolations
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +79,7 @@ REFUSED = [
     (0, Least, "k=0; needed: a whole number of at least 1"),
     (0, Annotated[float, above(0)] | None, "k=0; needed: a number above 0 or null"),
     (1, Annotated[float, between(0, 1)], "k=1; needed: a number in [0, 1)"),
-    (0.28, Annotated[float, inside(0, 0.28)], "k=0.28; needed: a number between 0 and 0.28, both left out"),
+    (0.28, config.Width, "k=0.28; needed: a number between 0 and 0.28, both left out"),
     (100, Annotated[int, at_least(1), at_most(99)], "k=100; needed: a whole number of at least 1 and of at most 99"),
     (0.05, tuple[float, ...] | None, "k=0.05; needed: a list, each a number or null"),
     ("fd", list[str], "k=fd; needed: a list, each text"),
@@ -299,7 +299,7 @@ RUNS = [
     ("preview", "gamma_weak", 1, "preview.gamma_weak=1; needed: a number in [0, 1)"),
     ("preview", "weak_label", "any", "preview.weak_label=any; needed: same, none or random"),
     ("eval", "seeds", "5-1", "eval: seeds=5-1; needed: numbers and ranges, such as 0-63 or [1,5,9-12]"),
-    ("eval", "weights", "raw", "eval: weights=raw; needed: ema, which is what training scores"),
+    ("eval", "weights", "raw", "eval.weights=raw; needed: ema"),
     ("eval", "precision", "bf16", "eval.precision=bf16; needed: auto, as train.precision"),
     ("eval", "metrics", "fd", "eval.metrics=fd; needed: a list, each fd, sfid, is, pr or kid or null"),
     ("hardware", "mfu", 1.5, "hardware.mfu=1.5; needed: a number above 0 and of at most 1"),
@@ -339,7 +339,7 @@ def test_latents_may_be_wide(composed):
     "change, line",
     [
         ({"format": 2}, "x.yaml: its config has format 2; needed: format 1"),
-        ({"format": None}, "x.yaml: its config has no format, as an earlier version; needed: format 1"),
+        ({"format": None}, "x.yaml: its config has format None; needed: format 1"),
         ({"trian": {}}, "x.yaml: unknown key 'trian'; did you mean train?"),
         ({"seed": True}, "x.yaml: seed=true; needed: a whole number"),
         ({"run_name": "${oc.env:SECRET}"}, "x.yaml: run_name refers to something else (${...}); needed: a plain value"),

@@ -367,4 +367,4 @@ def test_sampling_asks_the_device_for_no_value(objective, monkeypatch):
     sparse, random = Guidance(1.5, None, 0.3, 0.7, "same"), Guidance(2.0, (0.1, 0.9), weak_label="random")
     for guidance in (Guidance(), Guidance(2.0), sparse, random):
         latents = generate_latents(run, guidance, seeds, labels, {"num_steps": 3})
-        assert latents.shape == (3, 4, 16, 16) and latents.device.type == "meta" and run.calls >= 3
+        assert latents.shape == (3, 4, 16, 16) and latents.device.type == "meta"

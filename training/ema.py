@@ -2,8 +2,7 @@
 
 The power average of relative width s at step t gives the weights of step i the weight i^gamma: its standard deviation
 is s t. Training keeps two; every save stores them, as a snapshot. A mix of snapshots approximates any other width.
-Times enter as ratios alone, so they are steps here, where the paper counts images. Numbers of equations and algorithms
-are the paper's.
+Numbers of equations and algorithms are the paper's, whose times are images, not steps: only ratios matter.
 """
 
 import copy
@@ -16,15 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoints.config import MAX_WIDTH
-from checkpoints.run_folder import (
-    average_files,
-    average_name,
-    read_tensors,
-    snapshots_until,
-    step_of,
-    verify_checkpoint,
-)
+from checkpoints.run_folder import average_files, read_tensors, snapshots_until, step_of, verify_checkpoint
 from system import UserError
 
 POOR_FIT = 0.1  # error, relative to the wanted profile, from which on a reconstruction is warned of
@@ -32,17 +23,18 @@ POOR_FIT = 0.1  # error, relative to the wanted profile, from which on a reconst
 
 def make_averages(model: nn.Module, widths: Sequence[float]) -> dict[str, nn.Module]:
     """The averages of a run before its first step, by file: "ema", and a power average for each width."""
-    return {name: copy.deepcopy(model).eval().requires_grad_(False) for name in ["ema", *map(average_name, widths)]}
+    names = ["ema", *(f"power_{width}" for width in widths)]
+    return {name: copy.deepcopy(model).eval().requires_grad_(False) for name in names}
 
 
 @torch.no_grad()
 def update_averages(
     averages: dict[str, nn.Module], model: nn.Module, step: int, ema_decay: float, ema_ramp: bool
 ) -> None:
-    """Takes the weights of `step` into each average."""
+    """Takes the weights of `step` into each average. ema_ramp: nears ema_decay from below while the EMA is young."""
+    fixed = min(ema_decay, (1 + step) / (10 + step)) if ema_ramp else ema_decay
     for name, average in averages.items():
-        decay = decay_at(step, ema_decay, ema_ramp) if name == "ema" else beta(float(name.removeprefix("power_")), step)
-        update_ema(average, model, decay)
+        update_ema(average, model, fixed if name == "ema" else beta(float(name.removeprefix("power_")), step))
 
 
 @torch.no_grad()
@@ -51,21 +43,10 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def decay_at(step: int, ema_decay: float, ema_ramp: bool) -> float:
-    """ema_decay, from the first step on or, with ema_ramp, approached from below while the EMA is young."""
-    return min(ema_decay, (1 + step) / (10 + step)) if ema_ramp else ema_decay
-
-
 @cache
 def gamma_of(width: float) -> float:
-    """The exponent of a relative width: the largest root of Eq. 126 (Algorithm 2), whose inverse is `width_of`."""
-    check_width(width)
+    """The exponent of a relative width: the largest root of Eq. 126 (Algorithm 2), which inverts Eq. 123."""
     return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
-
-
-def width_of(gamma: float) -> float:
-    """The relative width of i^gamma (Eq. 123)."""
-    return (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5
 
 
 def beta(width: float, step: int) -> float:
@@ -93,15 +74,8 @@ def inner_product(t_a, g_a, t_b, g_b):
     return (g_a + 1) * (g_b + 1) * decay / ((g_a + g_b + 1) * np.maximum(t_a, t_b))
 
 
-def check_width(width: float) -> None:
-    """Raises UserError for a width outside (0, MAX_WIDTH)."""
-    if not isinstance(width, (int, float)) or not 0 < width < MAX_WIDTH:
-        raise UserError(f"ema_width={width}; needed: between 0 and {MAX_WIDTH}")
-
-
 def check_reconstruction(checkpoint: Path, weights: str, width: float) -> None:
     """Raises UserError where the average of this width cannot be made at this checkpoint."""
-    check_width(width)
     if weights != "ema":
         raise UserError(f"ema_width={width} is an average; needed: weights=ema, got weights={weights}")
     if checkpoint.is_file() or not average_files(checkpoint):
@@ -109,10 +83,7 @@ def check_reconstruction(checkpoint: Path, weights: str, width: float) -> None:
 
 
 def reconstruct(checkpoint: Path, width: float) -> dict[str, torch.Tensor]:
-    """The average of this width at a checkpoint's step, by name. At a stored width it is the stored average itself.
-
-    Raises UserError where a file that it reads is damaged.
-    """
+    """The average of this width at a checkpoint's step; at a stored width, the stored one. Raises UserError."""
     stored = average_files(checkpoint)
     if width in stored:
         verify_checkpoint(checkpoint, only=[stored[width].name])
@@ -122,11 +93,8 @@ def reconstruct(checkpoint: Path, width: float) -> dict[str, torch.Tensor]:
     steps, widths, paths = zip(*files)
     mix, error = coefficients(steps, widths, step_of(checkpoint), width)
     if error > POOR_FIT:
-        print(
-            f"warning: ema_width={width}: {len(folders)} snapshots come within {error:.0%} of its profile; "
-            f"more saves come nearer",
-            file=sys.stderr,
-        )
+        found = f"{len(folders)} snapshots come within {error:.0%} of its profile; more saves come nearer"
+        print(f"warning: ema_width={width}: {found}", file=sys.stderr)
     for folder in folders:
         verify_checkpoint(folder, only=[path.name for path in average_files(folder).values()])
     average: dict[str, torch.Tensor] = {}

@@ -1,7 +1,6 @@
 """Non-finite steps: where a gradient on any process is NaN or infinite, no process updates its weights.
 
-The decision is made on the device, by the optimizer's `found_inf`, so the host does not wait for it; it learns of
-it with the next log line. The gradients are already averaged over the processes, so all of them decide alike.
+The optimizer's `found_inf` decides on the device, alike on all processes; the host learns of it with the log line.
 """
 
 import torch

@@ -17,20 +17,18 @@ from tqdm import tqdm
 
 from checkpoints.config import Settings
 from checkpoints.curves import log_lines
+from data.latents import warn
 from system import UserError, cli
 from system.processes import OtherProcessFailed, Preempted, from_first
 from training.prepare import TrainState
 from training.trackers import TRACKERS
 
 
-class TimedBatches:
+class TimedBatches(Iterator):
     """The same batches; `waited` is the number of seconds spent waiting for them so far."""
 
     def __init__(self, batches: Iterator):
         self.batches, self.waited = batches, 0.0
-
-    def __iter__(self) -> "TimedBatches":
-        return self
 
     def __next__(self) -> tuple[torch.Tensor, ...]:
         started = time.perf_counter()
@@ -44,23 +42,21 @@ class Log:
 
     def __init__(self, settings: Settings, run_folder: Path, start_step: int, dist: PartialState):
         self.settings, self.dist, self.path = settings.train, dist, run_folder / "metrics.jsonl"
-        self.resumed_at, self.there = start_step, from_first(lambda: " ".join(made_at(run_folder, start_step))).split()
+        self.resumed_at, self.there = start_step, from_first(lambda: made_at(run_folder, start_step)).split()
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
         self.started, self.paused, self.waited = clocks(), 0.0, 0.0
         self.skipped, self.unwritten, self.warned = 0.0, "", set()
-        self.trackers = []
-        for name in settings.log if dist.is_main_process else ():
+        self.trackers = {}
+        for name in TRACKERS.keys() & set(settings.log) if dist.is_main_process else ():
             with self.survive(name):
-                if name != "jsonl":
-                    self.trackers.append(TRACKERS[name](settings, run_folder, start_step))
+                self.trackers[name] = TRACKERS[name](settings, run_folder, start_step)
         self.bar = tqdm(
             total=settings.train.max_steps, initial=start_step, unit="step", dynamic_ncols=True,
             disable=not (dist.is_main_process and sys.stderr.isatty()),
         )  # fmt: skip
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether the run had such values, or a preview, of this step when it was resumed: the same on all processes,
-        of which none may wait for work that another holds to be there."""
+        """Whether the run had such values, or a preview, of this step when it was resumed, on all processes."""
         return step == self.resumed_at and any(name.startswith(prefix) for name in self.there)
 
     def say(self, text: str) -> None:
@@ -76,8 +72,7 @@ class Log:
     def train(self, state: TrainState, grad_norm: torch.Tensor, waited: float, left_out: int) -> int:
         """One line on the steps since the last one -> the first non-finite step, where it ends the run, else 0.
 
-        waited: seconds spent waiting for data so far. left_out: this process's damaged samples (data.on_error=skip).
-        The only place where training waits for the device.
+        waited: seconds for data so far. left_out: this process's damaged samples. The device is waited for here only.
         """
         guard, lr = state.guard, state.optimizer.param_groups[0]["lr"]
         totals = torch.stack([self.losses, torch.full_like(self.losses, left_out)])
@@ -105,26 +100,18 @@ class Log:
 
     @contextmanager
     def survive(self, what: str, once: bool = False) -> Iterator[None]:
-        """An exception inside becomes a warning of the main process, with the traceback where it is no user's mistake.
-
-        once: only the first of its kind is printed. Preempted passes.
-        """
+        """An exception inside becomes a warning, once or each time, but Preempted; a bug's comes with its traceback."""
         try:
             yield
         except Preempted:
             raise
         except Exception as error:
             if self.dist.is_main_process and not (once and what in self.warned):
-                if isinstance(error, OtherProcessFailed):
-                    self.warn(f"{what} failed on {error}")
-                else:
-                    self.warn(f"{what} failed: {type(error).__name__}: {cli.one_line(error)}")
-                    if not isinstance(error, (UserError, OSError)):
-                        print("".join(traceback.format_exception(error)), end="", file=sys.stderr, flush=True)
+                told = str(error) if isinstance(error, OtherProcessFailed) else ""
+                warn(f"{what} failed" + (f" on {told}" if told else f": {type(error).__name__}: {cli.one_line(error)}"))
+                if not isinstance(error, (OtherProcessFailed, UserError, OSError)):
+                    traceback.print_exception(error)
             self.warned.add(what)
-
-    def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self.dist.is_main_process:
@@ -138,11 +125,11 @@ class Log:
         except OSError as error:  # kept, and written with the next line; what a full disk took of it goes
             with suppress(OSError):
                 os.truncate(self.path, size)
-            self.warn(f"{self.path}: {error.strerror}; training goes on")
+            warn(f"{self.path}: {error.strerror}; training goes on")
         known = {name: value for name, value in values.items() if value is not None}
-        for tracker in self.trackers:
-            with self.survive(tracker.name, once=True):
-                tracker.log(step, known)
+        for name, (log, _) in self.trackers.items():
+            with self.survive(name, once=True):
+                log(step, known)
         shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items()]
         self.say(f"step {step}  " + "  ".join(shown))
 
@@ -156,21 +143,20 @@ class Log:
     def close(self, text: str) -> None:
         self.bar.close()
         self.say(text)
-        for tracker in self.trackers:
-            with self.survive(tracker.name):
-                tracker.finish()
+        for name, (_, finish) in self.trackers.items():
+            with self.survive(name):
+                finish()
 
 
 def preview_path(run_folder: Path, step: int) -> Path:
     return run_folder / "samples" / f"step_{step:07d}.png"
 
 
-def made_at(run_folder: Path, step: int) -> set[str]:
+def made_at(run_folder: Path, step: int) -> str:
     """The names of the values that a run's log has of a step, and "preview" where there is one."""
-    log = run_folder / "metrics.jsonl"
-    lines = log_lines(log) if log.is_file() else ()
-    names = {name for _, _, values in lines if values is not None and values["step"] == step for name in values}
-    return names | ({"preview"} if preview_path(run_folder, step).is_file() else set())
+    lines = log_lines(run_folder / "metrics.jsonl")
+    names = [name for _, _, values in lines if values and values["step"] == step for name in values]
+    return " ".join(names + ["preview"] * preview_path(run_folder, step).is_file())
 
 
 def clocks() -> np.ndarray:

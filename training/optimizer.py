@@ -1,16 +1,17 @@
 """Optimizers: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest orthogonal matrix, by
-five Newton-Schulz iterations. Scaled by 0.2 sqrt(max(rows, columns)) its update is as large as AdamW's (arXiv
-2502.16982, section 2.2), so both share one learning rate.
+Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest orthogonal matrix. Times
+0.2 sqrt(max(rows, columns)) its update is as large as AdamW's (arXiv 2502.16982), so they share one learning rate.
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from checkpoints.config import Optimizer
 from contracts import Network, muon_matrices
 from system import UserError
+from system.processes import several
 
 
 def make_optimizer(net: Network, settings: Optimizer, lr: float) -> torch.optim.Optimizer:
@@ -31,9 +32,8 @@ def adamw(parameters, settings: Optimizer, lr: float) -> torch.optim.AdamW:
 class MuonAdamW(torch.optim.Optimizer):
     """torch.optim.Muon for the matrices of the blocks, fused AdamW for all other parameters.
 
-    Like fused AdamW, `step` divides the gradients by `grad_scale` and changes neither weights nor state where
-    `found_inf` is 1, and the host waits for neither. The processes share the work: each orthogonalizes some of the
-    matrices and sends the others the new weights, so that all of them hold the same bits.
+    Like fused AdamW, `step` divides the gradients by `grad_scale` and changes nothing where `found_inf` is 1, and the
+    host waits for neither. Each process orthogonalizes some of the matrices and sends the others the new weights.
     """
 
     def __init__(self, net: Network, settings: Optimizer, lr: float):
@@ -50,9 +50,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         self.grad_scale = torch.ones((), device=matrices[0].device)
         self.found_inf = torch.zeros((), device=matrices[0].device)
-        self.rank, world_size = 0, 1
-        if torch.distributed.is_initialized():
-            self.rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank, world_size = dist.get_rank() if several() else 0, dist.get_world_size() if several() else 1
         largest_first = sorted(matrices, key=torch.Tensor.numel, reverse=True)  # dealt out in turn: nearly equal work
         self.owner = {matrix: i % world_size for i, matrix in enumerate(largest_first)}
 
@@ -77,7 +75,6 @@ class MuonAdamW(torch.optim.Optimizer):
         self.muon.step()
         for p, old in zip(own, before):
             torch.where(bad, old, p, out=p)
-        if torch.distributed.is_initialized():
-            sent = [torch.distributed.broadcast(p, self.owner[p], async_op=True) for p in matrices]
-            for work in sent:
+        if several():
+            for work in [dist.broadcast(p, self.owner[p], async_op=True) for p in matrices]:
                 work.wait()

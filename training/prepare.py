@@ -71,10 +71,7 @@ class TrainingData:
 
 
 def settle_precision(settings: Settings, dist: PartialState, resumed: Path | None = None) -> Settings:
-    """With bf16 or fp32 in the place of auto; all processes must call this. Raises UserError.
-
-    A resumed run keeps its own, whatever this machine would choose; only the launcher's word comes before that.
-    """
+    """auto becomes bf16 or fp32, a resumed run's own where the launcher does not say. All processes must call this."""
     wanted = settings.train.precision
     if wanted == "auto" and resumed is not None and launched_precision() is None:
         wanted = read_config(resumed).train.precision
@@ -87,10 +84,8 @@ def batch_plan(settings: Settings, dist: PartialState) -> BatchPlan:
     train, world, total = settings.train, dist.num_processes, settings.train.global_batch_size
     micro = train.micro_batch_size or total // world
     if total % (world * max(micro, 1)):
-        raise UserError(
-            f"train.global_batch_size={total} is not "
-            f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
-        )
+        needed = f"processes ({world}) x train.micro_batch_size ({micro}) x a whole number"
+        raise UserError(f"train.global_batch_size={total} is not {needed}")
     if settings.objective.get("contrastive") and micro % 2:
         raise UserError(f"objective.contrastive pairs the rows of a micro-batch; needed: an even size, got {micro}")
     return BatchPlan(total, micro, total // (world * micro), dist.process_index, world)
@@ -98,47 +93,40 @@ def batch_plan(settings: Settings, dist: PartialState) -> BatchPlan:
 
 def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> TrainingData:
     """Raises UserError where the latents' shape or conditions are not the model's."""
-    wanted, made = (
-        settings.data,
-        {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"},
-    )
+    wanted = settings.data
+    made = {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"}
     if wanted.path is None:
         raise UserError("data.path is missing; needed: a folder of latents (docs/data.md)")
     if wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
             print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
         with dist.local_main_process_first():
-            size = wanted.latent_shape[1:]
-            data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes)
+            data.prepare(wanted.prepare, wanted.path, wanted.source, wanted.latent_shape[1:], wanted.num_classes)
     with dist.local_main_process_first():
         folder = hub.local(wanted.path, "dataset")
     how = dict(kind=wanted.kind, on_error=wanted.on_error, condition=wanted.condition)
     train = data.open_latents(folder, **how)
-    if tuple(train.shape) != wanted.latent_shape:
-        raise UserError(
-            f"{wanted.path} holds latents of shape {tuple(train.shape)}, the model is for {wanted.latent_shape}: "
-            f"set data.channels and data.input_size, or data.path"
-        )
-    if wanted.condition == "class" and train.num_classes > wanted.num_classes:
-        raise UserError(
-            f"{wanted.path} has {train.num_classes} classes, the model has data.num_classes={wanted.num_classes}"
-        )
+    if (found := tuple(train.shape)) != wanted.latent_shape:
+        cure = "set data.channels and data.input_size, or data.path"
+        raise UserError(f"{wanted.path} holds latents of shape {found}, the model is for {wanted.latent_shape}: {cure}")
+    if wanted.condition == "class" and (n := train.num_classes) > wanted.num_classes:
+        raise UserError(f"{wanted.path} has {n} classes, the model has data.num_classes={wanted.num_classes}")
     if wanted.condition == "text" and train.text_width != wanted.text_width:
         raise UserError(f"{wanted.path} has texts of width {train.text_width}, not data.text_width={wanted.text_width}")
-    has_val = data.has_split(folder, "val")
-    return TrainingData(train, data.open_latents(folder, split="val", **how) if has_val else train, plan)
+    val = data.open_latents(folder, split="val", **how) if data.has_split(folder, "val") else train
+    return TrainingData(train, val, plan)
 
 
 def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState:
     """The state before the first step; a `new` run starts from init_from, if set. Raises UserError."""
-    starts_elsewhere = new and settings.init_from is not None
-    if starts_elsewhere:
-        find_checkpoint(settings.init_from, "init_from")
+    init_from = settings.init_from if new else None
+    if init_from is not None:
+        find_checkpoint(init_from, "init_from")
     objective = build(settings.objective, Objective, "objective")
     torch.manual_seed(settings.seed)  # for the initial weights; training itself never uses the global generator
     model = build_network(settings).to(dist.device)
-    if starts_elsewhere:
-        start_from(settings.init_from, model, objective)
+    if init_from is not None:
+        start_from(init_from, model, objective)
     averages = make_averages(model, settings.ema.widths or ())
     for block in model.all_blocks:
         block.recompute = settings.train.gradient_checkpointing
@@ -163,7 +151,6 @@ def describe(
 ) -> str:
     """The first lines of a run's output. Memory: on GPUs, and where hardware.memory_gb asks for it."""
     on, latents, plan = next(model.parameters()).device.type, loaded.train, loaded.plan
-    told = on == "cuda" or settings.hardware.memory_gb is not None
     held = {"class": f", {latents.num_classes} classes", "text": ", with texts", "none": ""}[latents.condition]
     lines = [
         f"run        {Path(settings.results_dir) / settings.run_name}" + (f", from {resumed}" if resumed else ""),
@@ -172,7 +159,8 @@ def describe(
         f"data       {settings.data.path}: {len(latents)} samples of {tuple(latents.shape)}{held}",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated",
-        *([memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size)] if told else []),
         f"precision  {settings.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
     ]
+    if on == "cuda" or settings.hardware.memory_gb is not None:
+        lines.insert(-1, memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size))
     return "\n".join(lines)

@@ -1,8 +1,7 @@
 """Stopping early without losing a step: SIGTERM, SIGUSR1 (SLURM), SIGINT and max_hours.
 
 A signal to any process becomes "stop after step n", with the same n on every process: the first to see the signal
-writes n into the process group's key-value store, and all look it up after each step. This needs no collective, and no
-wait for the device. Evaluation, validation and the preview look as well, and are left at once: `poll`.
+writes n into the process group's key-value store, and all look it up after each step. This needs no collective.
 """
 
 import os
@@ -41,17 +40,14 @@ class PreemptionHandler:
     def handle(self, number: int, frame) -> None:
         now = time.monotonic()
         # Launchers forward a terminal's Ctrl-C, so the same one may arrive twice within a moment.
-        if number == signal.SIGINT and self.interrupted is not None and now - self.interrupted > 1:
-            os._exit(EXIT_NOW)
-        if number == signal.SIGINT and self.interrupted is None:
-            self.interrupted = now
+        if number == signal.SIGINT:
+            self.interrupted = self.interrupted or now
+            if now - self.interrupted > 1:
+                os._exit(EXIT_NOW)
         self.reason = self.reason or signal.Signals(number).name
 
     def stops_after(self, step: int) -> bool:
-        """As `should_stop`; where the launcher is gone, and with it the store that it held, True on process 0 alone.
-
-        Process 0 saves what its step left, which is what all have. The others' next exchange of gradients fails.
-        """
+        """As `should_stop`; where the launcher is gone, and with it the store that it held, True on process 0 alone."""
         try:
             return self.should_stop(step)
         except RuntimeError:
@@ -62,7 +58,11 @@ class PreemptionHandler:
     def should_stop(self, step: int) -> bool:
         """After step `step`, on every process: True on all of them after the same step."""
         self.step = step
-        self.limit_lead()
+        if self.dist.device.type == "cuda":  # waits for the step before the last: the host stays close to its GPU
+            self.events.append(torch.cuda.Event())
+            self.events[-1].record()
+            if len(self.events) > self.ahead:
+                self.events.popleft().synchronize()
         self.look()
         if self.store is None:
             return self.reason is not None
@@ -72,10 +72,8 @@ class PreemptionHandler:
         return step >= int(last_step)
 
     def poll(self) -> None:
-        """Within the work between two steps, on any process at any time: raises Preempted where any is asked to stop.
-
-        Raises OtherProcessFailed where the same work failed on another one. Cheap enough for every network call.
-        """
+        """Between steps: raises Preempted where any process is asked to stop, OtherProcessFailed where the same work
+        has failed on another one. Cheap enough for every network call."""
         now = time.monotonic()
         if self.reason is None and now < self.polled + POLL_S:
             return
@@ -96,14 +94,6 @@ class PreemptionHandler:
             # Nobody is past step + 1 + ahead, because that step needs this process too.
             self.store.compare_set(KEY, "", f"{self.step + 1 + self.ahead} {self.reason}")
             self.announced = True
-
-    def limit_lead(self) -> None:
-        """Waits for the step before the last, so that the host stays close to its GPU, which never idles for it."""
-        if self.dist.device.type == "cuda":
-            self.events.append(torch.cuda.Event())
-            self.events[-1].record()
-            if len(self.events) > self.ahead:
-                self.events.popleft().synchronize()
 
     def close(self) -> None:
         for number, handler in self.before.items():

@@ -3,7 +3,7 @@
 import importlib.util
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from checkpoints.config import Settings
@@ -11,12 +11,7 @@ from checkpoints.run_folder import TRACKER_ID
 from system import UserError
 from system.files import write_text_atomic
 
-
-@dataclass
-class Tracker:
-    name: str
-    log: Callable[[int, dict[str, float]], None]  # (step, values)
-    finish: Callable[[], None]
+Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]  # log(step, values), finish()
 
 
 def tensorboard(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
@@ -30,7 +25,7 @@ def tensorboard(settings: Settings, run_folder: Path, start_step: int) -> Tracke
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return Tracker("tensorboard", log, writer.close)
+    return log, writer.close
 
 
 def wandb(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
@@ -43,7 +38,7 @@ def wandb(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
         dir=run_folder, config=asdict(settings), settings=wandb.Settings(init_timeout=60),
     )  # fmt: skip
     run.define_metric("*", step_metric="train/step")  # wandb's own count takes no step twice
-    return Tracker("wandb", lambda step, values: run.log({"train/step": step, **values}), run.finish)
+    return lambda step, values: run.log({"train/step": step, **values}), run.finish
 
 
 def trackio(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
@@ -52,7 +47,7 @@ def trackio(settings: Settings, run_folder: Path, start_step: int) -> Tracker:
 
     name = f"{settings.run_name.replace('/', '-')}-{tracker_id(run_folder)}"
     run = trackio.init(project=settings.wandb.project, name=name, resume="allow", config=asdict(settings))
-    return Tracker("trackio", lambda step, values: run.log(values, step=step), run.finish)
+    return lambda step, values: run.log(values, step=step), run.finish
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
