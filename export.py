@@ -111,22 +111,24 @@ def check_layout(run: Run, layout: str) -> None:
     check_keys(run.model.state_dict(), run.checkpoint)
 
 
-def portable_config(settings: Settings) -> dict:
+def portable_config(run: Run) -> dict:
     """What rebuilds and describes the network, as plain values without this machine's paths."""
-    values = yaml.safe_load(to_yaml(settings))
+    values = yaml.safe_load(to_yaml(run.settings))
     for key in ("path", "prepare", "source"):
         del values["data"][key]
-    told = ["train", "optimizer", "seed"] if is_trained(settings) else []
+    if not is_trained(run.settings):  # but its label dropout may be known
+        values["train"] = {"label_dropout": run.settings.train.label_dropout}
+    told = ["train", "optimizer", "seed"] if is_trained(run.settings) else ["train"] * run.told
     return {key: values[key] for key in ("format", "model", "objective", "sampler", "data", *told)}
 
 
 def is_trained(settings: Settings) -> bool:
-    """Whether the training is known: a file of another project does not tell it, and then all of it is defaults."""
-    return settings.train != Train()
+    """Whether the training is known: of another project's, its label dropout at most; the rest is defaults."""
+    return settings.train != Train(label_dropout=settings.train.label_dropout)
 
 
 def export_folder(run: Run, tensors: Tensors, out: Path) -> None:
-    config = portable_config(run.settings)
+    config = portable_config(run)
     metadata = {CONFIG_KEY: yaml.safe_dump(config, sort_keys=False), "step": str(run.step), "format": "pt"}
     files = {"model.safetensors": (tensors, metadata)}
     if conditions.kind_of(run.pool) == "text":
@@ -143,7 +145,7 @@ def export_folder(run: Run, tensors: Tensors, out: Path) -> None:
 
 def export_pt(run: Run, tensors: Tensors, out: Path, layout: str) -> None:
     """layout: dit or sit."""
-    config = yaml.safe_dump(portable_config(run.settings), sort_keys=False)
+    config = yaml.safe_dump(portable_config(run), sort_keys=False)
     size = f"{run.model.name.rstrip('0123456789')}/{run.model.patch_size}"  # XL/2
     args = {"layout": layout, CONFIG_KEY: config, "model": f"DiT-{size}"}
     if layout == "sit":

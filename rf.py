@@ -8,10 +8,12 @@ x_t = (1 - t) x + t z with noise z ~ N(0, 1): t = 0 is data, t = 1 is noise, and
 Without ckpt=, both use the run in assets/. Runs of objective=edm are sampled as flows. Keys: configs/sample.yaml.
 """
 
+import math
 import sys
 from collections.abc import Callable
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from contracts import Condition, Objective, Source
 from randomness import normal, uniform
@@ -23,26 +25,29 @@ class RectifiedFlow(Objective):
     """timesteps: how t is drawn in training, "uniform" (SiT) or "logit_normal" (2403.03206: sigmoid of N(0, 1)).
 
     contrastive, in [0, 1): weight of contrastive flow matching (arXiv 2506.05350), 0.05 as published; 0 = off.
-    null_label: the label of rows without one, which contrast with nothing.
+    cosine: weight of the angle between the predicted and the true velocity, 1 in LightningDiT (2501.01423); 0 = off.
     """
 
     predicts = "velocity"
     sigma_data = 1.0  # expected standard deviation of the latents
     sample = staticmethod(flow_sampler)
 
-    def __init__(self, timesteps: str = "logit_normal", contrastive: float = 0.0, null_label: int | None = None):
+    def __init__(self, timesteps: str = "logit_normal", contrastive: float = 0.0, cosine: float = 0.0):
         if timesteps not in ("uniform", "logit_normal"):
             raise UserError(f"timesteps {timesteps!r}; needed: uniform or logit_normal")
         if not 0 <= contrastive < 1:  # from 1 on, the loss has no minimum
             raise UserError(f"objective.contrastive={contrastive}; needed: from 0 to below 1, 0.05 as published")
-        self.timesteps, self.contrastive, self.null_label = timesteps, contrastive, null_label
+        if not 0 <= cosine < math.inf:
+            raise UserError(f"objective.cosine={cosine}; needed: at least 0, 1 as published")
+        self.timesteps, self.contrastive, self.cosine = timesteps, contrastive, cosine
 
     def errors(
         self, net: Callable, x: torch.Tensor, condition: Condition, generators: Source = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The velocity's squared error: as in `Objective.errors`.
 
-        Contrastive: less `contrastive` times the squared error against the other row of the pair (0, 1), (2, 3), ...
+        Contrastive: less `contrastive` times the squared error against the other row of the pair (0, 1), (2, 3), ...,
+        whether its label was dropped or not. Cosine: plus `cosine` times 1 - the cosine over the channels of a pixel.
         """
         if self.timesteps == "uniform":
             t = uniform((len(x),), generators, device=x.device)  # (B,)
@@ -55,9 +60,11 @@ class RectifiedFlow(Objective):
         if self.contrastive:
             # Neighbours of a global batch are independent samples, and no split into even parts separates a pair.
             other = torch.arange(len(x), device=x.device) ^ 1  # (B,)
-            contrasts = (other < len(x)) & (condition != self.null_label)  # an odd batch's last row has no other
+            contrasts = other < len(x)  # an odd batch's last row has no other
             wrong = (noise - x)[other.clamp(max=len(x) - 1)]
             error = error - self.contrastive * contrasts.view(-1, 1, 1, 1) * (velocity - wrong).square()
+        if self.cosine:
+            error = error + self.cosine * (1 - cosine_similarity(velocity, noise - x, dim=1))[:, None]
         return error, x_t, x_t - t.view(-1, 1, 1, 1) * velocity
 
     def predict(self, net: Callable, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:

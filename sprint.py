@@ -1,8 +1,8 @@
 """SPRINT (arXiv 2510.21986): most tokens skip the middle of the network, and a dense stream goes around it.
 
-    shallow = f(x)                              2 blocks, all N tokens
-    deep = g(kept tokens of shallow)            depth - 4 blocks, K tokens, padded to N with a mask token
-    output = h(fusion([deep | shallow]))        fusion 2 D -> D, then 2 blocks, all N tokens
+    shallow = f(x)                              2 blocks (encoder_depth), all N tokens
+    deep = g(kept tokens of shallow)            the blocks between, K tokens, padded to N with a mask token
+    output = h(fusion([deep | shallow]))        fusion 2 D -> D, then 2 blocks (decoder_depth), all N tokens
 
 f, g and h are `blocks` in their order. In training some samples lose their whole deep stream to the mask token (path
 drop), so the network predicts without g too: path-drop guidance takes that as its weak branch, at the price of f and h.
@@ -19,8 +19,6 @@ from lightningdit import LightningDiT
 from randomness import uniform
 from routing_module import Route, Routing, gather_tokens, run_blocks, scatter_tokens
 
-DENSE = 2  # blocks of f, and of h
-
 
 class Sprint(LightningDiT):
     """LightningDiT's call and arguments, and the sparse middle in place of routes.
@@ -29,7 +27,8 @@ class Sprint(LightningDiT):
     training replaces the deep stream by the mask token. The other defaults are the paper's SiT: DiT's LayerNorm, rotary
     positions alone, QK-norm, SwiGLU; with norm="layer", mlp="gelu", qk_norm=False, rotary=False it is DiT.
 
-    Raises ValueError for fewer than 5 blocks, and for a ratio that the selection does not allow.
+    encoder_depth, decoder_depth: the blocks of f and of h.
+    Raises ValueError where these leave no block for g, and for a ratio that the selection does not allow.
     """
 
     def __init__(
@@ -54,17 +53,21 @@ class Sprint(LightningDiT):
         sincos: bool = False,
         condition: str = "class",
         text_width: int | None = None,
+        encoder_depth: int = 2,
+        decoder_depth: int = 2,
     ):
-        if depth is not None and depth <= 2 * DENSE:
-            raise ValueError(f"SPRINT's {2 * DENSE} dense blocks leave none of {depth} for its sparse middle")
+        if min(encoder_depth, decoder_depth) < 1 or depth is not None and depth <= encoder_depth + decoder_depth:
+            dense = f"{encoder_depth} + {decoder_depth} dense blocks"
+            raise ValueError(f"SPRINT's {dense} leave none of {depth} for its sparse middle; needed: 1 of each or more")
         if not 0 <= path_drop < 1:
             raise ValueError(f"path_drop {path_drop}; needed: a probability in [0, 1)")
-        route = Route(selection_ratio, DENSE, -1 - DENSE, selection)
+        route = Route(selection_ratio, encoder_depth, -1 - decoder_depth, selection)
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width,
         )  # fmt: skip
         self.path_drop, hidden_size = path_drop, self.hidden_size
+        self.sparse = slice(encoder_depth, -decoder_depth)  # g's blocks
         self.fusion = nn.Linear(2 * hidden_size, hidden_size)
         nn.init.xavier_uniform_(self.fusion.weight)
         nn.init.zeros_(self.fusion.bias)
@@ -77,11 +80,11 @@ class Sprint(LightningDiT):
     ):  # fmt: skip
         tokens, c = self.embed(x, t, condition)  # (B, N, D), (B, D)
         blocks = list(enumerate(self.blocks))
-        tokens, found = run_blocks(blocks[:DENSE], tokens, (c,), self.positions(), hidden=hidden)
-        deep, inside = self.deep_stream(blocks[DENSE:-DENSE], tokens, c, routing, hidden)  # (B, N, D)
+        tokens, found = run_blocks(blocks[: self.sparse.start], tokens, (c,), self.positions(), hidden=hidden)
+        deep, inside = self.deep_stream(blocks[self.sparse], tokens, c, routing, hidden)  # (B, N, D)
         # In the dtype of f's tokens, or the blocks of h would be compiled separately under autocast.
         tokens = self.fusion(torch.cat([deep, tokens], dim=-1)).to(tokens.dtype)  # (B, N, D)
-        tokens, last = run_blocks(blocks[-DENSE:], tokens, (c,), self.positions(), hidden=hidden)
+        tokens, last = run_blocks(blocks[self.sparse.stop :], tokens, (c,), self.positions(), hidden=hidden)
         return self.output(tokens, c, found | inside | last)
 
     def deep_stream(
@@ -109,4 +112,4 @@ class Sprint(LightningDiT):
         if routing is None or not routing.drop_path:
             return super().block_macs(routing)
         macs = super().block_macs(None)
-        return macs[:DENSE] + macs[-DENSE:]
+        return macs[: self.sparse.start] + macs[self.sparse.stop :]

@@ -1,6 +1,7 @@
 """Images of a run. An image depends on its seed and condition alone: its noise, condition and routing masks come from
 generators keyed by the seed, whatever the batch size and the number of processes."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,6 +16,7 @@ from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
 from solvers import flow_time, solve
 from system import UserError
+from system.processes import start_processes
 
 load_cached = lru_cache(maxsize=1)(load_run)  # evaluation generates batch by batch
 
@@ -77,8 +79,19 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, weak: Run 
     conditions.check(condition, run.model.null_condition)
     if guidance.on and guidance.weak_label != "same" and condition is None:
         raise UserError(f"weak_label={guidance.weak_label}: this network takes no condition; needed: weak_label=same")
+    if guidance.on and guidance.weak_label == "none" and not weak.told:
+        warn_once(f"{weak.checkpoint} does not say its label dropout; taken as trained with a null label")
+    elif guidance.on and guidance.weak_label == "none" and weak.settings.train.label_dropout == 0:
+        found = f"{weak.checkpoint or weak.folder} was never trained with a null label (label_dropout 0)"
+        raise UserError(f"weak_label=none: {found}; needed: another guidance, such as icg or sparse")
     if (guidance.cfg_channels or 0) > run.model.latent_shape[0]:
         raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.latent_shape[0]}")
+
+
+@lru_cache
+def warn_once(text: str) -> None:
+    if start_processes().is_main_process:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ def split_family(ckpt: str | Path) -> tuple[str | None, Path]:
 
     hf:owner/name[/file] becomes its local copy.
     """
-    named = re.fullmatch(r"(dit|sit|repa|tread|maskdit|sprint\d*):(.+)", str(ckpt))
+    named = re.fullmatch(r"(dit|sit|repa|tread|maskdit|sprint(?:\d*|-\d+-\d+)):(.+)", str(ckpt))
     return (named.group(1), hub.local(named.group(2))) if named else (None, hub.local(ckpt))
 
 

@@ -87,6 +87,10 @@ def test_each_row_has_the_papers_setting(row):
         0,
         0,
     )
+    assert train.grad_clip is None
+    assert settings.objective.get("cosine", 0.0) == (1.0 if "Lightning" in row else 0.0)
+    learned = settings.objective["_target_"] == "ddpm.DDPM"
+    assert (settings.model["learn_sigma"], model.out_channels == 2 * model.latent_shape[0]) == (learned, learned)
     if settings.objective["_target_"] == "edm.EDM":
         assert [settings.objective[key] for key in ("P_mean", "P_std", "sigma_data")] == [-1.2, 1.2, 0.5]
     epochs = {"160 epochs": 160, "680 epochs": 680, "(F)": 60}

@@ -19,7 +19,7 @@ import rf
 import sample
 from autoencoder import PixelCodec
 from checkpoints.config import FORMAT, from_file, to_yaml
-from checkpoints.generate import generate
+from checkpoints.generate import check_request, generate
 from checkpoints.load import Run, build_network, load_run
 from checkpoints.run_folder import checkpoint_tensors, latest_checkpoint, load_strictly, read_config, write_checkpoint
 from conditions import Text
@@ -60,7 +60,7 @@ def x():
 
 
 def namespace(**values):
-    return argparse.Namespace(image_size=256, config="settings.yaml", **values)
+    return argparse.Namespace(**{"image_size": 256, "config": "settings.yaml"} | values)
 
 
 SIT_ARGS = namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")
@@ -126,6 +126,124 @@ def test_a_file_of_va_vaes_latents_does_not_come_up_with_sds_autoencoder(tmp_pat
     assert run.settings.data.codec["path"] is None
     with pytest.raises(ValueError, match="nothing says which VAE these latents are of; needed: codec.path="):
         generate(run, Guidance(), [0])  # before the first step
+
+
+def with_labels(state, rows):
+    return state | {foreign.LABELS: torch.randn(rows, WIDTH)}
+
+
+def lightning(**changes):
+    """A file as LightningDiT's training saves it: its settings are in sections of `config`."""
+    state = LightningDiT(8, 1, 4, WIDTH, DEPTH, 4, num_classes=10).state_dict()
+    transport = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "use_cosine_loss": True}
+    model = {"model_type": "LightningDiT-XL/1", "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
+    config = {"transport": transport, "model": model, "data": {"num_classes": 10}}
+    for key, value in changes.items():
+        section = "transport" if key in transport else "model"
+        config[section] = config[section] | {key: value}
+    return {"model": state, "ema": state, "opt": {}, "config": config}
+
+
+def refused_arguments(state):
+    cosine, other = (
+        namespace(**vars(REPA_ARGS) | changes) for changes in ({"path_type": "cosine"}, {"prediction": "x"})
+    )
+    no_rope = lightning()
+    del no_rope["config"]["model"]["use_rope"]
+    return {
+        "REPA's cosine path": (dict(ema=state, args=cosine), "path_type cosine"),
+        "REPA's other prediction": (dict(ema=state, args=other), "prediction x"),
+        "SiT without a prediction": (dict(ema=state, args=namespace(path_type="Linear")), "prediction none"),
+        "SiT of scores": (dict(ema=state, args=namespace(path_type="Linear", prediction="score")), "prediction score"),
+        "LightningDiT's GVP": (lightning(path_type="GVP"), "path_type gvp"),
+        "LightningDiT of noise": (lightning(prediction="noise"), "prediction noise"),
+        "LightningDiT of both": (lightning(path_type="VP", prediction="noise"), "path_type vp, prediction noise"),
+        "LightningDiT without rotary positions": (lightning(use_rope=False), "use_rope false"),
+        "LightningDiT's default, without rotary positions": (no_rope, "use_rope false"),
+        "a DiT with rotary positions": (state | {"feat_rope.freqs_cos": torch.zeros(4)}, "unknown: feat_rope.freqs"),
+        "rows of labels": (
+            dict(ema=with_labels(state, 11), args=namespace(model="DiT-S/2", num_classes=11, class_dropout_prob=0.1)),
+            "11 rows of labels, and says class_dropout_prob 0.1, num_classes 11",
+        ),
+        "no label at all": (
+            dict(ema=with_labels(state, 1), args=namespace(model="DiT-S/2", cfg_prob=0.1)),
+            "1 rows of labels, and says class_dropout_prob 0.1",
+        ),
+        "a share that is none": (
+            dict(ema=state, args=namespace(model="DiT-S/2", class_dropout_prob="some")), "class_dropout_prob some",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", refused_arguments(network().state_dict()))
+@pytest.mark.parametrize("prefix", ["", "repa:", "sit:"])
+def test_arguments_decide_whatever_the_prefix(net, case, prefix, tmp_path):
+    content, message = refused_arguments(net.state_dict())[case]
+    torch.save(content, tmp_path / "DiT-S-2.pt")
+    with pytest.raises(UserError, match=message) as refusal:
+        load_run(f"{prefix}{tmp_path / 'DiT-S-2.pt'}", device="cpu")
+    assert "DiT-S-2.pt" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_lightningdits_own_config_opens(tmp_path):
+    torch.save(lightning(), tmp_path / "a.pt")
+    run = load_run(tmp_path / "a.pt", device="cpu")
+    assert type(run.model) is LightningDiT and type(run.objective) is rf.RectifiedFlow and not run.told
+
+
+@pytest.mark.parametrize("rows, args, classes, dropout", [
+    (10, dict(class_dropout_prob=0), 10, 0.0),
+    (10, dict(num_classes=10), 10, 0.0),
+    (10, dict(num_classes=10, cfg_prob=0.0), 10, 0.0),
+    (1, {}, 1, 0.0),
+    (11, dict(num_classes=10), 10, None),
+    (11, dict(cfg_prob=0.1), 10, 0.1),
+    (11, dict(num_classes=10, class_dropout_prob=0.2), 10, 0.2),
+    (11, {}, 10, None),
+    (2, {}, 1, None),
+])  # fmt: skip
+def test_a_table_of_labels_is_read_by_the_arguments(net, rows, args, classes, dropout, tmp_path, capsys):
+    state = with_labels(net.state_dict(), rows)
+    torch.save(dict(ema=state, args=namespace(model="DiT-S/2", **args)), tmp_path / "a.pt")
+    run = load_run(tmp_path / "a.pt", device="cpu")
+    assert run.model.num_classes == classes == len(run.pool)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, classes - 1])
+    theirs = network(num_classes=rows)  # with a row that is never asked for
+    theirs.load_state_dict(state | {foreign.LABELS: torch.cat([state[foreign.LABELS], torch.ones(1, WIDTH)])})
+    torch.testing.assert_close(run.model(x, t, y), theirs(x, t, y), rtol=0, atol=1e-6)
+    export.main([f"ckpt={tmp_path / 'a.pt'}", f"out={tmp_path / 'out'}"])
+    for opened in (run, load_run(tmp_path / "out", device="cpu")):
+        assert opened.told == (dropout is not None)
+        assert not opened.told or opened.settings.train.label_dropout == dropout
+        capsys.readouterr()
+        for _ in range(2):  # the second says nothing
+            if dropout == 0:
+                with pytest.raises(UserError, match="was never trained with a null label"):
+                    check_request(opened, Guidance(2.0), y)
+                check_request(opened, Guidance(2.0, weak_label="random"), y)
+            else:
+                check_request(opened, Guidance(2.0), y)
+        told = capsys.readouterr().err
+        assert told.count("does not say its label dropout") == told.count("\n") == (dropout is None)
+        check_request(opened, Guidance(), y)
+        assert not capsys.readouterr().err
+
+
+def test_a_run_without_label_dropout_is_not_guided_by_the_null_label(tmp_path):
+    small = ["model=dit", "model.size=DiT-XS/4", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"]
+    run = make_run(tmp_path / "run", [*small, "objective=rf", "train.label_dropout=0", "train.precision=fp32"])
+    export.main([f"ckpt={run}", f"out={tmp_path / 'out'}"])
+    for ckpt in (run, tmp_path / "out"):
+        command = [sys.executable, "sample.py", f"ckpt={ckpt}", "guidance=cfg", "seeds=0", f"out={tmp_path / 'images'}"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=Path(export.__file__).parent, env=env, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "label_dropout 0" in done.stderr
+        sample.main([f"ckpt={ckpt}", "guidance=icg", "seeds=0", "steps=1", f"out={tmp_path / ckpt.name / 'icg'}"])
+    trained = make_run(tmp_path / "trained", [*small, "objective=rf"])
+    check_request(load_run(trained, device="cpu"), Guidance(2.0), torch.tensor([0]))
+    weak = Guidance(2.0, weak_ckpt=str(run))  # the weak branch is what has no label
+    with pytest.raises(UserError, match="was never trained with a null label"):
+        check_request(load_run(trained, device="cpu"), weak, torch.tensor([0]))
 
 
 def test_raw_and_ema_weights_are_told_apart(net, tmp_path):

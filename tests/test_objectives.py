@@ -1,12 +1,19 @@
-"""EDM and rectified flow against closed forms."""
+"""EDM, rectified flow and DDPM's learned variances against closed forms."""
+
+import math
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
+from checkpoints.load import build_network
+from conditions import Text
 from contracts import pixel_mean
+from ddpm import DDPM
 from edm import EDM
-from randomness import BatchSlice, normal, seeded_generator
+from randomness import BatchSlice, normal, seeded_generator, uniform
 from rf import RectifiedFlow
+from tests.made_runs import made_settings
 
 
 def zero_net(x, t, y):
@@ -113,32 +120,124 @@ def contrastive_parts(size=6, **settings):
 
 
 def test_contrastive_flow_matching_is_its_formula():
-    plain, x, y, net = contrastive_parts()
-    contrastive, *_ = contrastive_parts(contrastive=0.05, null_label=NULL)
+    """Every row contrasts, those without a label too, as in the authors' code."""
+    _, x, y, net = contrastive_parts()
+    contrastive, *_ = contrastive_parts(contrastive=0.05)
     rows = BatchSlice(seeded_generator(1), 0, 6)
     t, noise = normal((6,), rows).sigmoid().view(-1, 1, 1, 1), normal(x.shape, rows)
     velocity, target = net((1 - t) * x + t * noise, t, y), noise - x
-    for row, other in enumerate((1, 0, 3, 2, 5, 4)):
-        against = (velocity[row] - target[other]).square().mean() if y[row] != NULL else 0
-        expected = (velocity[row] - target[row]).square().mean() - 0.05 * against
-        assert contrastive[row].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert torch.equal(contrastive[y == NULL], plain[y == NULL])
+    expected = (velocity - target).square().mean() - 0.05 * (velocity - target[[1, 0, 3, 2, 5, 4]]).square().mean()
+    assert contrastive.mean().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_no_contrast_is_the_plain_loss_bit_for_bit():
-    assert torch.equal(contrastive_parts()[0], contrastive_parts(contrastive=0.0, null_label=NULL)[0])
+@pytest.mark.parametrize("condition", [None, Text(torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.bool))])
+def test_the_contrast_does_not_look_at_conditions(condition):
+    x, net = torch.randn(4, 1, 4, 4, generator=seeded_generator(0)), lambda x, t, y: x.sin()
+    found = loss_of(RectifiedFlow(contrastive=0.05), net, x, condition, seeded_generator(1))
+    of_labels = loss_of(RectifiedFlow(contrastive=0.05), net, x, torch.zeros(4), seeded_generator(1))
+    assert torch.equal(found, of_labels)
+
+
+def test_no_contrast_and_no_cosine_are_the_plain_loss_bit_for_bit():
+    assert torch.equal(contrastive_parts()[0], contrastive_parts(contrastive=0.0, cosine=0.0)[0])
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_pairs_do_not_depend_on_an_even_split(size):
-    settings = dict(contrastive=0.05, null_label=NULL)
-    whole, parts = contrastive_parts(**settings)[0], contrastive_parts(**settings, size=size)[0]
+    whole, parts = contrastive_parts(contrastive=0.05)[0], contrastive_parts(contrastive=0.05, size=size)[0]
     assert torch.allclose(whole, parts) == (size == 2)  # which is why training refuses an odd one
+
+
+def test_the_cosine_term_is_one_minus_the_cosine_of_each_pixels_channels():
+    x, y, net = torch.randn(3, 4, 2, 2), torch.zeros(3), lambda x, t, y: x.sin()
+    plain, found = (
+        loss_of(RectifiedFlow("uniform", cosine=c), net, x, y, seeded_generator(1)).double() for c in (0.0, 0.5)
+    )
+    rows = seeded_generator(1)
+    t, noise = uniform((3,), rows).view(-1, 1, 1, 1), normal(x.shape, rows)
+    v, target = net((1 - t) * x + t * noise, t, y), noise - x
+    for i in range(3):
+        pixels = zip(v[i].double().flatten(1).T, target[i].double().flatten(1).T)
+        angle = sum(1 - (a @ b) / (a @ a).sqrt() / (b @ b).sqrt() for a, b in pixels) / 4
+        assert (found[i] - plain[i]).item() == pytest.approx(0.5 * angle.item(), abs=1e-6)
+    for cosine in (-1.0, float("inf")):
+        with pytest.raises(ValueError, match="objective.cosine"):
+            RectifiedFlow(cosine=cosine)
+
+
+def bound_by_torch(x, missed, learned, step):
+    """L_vlb in bits, by torch.distributions, in the coefficients of DDPM's Eq. 6-7 and Improved DDPM's Eq. 15."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    kept = torch.cumprod(1 - beta, 0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    small = beta * (1 - before) / (1 - kept)
+    small[0] = small[1]
+    beta, kept, before, small = (part[step].view(-1, 1, 1, 1) for part in (beta, kept, before, small))
+    x, fraction, noise = x.double(), (learned.double() + 1) / 2, torch.randn(x.shape, dtype=torch.float64)
+    x_k = kept.sqrt() * x + (1 - kept).sqrt() * noise
+
+    def mean(data):
+        return before.sqrt() * beta / (1 - kept) * data + (1 - beta).sqrt() * (1 - before) / (1 - kept) * x_k
+
+    guess = (x_k - (1 - kept).sqrt() * (noise + missed.double())) / kept.sqrt()
+    std = (fraction * beta.log() + (1 - fraction) * small.log()).mul(0.5).exp()
+    divergence = kl_divergence(Normal(mean(x), small.sqrt()), Normal(mean(guess), std))
+    return divergence / math.log(2), (x - mean(guess)) / std, std
+
+
+def test_the_bound_of_learned_variances_is_the_divergence_of_two_gaussians():
+    step = torch.arange(1, 1000)
+    x, missed, learned = torch.randn(3, 999, 2, 2, 2, generator=seeded_generator(0)) * 0.5
+    found = DDPM().variance_bound(x, missed, learned, step)
+    torch.testing.assert_close(found.double(), bound_by_torch(x, missed, learned, step)[0], rtol=2e-6, atol=1e-6)
+
+
+def test_the_bound_of_the_first_step_is_the_likelihood_of_a_bin():
+    """The reference's tanh is in place of the normal distribution: that formula, and 2e-3 from the true one."""
+    x = torch.cat([torch.linspace(-1.5, -0.9995, 20), torch.linspace(-0.99, 0.99, 60), torch.linspace(0.9995, 2, 20)])
+    x, step = x.view(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64)
+    missed, learned = torch.randn(2, 100, 1, 1, 1, generator=seeded_generator(0)) * 0.4
+    found = DDPM().variance_bound(x, missed, learned, step).double()
+    _, off, std = bound_by_torch(x, missed, learned, step)
+    upper, lower = off + 1 / 255 / std, off - 1 / 255 / std
+    for cdf, atol in (
+        (lambda z: 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z**3))), 2e-6),
+        (Normal(torch.zeros((), dtype=torch.float64), 1.0).cdf, 2e-3),
+    ):
+        ends = torch.where(x > 0.999, 1.0, cdf(upper)) - torch.where(x < -0.999, 0.0, cdf(lower))
+        torch.testing.assert_close(found, -ends.log2(), rtol=0, atol=atol)
+
+
+def test_ddpm_learns_variances_with_the_mean_frozen():
+    x, y = torch.randn(64, 2, 2, 2, generator=seeded_generator(0)), torch.zeros(64)
+    plain = torch.full((64, 2, 2, 2), 0.1, requires_grad=True)
+    both = torch.full((64, 4, 2, 2), 0.1, requires_grad=True)
+    simple, x_t, denoised = DDPM().errors(lambda x, t, y: plain, x, y, seeded_generator(1))
+    error, *rest = DDPM().errors(lambda x, t, y: both, x, y, seeded_generator(1))
+    off, *_ = DDPM(learn_sigma=False).errors(lambda x, t, y: both, x, y, seeded_generator(1))
+    assert error.shape == x.shape and torch.equal(off, simple)
+    assert torch.equal(rest[0], x_t) and torch.equal(rest[1], denoised)
+    rows = seeded_generator(1)
+    step = (uniform((64,), rows) * 1000).long()
+    missed = 0.1 - normal(x.shape, rows)
+    bound = DDPM().variance_bound(x, missed, torch.full_like(x, 0.1), step)
+    torch.testing.assert_close(error - simple, bound, rtol=1e-5, atol=1e-5)
+    (of_simple,) = torch.autograd.grad(simple.sum(), plain)
+    (of_both,) = torch.autograd.grad(error.sum(), both)
+    assert torch.equal(of_both[:, :2], of_simple) and (of_both[:, 2:] != 0).all()
+
+
+def test_the_objective_decides_on_learned_variances():
+    for model in ("dit", "tread", "sprint", "lightningdit"):
+        for objective, channels in (("ddpm", 2), ("ddpm objective.learn_sigma=false", 1), ("edm", 1), ("rf", 1)):
+            net = build_network(made_settings([f"model={model}", *f"objective={objective}".split()]))
+            assert net.out_channels == channels
+    build_network(made_settings(["model=maskdit", "objective=ddpm"]))  # which has no channels for them
 
 
 def test_a_lone_row_has_nothing_to_contrast_with():
     x, y = torch.randn(3, 1, 4, 4), torch.zeros(3, dtype=torch.int64)
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     plain = loss_of(RectifiedFlow(), zero_net, x, y, seeded())
-    contrastive = loss_of(RectifiedFlow(contrastive=0.5, null_label=NULL), zero_net, x, y, seeded())
+    contrastive = loss_of(RectifiedFlow(contrastive=0.5), zero_net, x, y, seeded())
     assert (plain == contrastive).tolist() == [False, False, True]

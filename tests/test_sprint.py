@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import export
 import sample
-import sprint
 from checkpoints.generate import branches, generate_latents
 from checkpoints.load import Run, build_network, load_run
 from checkpoints.naming import settings_name
@@ -252,7 +251,7 @@ def test_a_run_is_sampled_with_path_drop_guidance(model, tmp_path):
 WIDTH, HEADS, SIDE, PATCH = 128, 4, 8, 2
 
 
-def official_state(mlp, depth=3, channels=4, classes=5):
+def official_state(mlp, depth=3, channels=4, classes=5, encoder=2, decoder=2):
     """Random values under the official names: `mlp` is gelu or swiglu, of 4 times the width either way."""
     linear = {
         "x_embedder.proj": (channels * PATCH**2, WIDTH),
@@ -265,7 +264,7 @@ def official_state(mlp, depth=3, channels=4, classes=5):
         "y_embedder.embedding_table.weight": torch.randn(classes + 1, WIDTH) * 0.1,
         "mask_token": torch.randn(1, 1, WIDTH) * 0.02,
     }
-    for stage, number in (("encoder_blocks", 2), ("middle_blocks", depth), ("decoder_blocks", 2)):
+    for stage, number in (("encoder_blocks", encoder), ("middle_blocks", depth), ("decoder_blocks", decoder)):
         for i in range(number):
             block = f"{stage}.{i}"
             linear |= {f"{block}.attn.qkv": (WIDTH, 3 * WIDTH), f"{block}.attn.proj": (WIDTH, WIDTH)}
@@ -370,6 +369,49 @@ def test_an_official_file_computes_what_it_did(official):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("encoder, depth, decoder", [(3, 3, 2), (1, 6, 1), (2, 3, 3), (1, 1, 1)])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_stages_are_read_from_the_keys(encoder, depth, decoder, mlp, tmp_path):
+    torch.manual_seed(0)
+    state = official_state(mlp, depth, encoder=encoder, decoder=decoder)
+    save_file(state, tmp_path / "a.safetensors")
+    run = load_run(f"sprint16:{tmp_path / 'a.safetensors'}", device="cpu")
+    x, t, y = batch(2)
+    ids = draw_keep_ids(2, 64, 0.75, generators=seeded_generator(0), selection="structured")
+    for routing, kept in ((None, [None, None]), (Routing(keep_ids=ids), ids)):
+        found = run.objective.predict(partial(run.model, routing=routing), x, t, y)
+        wanted = torch.stack([official_output(state, *one, k) for *one, k in zip(x, t, y, kept)])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    tokens = [64] * encoder + [16] * depth + [64] * decoder
+    assert block_tokens(run.model.routes, Routing(), sum((encoder, depth, decoder)), 64) == tokens
+    save_file(run.model.state_dict(), tmp_path / "flat.safetensors")  # our names count all blocks through
+    for prefix in ("", "repa:", "sprint16:"):
+        with pytest.raises(UserError, match=r"keys do not tell its stages.*ckpt=sprint-2-2:FILE|an even side"):
+            load_run(f"{prefix}{tmp_path / 'flat.safetensors'}", device="cpu")
+    back = load_run(f"sprint-{encoder}-{decoder}:{tmp_path / 'flat.safetensors'}", device="cpu")
+    assert torch.equal(back.model(x, t, y), run.model(x, t, y)) and back.settings.model == run.settings.model
+    drop = Routing(drop_path=True)
+    assert torch.equal(back.model(x, t, y, routing=drop), run.model(x, t, y, routing=drop))
+    assert len(run.model.block_macs(drop)) == encoder + decoder
+
+
+def test_the_dense_blocks_must_leave_some():
+    assert [len(small(encoder_depth=3, decoder_depth=1).blocks), small().sparse] == [7, slice(2, -2)]
+    for depths in ((0, 2), (2, 0), (4, 3)):
+        with pytest.raises(ValueError, match="leave none of 7|1 of each"):
+            small(encoder_depth=depths[0], decoder_depth=depths[1])
+
+
+def test_the_papers_mlp_and_the_codes_have_the_sizes_that_are_said():
+    sizes = {}
+    for mlp in ("gelu", "swiglu"):
+        with torch.device("meta"):
+            sizes[mlp] = sum(
+                p.numel() for p in build_network(made_settings(["experiment=sprint", f"model.mlp={mlp}"])).parameters()
+            )
+    assert sizes == {"gelu": 677_475_664, "swiglu": 677_518_672}
+
+
 def test_an_official_file_may_be_wrapped_and_says_what_is_wrong_with_it(official, tmp_path):
     state, path = official
     torch.save({"ema": {f"module._orig_mod.{key}": value for key, value in state.items()}}, tmp_path / "wrapped.pt")
@@ -417,4 +459,3 @@ def test_a_config_builds_it():
         net = build_network(made_settings([f"model={model}"]))
         assert type(net) is Sprint and net.num_tokens == 196
         assert block_tokens(net.routes, Routing(), 12, 196) == [196] * 2 + [49] * 8 + [196] * 2
-    assert sprint.DENSE == 2

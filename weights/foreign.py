@@ -9,13 +9,16 @@
     sprint   SPRINT                         velocity, t = 1 is noise              rf.RectifiedFlow, renamed
 
 A file's family follows from its layout, its arguments or its name (DiT-..., SiT-...); for any other, `ckpt=sit:FILE`
-states it. What is reversed and renamed, and how, is in weights/layouts.py. A SPRINT does not say its latents' side: 32,
-for 256 pixels; `ckpt=sprint64:FILE` states another.
+states it. Arguments in a file (`args`, or LightningDiT's `config`) that ask for something else are refused. What is
+reversed and renamed, and how, is in weights/layouts.py. A SPRINT does not say its latents' side: 32, for 256 pixels;
+`ckpt=sprint64:FILE` states another. Its stages are read from its keys; where all blocks are counted through,
+`ckpt=sprint-2-2:FILE` states how many are before and after the sparse middle.
 """
 
 import argparse
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,11 @@ OBJECTIVES = {
 }
 WEIGHTS_KEYS = {"ema": ("ema", "ema_state_dict"), "raw": ("model", "model_state_dict")}
 CONFIG_KEY = "tread_config"  # the key of our exports' config, as YAML
-# REPA's training heads; LightningDiT's and SPRINT's rotary angles, which we compute.
-UNUSED = ("projectors.", "feat_rope.", "rel_pos_embed.")
+# REPA's training heads; LightningDiT's and SPRINT's rotary angles, which we compute where the key shows such a network.
+UNUSED = {"projectors.": "", "feat_rope.": "blocks.0.mlp.w12.weight", "rel_pos_embed.": "mask_token"}
+# What the arguments of a file may say; without them, a file is taken as its project trains by default.
+ARGUMENTS = {"path_type": ("linear",), "prediction": ("velocity", "v"), "use_rope": ("true",)}
+LABELS = "y_embedder.embedding_table.weight"
 
 
 def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[Any, Tensors, int]:
@@ -60,11 +66,16 @@ def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[A
             check_keys(tensors, path)
             family = "sit"
     else:
+        check_arguments(args, path)
         found = layouts.our_names(found)
-        tensors, family = renamed({k: v for k, v in found.items() if not k.startswith(UNUSED)}, family, path)
-        check_keys(tensors, path)
+        unused = tuple(prefix for prefix, shown_by in UNUSED.items() if shown_by in (*found, ""))
+        tensors, family, stages = renamed({k: v for k, v in found.items() if not k.startswith(unused)}, family, path)
+        check_keys(tensors, path, stages)
         family = family or family_of(found, args, path)
-        values = config_of(family, tensors, path)
+        values = config_of(family, tensors, args, path)
+        values["model"] |= stages
+        if family != "maskdit" and len(tensors[LABELS]) == values["data"]["num_classes"]:  # without a null label
+            tensors[LABELS] = torch.nn.functional.pad(tensors[LABELS], (0, 0, 0, 1))
     return values, layouts.reverse_time(tensors) if family == "sit" else tensors, step
 
 
@@ -104,24 +115,49 @@ def read_pt(path: Path, weights: str) -> tuple[Tensors, dict, int]:
         raise UserError(f"{path} has no weights under a name that is known; it has {names}")
     if not known:
         return tensors, {}, 0
-    args = loaded.get("args")
+    args = loaded.get("args", loaded.get("config"))
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = {k: v for part in args.values() if isinstance(part, dict) for k, v in part.items()} | args
     if chosen.endswith("_state_dict"):  # TREAD's name
         args = {"layout": "tread", **args}
     step = next((loaded[key] for key in ("step", "steps") if isinstance(loaded.get(key), int)), 0)
     return tensors, args, step
 
 
-def renamed(tensors: Tensors, family: str | None, path: Path) -> tuple[Tensors, str | None]:
-    """A SPRINT's tensors under our names, and its family; others as they are. UserError for a family that is wrong."""
-    side = re.fullmatch(r"sprint(\d*)", family or "sprint")
-    if not any(key.startswith("encoder_blocks.") for key in tensors):
-        if family and side:
-            raise UserError(f"{path} is not a SPRINT; needed: ckpt=FILE, or another family in front")
-        return tensors, family
-    if not side or int(side.group(1) or 32) % layouts.SPRINT_PATCH:
-        raise UserError(f"{path} is a SPRINT, whose latents have an even side; needed: ckpt=sprint64:FILE for 64 x 64")
-    return layouts.from_sprint(tensors, int(side.group(1) or 32)), "sprint"
+def check_arguments(args: dict, path: Path) -> None:
+    """Raises UserError for arguments of a file that its network cannot be opened with."""
+    args = {"use_rope": "use_swiglu" not in args} | args  # which LightningDiT's configs turn on
+    asked = {key: str(args.get(key)).lower() for key in ARGUMENTS if key in args or "path_type" in args}
+    wrong = [key for key, value in asked.items() if value not in ARGUMENTS[key]]
+    if wrong:
+        found = ", ".join(f"{key} {asked[key]:.40}" for key in wrong)
+        needed = ", ".join(f"{key} {' or '.join(ARGUMENTS[key])}" for key in wrong)
+        raise UserError(f"{path} says {found} in its arguments; needed: {needed}")
+
+
+def renamed(tensors: Tensors, family: str | None, path: Path) -> tuple[Tensors, str | None, dict[str, int]]:
+    """A SPRINT's tensors under our names, its family, and the depths of its dense stages; others as they are.
+
+    Raises UserError for a family that is wrong.
+    """
+    if any(key.startswith("encoder_blocks.") for key in tensors):
+        side = re.fullmatch(r"sprint(\d*)", family or "sprint")
+        if not side or int(side.group(1) or 32) % layouts.SPRINT_PATCH:
+            found = f"{path} is a SPRINT, whose latents have an even side"
+            raise UserError(f"{found}; needed: ckpt=sprint64:FILE for 64 x 64")
+        depths = [num_blocks(tensors, f"{stage}_blocks.") for stage in ("encoder", "decoder")]
+        tensors = layouts.from_sprint(tensors, int(side.group(1) or 32))
+    elif "fusion.weight" in tensors:
+        depths = re.fullmatch(r"sprint-(\d+)-(\d+)", family or "")
+        if not depths or tensors.get("pos_embed", torch.zeros(1)).any():
+            found = f"{path} is a SPRINT whose keys do not tell its stages, encoder_depth and decoder_depth"
+            raise UserError(f"{found}; needed: ckpt=sprint-2-2:FILE for 2 and 2, and rotary positions alone")
+        depths = map(int, depths.groups())
+    elif family and family.startswith("sprint"):
+        raise UserError(f"{path} is not a SPRINT; needed: ckpt=FILE, or another family in front")
+    else:
+        return tensors, family, {}
+    return tensors, "sprint", dict(zip(("encoder_depth", "decoder_depth"), depths))
 
 
 def family_of(tensors: Tensors, args: dict, path: Path) -> str:
@@ -133,12 +169,7 @@ def family_of(tensors: Tensors, args: dict, path: Path) -> str:
         return "maskdit"
     if "enc_type" in args or any(key.startswith("projectors.") for key in tensors):
         return "repa"
-    if "path_type" in args:
-        path_type, prediction = str(args["path_type"]).lower(), str(args.get("prediction")).lower()
-        if (path_type, prediction) != ("linear", "velocity"):
-            raise UserError(f"{path} has path_type {path_type}, prediction {prediction}; needed: linear, velocity")
-        return "sit"
-    if network == "lightningdit.LightningDiT":
+    if "path_type" in args or network == "lightningdit.LightningDiT":
         return "sit"
     if named := re.match(r"(dit|sit)\b", str(args.get("model", path.name)).lower().replace("_", "-")):
         return named.group(1)
@@ -148,13 +179,33 @@ def family_of(tensors: Tensors, args: dict, path: Path) -> str:
     )
 
 
-def check_keys(tensors: Tensors, path: Path) -> None:
+def labels_of(network: str, table: Sequence[int], args: dict, path: Path) -> tuple[int, float | None]:
+    """(number of classes, share of labels dropped in training; None = not said) of a table of labels, by its shape.
+
+    By the arguments; where there are none, the last row of more than one is the null label's.
+    """
+    share, classes = args.get("class_dropout_prob", args.get("cfg_prob")), args.get("num_classes")
+    said = f"class_dropout_prob {share}, num_classes {classes}"
+    try:
+        share, classes = None if share is None else float(share), int(classes or 0)
+    except (TypeError, ValueError):
+        raise UserError(f"{path} says {said} in its arguments; needed: numbers") from None
+    if network == "maskdit.MaskDiT":  # a column a class; no label is zero
+        return table[1], share
+    null = table[0] > (classes or 1) if share is None else share > 0
+    if table[0] - null != (classes or max(table[0] - null, 1)):
+        rows = "needed: one a class and, for a class_dropout_prob above 0, one for no label"
+        raise UserError(f"{path} has {table[0]} rows of labels, and says {said} in its arguments; {rows}")
+    return table[0] - null, share if null else 0.0
+
+
+def check_keys(tensors: Tensors, path: Path, stages: Mapping[str, int] | None = None) -> None:
     """Raises UserError, with the keys that differ, for anything but our networks.
 
     Of the shapes it checks only those that this file relies on; `load_strictly` compares all of them.
     """
-    network = network_of(tensors)
-    network["depth"] = max(num_blocks(tensors), 5 if network["_target_"] == "sprint.Sprint" else 1)
+    stages = stages or {}
+    network = network_of(tensors) | stages | {"depth": max(num_blocks(tensors), sum(stages.values()) + 1)}
     with torch.device("meta"):
         wanted = build(network, torch.nn.Module, "model").state_dict()
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
@@ -168,8 +219,11 @@ def check_keys(tensors: Tensors, path: Path) -> None:
             raise UserError(f"{path} is of another architecture than DiT; {key} has the shape {found}")
 
 
-def config_of(family: str, tensors: Tensors, path: Path) -> dict:
-    """The config that builds the network of these tensors, with the objective and the sampler of its family."""
+def config_of(family: str, tensors: Tensors, args: dict, path: Path) -> dict:
+    """The config that builds the network of these tensors, with the objective and the sampler of its family.
+
+    train.label_dropout is that of the file's arguments; where they do not say it, there is no `train`.
+    """
     width, channels, patch = tensors["x_embedder.proj.weight"].shape[:3]
     tokens = math.isqrt(tensors["pos_embed"].shape[1])  # of a side
     outputs = tensors["final_layer.linear.weight"].shape[0] / patch**2
@@ -179,11 +233,11 @@ def config_of(family: str, tensors: Tensors, path: Path) -> dict:
             f"{path} has width {width} and {outputs:g} outputs for {channels} channels, patch {patch}; needed: one of "
             f"DiT's widths ({', '.join(map(str, sizes))}), which tell the heads, and one or two outputs a channel"
         )
-    model, labels = network_of(tensors), tensors["y_embedder.embedding_table.weight"].shape
-    network, num_classes = model["_target_"], labels[0] - 1
+    model = network_of(tensors)
+    network = model["_target_"]
+    num_classes, dropped = labels_of(network, tensors[LABELS].shape, args, path)
     if network == "maskdit.MaskDiT":  # 16 heads at every width, as in its own code
         model |= {"decoder_hidden_size": tensors["mask_token"].shape[-1], "decoder_num_heads": 16}
-        num_classes = labels[1]
     else:
         model["learn_sigma"] = outputs == 2 * channels
     if network == "sprint.Sprint":
@@ -204,4 +258,5 @@ def config_of(family: str, tensors: Tensors, path: Path) -> dict:
     objective = dict(OBJECTIVES[family])
     takes = "velocity" if objective["_target_"] == "rf.RectifiedFlow" else "denoised"
     # The format is that of checkpoints/config.py, which refuses any other.
-    return {"format": 1, "model": model, "objective": objective, "sampler": {"takes": takes}, "data": data}
+    values = {"format": 1, "model": model, "objective": objective, "sampler": {"takes": takes}, "data": data}
+    return values if dropped is None else values | {"train": {"label_dropout": dropped}}
