@@ -567,7 +567,7 @@ def test_only_square_latents_go_to_other_projects(tmp_path):
 
 
 @pytest.mark.parametrize("found, message", [
-    ({}, "no format, as an earlier version; needed: format 1"), ({"format": 2}, "format 2; needed: format 1"),
+    ({}, "format None; needed: format 1"), ({"format": 2}, "format 2; needed: format 1"),
 ])  # fmt: skip
 def test_another_format_is_refused_in_one_line(found, message, net, tmp_path):
     values = foreign.read(saved(net, tmp_path / "DiT-S-2.pt"))[0]
