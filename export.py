@@ -118,7 +118,7 @@ def portable_config(run: Run) -> dict:
         del values["data"][key]
     if not is_trained(run.settings):  # but its label dropout may be known
         values["train"] = {"label_dropout": run.settings.train.label_dropout}
-    told = ["train", "optimizer", "seed"] if is_trained(run.settings) else ["train"] * run.told
+    told = ["train", "optimizer", "seed"] if is_trained(run.settings) else ["train"] * run.dropout_known
     return {key: values[key] for key in ("format", "model", "objective", "sampler", "data", *told)}
 
 

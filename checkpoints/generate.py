@@ -79,7 +79,7 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, weak: Run 
     conditions.check(condition, run.model.null_condition)
     if guidance.on and guidance.weak_label != "same" and condition is None:
         raise UserError(f"weak_label={guidance.weak_label}: this network takes no condition; needed: weak_label=same")
-    if guidance.on and guidance.weak_label == "none" and not weak.told:
+    if guidance.on and guidance.weak_label == "none" and not weak.dropout_known:
         warn_once(f"{weak.checkpoint} does not say its label dropout; taken as trained with a null label")
     elif guidance.on and guidance.weak_label == "none" and weak.settings.train.label_dropout == 0:
         found = f"{weak.checkpoint or weak.folder} was never trained with a null label (label_dropout 0)"

@@ -40,7 +40,7 @@ class Run:
     ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
-    told: bool = True  # whether settings.train.label_dropout is known: a file of another project may not say it
+    dropout_known: bool = True  # whether settings.train.label_dropout is known: a file of another project may not say it
 
     @cached_property
     def sha256(self) -> str:
@@ -72,11 +72,11 @@ def load_run(
     weights: "ema" or "raw". tensors: in their place, such as an average of another width. device: None = this process's
     own. precision: fp32, bf16 or, where all processes call this, auto. Raises UserError for no or a damaged checkpoint.
     """
-    path, told = folders.find_checkpoint(ckpt), True
+    path, known = folders.find_checkpoint(ckpt), True
     if path.is_file():
         values, tensors, step = foreign.read(path, weights, folders.split_family(ckpt)[0])
         settings, beside = from_file(values, str(path)), path.with_name(CONDITIONS_FILE)
-        told = "train" in values
+        known = "train" in values
     else:
         beside = path / CONDITIONS_FILE
         read = [WEIGHTS_FILES[weights]] if tensors is None else []  # the rest is several times as much
@@ -94,7 +94,8 @@ def load_run(
     objective = build(settings.objective, Objective, "objective")
     codec = build_codec(settings.data.codec, device)
     run = Run(model, objective, codec, settings, device, precision, step=step, weights=weights, checkpoint=path)
-    run.pool, run.folder, run.told = conditions.pool(model.null_condition, kept), folder_of(ckpt, path), told
+    run.pool, run.folder = conditions.pool(model.null_condition, kept), folder_of(ckpt, path)
+    run.dropout_known = known
     run.compile_as(compile)
     return run
 

@@ -188,7 +188,7 @@ def test_arguments_decide_whatever_the_prefix(net, case, prefix, tmp_path):
 def test_lightningdits_own_config_opens(tmp_path):
     torch.save(lightning(), tmp_path / "a.pt")
     run = load_run(tmp_path / "a.pt", device="cpu")
-    assert type(run.model) is LightningDiT and type(run.objective) is rf.RectifiedFlow and not run.told
+    assert type(run.model) is LightningDiT and type(run.objective) is rf.RectifiedFlow and not run.dropout_known
 
 
 @pytest.mark.parametrize("rows, args, classes, dropout", [
@@ -213,8 +213,8 @@ def test_a_table_of_labels_is_read_by_the_arguments(net, rows, args, classes, dr
     torch.testing.assert_close(run.model(x, t, y), theirs(x, t, y), rtol=0, atol=1e-6)
     export.main([f"ckpt={tmp_path / 'a.pt'}", f"out={tmp_path / 'out'}"])
     for opened in (run, load_run(tmp_path / "out", device="cpu")):
-        assert opened.told == (dropout is not None)
-        assert not opened.told or opened.settings.train.label_dropout == dropout
+        assert opened.dropout_known == (dropout is not None)
+        assert not opened.dropout_known or opened.settings.train.label_dropout == dropout
         capsys.readouterr()
         for _ in range(2):  # the second says nothing
             if dropout == 0:
