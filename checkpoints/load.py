@@ -40,7 +40,7 @@ class Run:
     ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
-    dropout_known: bool = True  # whether settings.train.label_dropout is known: a file of another project may not say it
+    dropout_known: bool = True  # whether the label dropout is: a file of another project may not say it
 
     @cached_property
     def sha256(self) -> str:
