@@ -4,7 +4,6 @@ A PNG is written whole or not at all: where it exists, its seed is done.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,9 +61,8 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def save_image(image: np.ndarray, path: Path) -> None:
     """uint8 (H, W, 3) => PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
-    Image.fromarray(image).save(temporary, format="png")
-    os.replace(temporary, path)
+    with atomic_file(path, durable=False) as file:
+        Image.fromarray(image).save(file, format="png")
 
 
 def read_images(folder: Path, seeds: Sequence[int]) -> Iterator[np.ndarray]:

@@ -19,6 +19,7 @@ from PIL import Image
 from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, parse_number, split_name
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError
+from system.files import open_regular
 
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
 ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture with each of its values upright
@@ -196,7 +197,7 @@ def _map_array(path: Path, key: str) -> np.ndarray:
         if info.compress_type != zipfile.ZIP_STORED or dtype.hasobject or fortran_order:
             pixels = read_arrays(path, [key])[key]
         else:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 file.seek(info.header_offset + 26)  # of the member's own header: lengths of its name and extra field
                 name, extra = struct.unpack("<HH", file.read(4))
             pixels = np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)

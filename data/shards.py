@@ -33,7 +33,7 @@ from data.encoding import LatentEncoding
 from data.index import build_index, find_layout, load_index, save_index
 from data.latents import Latents, channel_stats, warn
 from system import UserError
-from system.files import atomic_file, sha256_of, write_text_atomic
+from system.files import atomic_file, check_name, sha256_of, write_text_atomic
 from system.settings import Kind
 
 SPLITS = ("train", "val")
@@ -128,8 +128,7 @@ def read_manifest(folder: Path) -> dict:
         cure = f"remove it, and python -m data index {shlex.quote(str(folder))} writes a new one"
         raise UserError(f"{path} does not say {missing[0]}; {cure}")
     for shard in manifest["shards"]:
-        if Path(shard["name"]).name != shard["name"]:
-            raise UserError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")
+        check_name(shard["name"], path)
     manifest = IMPLIED | manifest
     if manifest["condition"] not in KINDS:
         raise UserError(f"{path} says condition {manifest['condition']!r}; needed: one of {', '.join(KINDS)}")

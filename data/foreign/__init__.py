@@ -26,6 +26,8 @@ from autoencoder import SD_SCALE
 from data.archives import dataset_json, is_picture, open_tars, open_tree, parse_number, split_name
 from data.foreign.pickled import read_pickled_array
 from system import UserError
+from system.files import read_small
+from system.limits import MEMBER_BYTES
 from system.settings import PerChannel
 
 INVAE_SCALE = 0.3099
@@ -149,10 +151,10 @@ def _fastdit(path: Path) -> Source | None:
         raise UserError(f"{features} has {len(names)} arrays and {labels} {len(label_names)}; needed: the same names")
 
     def array(i: int, mirrored: bool) -> np.ndarray:
-        return _latent((features / names[i]).read_bytes(), str(features / names[i]))
+        return _latent(read_small(features / names[i], MEMBER_BYTES), str(features / names[i]))
 
     def label(i: int) -> int:
-        return int(_parsed((labels / names[i]).read_bytes(), str(labels / names[i])).reshape(()))
+        return int(_parsed(read_small(labels / names[i], MEMBER_BYTES), str(labels / names[i])).reshape(()))
 
     return Source(len(names), array, label, "sample_scaled", codec=_sd_codec("ema"))
 
