@@ -36,6 +36,7 @@ from system import UserError, cli, hub
 from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
 from system.settings import Count, parse_known, read_yaml
+from weights.layouts import check_numbers
 
 MANIFEST = "manifest.json"
 CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
@@ -321,31 +322,49 @@ def read_config(checkpoint: Path) -> Settings:
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Loads tensors whose names and shapes are exactly the module's. Raises UserError with the first that differ."""
+    """Loads finite tensors whose names and shapes are exactly the module's. Raises UserError with those that differ.
+
+    A module on the device "meta" is compared only.
+    """
+    check_numbers(tensors, source)
     own, theirs = ({key: tuple(t.shape) for key, t in named.items()} for named in (module.state_dict(), tensors))
     differing = sorted({key for key, _ in own.items() ^ theirs.items()})[:3]
     if differing:
         both = [(key, theirs.get(key, "missing"), own.get(key, "missing")) for key in differing]
         told = "; ".join(f"{key} is {found} in the file and {needed} in the model" for key, found, needed in both)
         raise UserError(f"{source} is of another model: {told}")
-    module.load_state_dict(tensors)
+    for key, like in module.state_dict().items():
+        if tensors[key].dtype != like.dtype and not (like.is_floating_point() and tensors[key].is_floating_point()):
+            raise UserError(f"{source}: {key} is {tensors[key].dtype} in the file and {like.dtype} in the model")
+    if not any(like.is_meta for like in module.state_dict().values()):
+        module.load_state_dict(tensors)
 
 
 def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores the optimizer's state, saved by parameter name. Raises UserError for the state of another optimizer."""
     path, saved = checkpoint / "optimizer.safetensors", defaultdict(dict)
-    for key, value in read_tensors(path).items():
+    tensors = read_tensors(path)
+    check_numbers(tensors, str(path))
+    for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         saved[name][field] = value
     names, state = {p: name for name, p in model.named_parameters()}, {}  # state: as PyTorch numbers parameters
     for group in optimizer.param_groups:
-        needed = "exp_avg" if "betas" in group else "momentum_buffer"
+        needed = ["exp_avg", "exp_avg_sq", "step"] if "betas" in group else ["momentum_buffer"]
         for i, p in enumerate(group["params"], len(state)):
-            state[i] = saved.get(names[p], {})
-            if state[i] and needed not in state[i]:
-                found = f"it has {', '.join(state[i])} of {names[p]}, needed: {needed}"
+            state[i] = held = saved.pop(names[p], {})
+            if held and sorted(held) != needed:
+                found = f"it has {', '.join(held)} of {names[p]}, needed: {', '.join(needed)}"
                 cure = "continue with the run's own optimizer=, or start a new run with init_from="
                 raise UserError(f"{path} is of another optimizer: {found}; {cure}")
+            for field, value in held.items():  # a fused kernel takes for granted what is checked here
+                shape, least = ((), 0) if field == "step" else (p.shape, 0 if field == "exp_avg_sq" else None)
+                fits = value.shape == shape and value.dtype == p.dtype and (least is None or (value >= least).all())
+                if not fits:
+                    told = f"{names[p]}/{field} is {value.dtype} {tuple(value.shape)}"
+                    raise UserError(f"{path}: {told}; needed: {p.dtype} {tuple(shape)}, and not below 0 but for means")
+    if saved:
+        raise UserError(f"{path} is of another model: it has the state of {next(iter(saved))}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: held for i, held in state.items() if held}})
 
 

@@ -7,3 +7,4 @@ ROW_GROUP_BYTES = 1 << 29  # the pictures of a parquet file's row group, decompr
 IDX_BYTES = 1 << 33  # an IDX file, decompressed: ten million images of 28 x 28
 PICKLE_STEPS = 1000  # an array has about fifty
 LEAST_SIZE = 256  # a whole number of a network's config up to here needs no tensor that is as long
+STEPS = 1 << 20  # of a sampler or a noise schedule

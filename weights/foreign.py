@@ -16,6 +16,7 @@ for 256 pixels; `ckpt=sprint64:FILE` states another.
 import argparse
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from system import UserError
 from system.building import build
 from system.settings import read_yaml
 from weights import layouts
-from weights.layouts import Tensors, network_of, num_blocks
+from weights.layouts import Tensors, check_numbers, network_of, num_blocks
 
 OBJECTIVES = {
     "dit": {"_target_": "ddpm.DDPM"},
@@ -54,6 +55,7 @@ def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[A
     if weights not in WEIGHTS_KEYS:
         raise UserError(f"weights={weights!r}; needed: ema or raw")
     found, args, step = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path, weights)
+    check_numbers(found, path, path.stat().st_size)
     if CONFIG_KEY in args:
         values, tensors, family = read_yaml(str(args[CONFIG_KEY]), str(path)), found, "ours"
         if args.get("layout") == "sit":
@@ -76,11 +78,15 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict, int]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({' '.join(str(error).split())})") from None
     step = metadata.get("step", "")
-    return tensors, metadata, int(step) if step.isdecimal() else 0
+    return tensors, metadata, int(step) if re.fullmatch(r"[0-9]{1,18}", step) else 0
 
 
 def read_pt(path: Path, weights: str) -> tuple[Tensors, dict, int]:
     """As read_safetensors, of {model, ema, args}, TREAD's {model_state_dict, ema_state_dict}, or bare tensors."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if packed := next((i for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED), None):
+                raise UserError(f"{path}: {packed.filename!r:.100} is compressed, which torch.save never does")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # what official files have in `args`
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -109,6 +115,7 @@ def read_pt(path: Path, weights: str) -> tuple[Tensors, dict, int]:
     if chosen.endswith("_state_dict"):  # TREAD's name
         args = {"layout": "tread", **args}
     step = next((loaded[key] for key in ("step", "steps") if isinstance(loaded.get(key), int)), 0)
+    step = step if 0 <= step < 10**18 else 0
     return tensors, args, step
 
 
