@@ -68,7 +68,7 @@ def save_image(image: np.ndarray, path: Path) -> None:
 def read_images(folder: Path, seeds: Sequence[int]) -> Iterator[np.ndarray]:
     """The images of `seeds`, in order: uint8 (H, W, 3)."""
     for seed in seeds:
-        with Image.open(image_path(folder, seed)) as image:
+        with Image.open(image_path(folder, seed), formats=["PNG"]) as image:
             yield np.asarray(image.convert("RGB"))
 
 

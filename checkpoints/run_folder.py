@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import conditions
 from checkpoints.config import Settings, from_file, to_yaml
@@ -36,7 +36,7 @@ from system import UserError, cli, hub
 from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
 from system.settings import Count, parse_known, read_yaml
-from weights.layouts import check_numbers
+from system.tensors import check_numbers, read_safetensors
 
 MANIFEST = "manifest.json"
 CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
@@ -370,7 +370,4 @@ def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.op
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file, on the CPU. Raises UserError where it is damaged or something else."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error})") from None
+    return read_safetensors(path)[0]

@@ -6,8 +6,10 @@ outside and members of absurd size are faults. Tar has checksums for its headers
 
 import contextlib
 import json
+import lzma
 import os
 import re
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +24,10 @@ from system.limits import MEMBER_BYTES
 BLOCK = tarfile.BLOCKSIZE
 ARRAY, LABEL, TEXT = "latent.npy", "cls", "text.npy"  # what follows the key in a member's name
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
+
+
+# What zipfile raises at damaged, encrypted and unknown contents; RuntimeError and NotImplementedError among them.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError, EOFError, struct.error)
 
 
 class Member(NamedTuple):
@@ -111,7 +117,7 @@ def open_tree(path: Path) -> Tree:
     """The files of a folder, a zip or a tar. Raises UserError for anything else and for damaged archives."""
     if path.is_dir():
         return Tree(sorted(_files(path)), lambda name: read_small(path / name, MEMBER_BYTES))
-    if zipfile.is_zipfile(path):
+    if path.is_file() and zipfile.is_zipfile(path):
         return _open_zip(path)
     if path.suffix == ".tar" and path.exists():
         return open_tars({"": path})
@@ -129,7 +135,10 @@ def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset())
 
 
 def _open_zip(path: Path) -> Tree:
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except DAMAGED as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
 
     def read(name: str) -> bytes:
@@ -137,8 +146,8 @@ def _open_zip(path: Path) -> Tree:
             raise UserError(f"{path}: {name!r} has {sizes[name]} bytes; at most {MEMBER_BYTES} are accepted")
         try:
             return archive.read(name)  # checks the member's CRC
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: {name!r} is damaged: {error}") from None
+        except DAMAGED as error:
+            raise UserError(f"{path}: {name!r} is damaged or cannot be read: {error}") from None
 
     return Tree(sorted(sizes), read)
 
@@ -171,7 +180,7 @@ def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
     try:
         labels = json.loads(contents)["labels"]
         return {name.replace("\\", "/"): int(label) for name, label in labels} if labels is not None else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise UserError(f'{root}/dataset.json is not {{"labels": [[name, label], ...]}}') from None
 
 

@@ -8,3 +8,5 @@ IDX_BYTES = 1 << 33  # an IDX file, decompressed: ten million images of 28 x 28
 PICKLE_STEPS = 1000  # an array has about fifty
 LEAST_SIZE = 256  # a whole number of a network's config up to here needs no tensor that is as long
 STEPS = 1 << 20  # of a sampler or a noise schedule
+ARRAY_BYTES = 1 << 31  # an array of an .npz, decompressed
+PARQUET_ROWS = 1 << 25

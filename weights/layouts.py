@@ -15,13 +15,11 @@ sin((1 - t) w).
 """
 
 import itertools
-import math
 import re
 
 import torch
 
 from dit import time_frequencies
-from system import UserError
 
 Tensors = dict[str, torch.Tensor]
 SPRINT_PATCH = 2  # of all its models; the file has no shape that tells it
@@ -31,17 +29,6 @@ def our_names(tensors: Tensors) -> Tensors:
     """Names without wrappers' prefixes: module. and _orig_mod. anywhere, and a preconditioner's model. in front."""
     wrappers = re.compile(r"(^|\.)((module|_orig_mod)\.)+")
     return {wrappers.sub(r"\1", key).removeprefix("model."): value for key, value in tensors.items()}
-
-
-def check_numbers(tensors: Tensors, source: object, held: float = math.inf) -> None:
-    """Raises UserError for anything but plain tensors of finite numbers. held: the bytes of the file that has them."""
-    for key, value in tensors.items():
-        if value.layout != torch.strided or value.is_meta or value.is_complex():
-            raise UserError(f"{source}: {key} is {value.dtype}, {value.layout}; needed: plain real numbers")
-        if (held := held - value.nbytes) < 0:
-            raise UserError(f"{source}: its tensors have more bytes than the file, as {key}: numbers stand for several")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{source}: {key} has numbers that are not finite")
 
 
 def num_blocks(tensors: Tensors, prefix: str = "blocks.") -> int:
