@@ -179,9 +179,15 @@ def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
     contents = tree.read("dataset.json")
     try:
         labels = json.loads(contents)["labels"]
-        return {name.replace("\\", "/"): int(label) for name, label in labels} if labels is not None else None
+        if labels is None:
+            return None
+        odd = [name for name, label in labels if int(label) != label or not 0 <= label < 2**31 or label is True]
+        found = {name.replace("\\", "/"): int(label) for name, label in labels}
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise UserError(f'{root}/dataset.json is not {{"labels": [[name, label], ...]}}') from None
+    if odd:
+        raise UserError(f"{root}/dataset.json: the label of {odd[0]!r:.100} is no whole number of 0 or more")
+    return found
 
 
 def parse_number(contents: bytes, source: str) -> int:

@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -81,7 +81,7 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
 
     def up_to_date() -> Index | None:
         fitting = (index for index, found in _cached(folder, split) if found == stamp and index.shards == shards)
-        return next((index for index in fitting if not manifest or index.layout == Layout.of(manifest)), None)
+        return next((index for index in fitting if not manifest or _fits(index, Layout.of(manifest))), None)
 
     if (index := up_to_date()) is None:
         path = _cache_paths(folder, split)[0]
@@ -304,6 +304,12 @@ def _cached(folder: Path, split: str) -> Iterator[tuple[Index, str]]:
                 index = Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"])
             if _is_consistent(index):
                 yield index, about["stamp"]
+
+
+def _fits(index: Index, layout: Layout) -> bool:
+    """Whether an index is one of this layout, whose number of classes and longest text are counted after it is made."""
+    counted = {"num_classes": layout.num_classes, "text_length": layout.text_length}
+    return replace(index.layout, **counted) == layout and _is_consistent(replace(index, layout=layout))
 
 
 def _is_consistent(index: Index) -> bool:

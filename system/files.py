@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         known = isinstance(error, UserError)
-        raise error if known else UserError(f"{path} is damaged: no JSON ({str(error):.100})") from None
+        raise error if known else UserError(f"{path} is damaged: it is not JSON ({str(error):.100})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds a {type(values).__name__}; needed: an object of keys")
     return values

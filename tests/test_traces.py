@@ -15,7 +15,7 @@ ESCAPES = ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "\r\x08", "\u202e", "\u2028
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_escapes_are_printed_as_text(escape):
     for told in (str(UserError(f"a{escape}b")), cli.one_line(KeyError(f"a{escape}b")), printable(f"a{escape}b")):
-        assert not set(escape) & set(told) and "\\" in told
+        assert escape[0] not in told and "\\" in told
 
 
 def test_other_languages_are_printed_as_they_are():

@@ -26,9 +26,8 @@ import torch
 
 from autoencoder import SD_SCALE
 from data.archives import dataset_json, is_picture, open_tars, open_tree, parse_number, split_name
-from data.foreign import lmdb_reader
 from data.foreign.pickled import read_pickled_array
-from system import UserError
+from system import UserError, lmdb_reader
 from system.files import read_small
 from system.limits import MEMBER_BYTES
 from system.settings import PerChannel
@@ -166,7 +165,12 @@ def _fastdit(path: Path) -> Source | None:
         return _latent(read_small(features / names[i], MEMBER_BYTES), str(features / names[i]))
 
     def label(i: int) -> int:
-        return int(_parsed(read_small(labels / names[i], MEMBER_BYTES), str(labels / names[i])).reshape(()))
+        found = _parsed(read_small(labels / names[i], MEMBER_BYTES), str(labels / names[i]))
+        if found.size != 1 or found.dtype.kind not in "iuf" or not 0 <= found.item() < 2**31 or found.item() % 1:
+            raise UserError(
+                f"{labels / names[i]}: holds {found.dtype} {found.shape}; needed: one whole number of 0 or more"
+            )
+        return int(found.item())
 
     return Source(len(names), array, label, "sample_scaled", codec=_sd_codec("ema"))
 
@@ -236,7 +240,7 @@ def _read_npy(contents: bytes) -> np.ndarray:
 def _parsed(contents: bytes, place: str, parse: Callable[[bytes], np.ndarray] = _read_npy) -> np.ndarray:
     try:
         return parse(contents)
-    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
+    except (ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:  # numpy parses the header as Python
         raise UserError(f"{place}: {str(error).partition(chr(10))[0]}") from None
 
 

@@ -31,7 +31,7 @@ def serve(folder: str) -> None:
 @lru_cache(maxsize=1)
 def start(folder: Path) -> subprocess.Popen:
     """The reader of a folder; what it says first is "open", or why it is not. It ends with this process."""
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, "-I", __file__, str(folder)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
