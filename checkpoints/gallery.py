@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from system import UserError
-from system.files import atomic_file, write_text_atomic
+from system.files import atomic_file, read_json, write_text_atomic
 
 MANIFEST = "samples.json"
 WRITERS = 4  # threads; Pillow encodes without the interpreter's lock
@@ -34,7 +34,10 @@ def missing(folder: Path, seeds: Sequence[int]) -> list[int]:
 def read_manifest(folder: Path) -> dict:
     """What samples.json holds so far; {} where there is none."""
     path = folder / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else {}
+    manifest = read_json(path) if path.is_file() else {}
+    if manifest and not isinstance(manifest.get("settings"), dict):
+        raise UserError(f"{path} is damaged: it has no settings; needed: another out=")
+    return manifest
 
 
 def begun_precision(folder: str | Path | None) -> str | None:

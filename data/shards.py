@@ -200,7 +200,7 @@ def reserve(folder: Path, recipe: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     note, text = folder / ".recipe.json", json.dumps(recipe, sort_keys=True)
     if note.exists():
-        before, now = json.loads(note.read_text()), json.loads(text)
+        before, now = read_json(note), json.loads(text)
         if key := next((key for key in recipe if now[key] != before.get(key)), None):
             found = f"{folder} was begun with {key}={before.get(key)}, not {now[key]}"
             raise UserError(f"{found}; needed: the same settings, or an empty folder")

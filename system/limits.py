@@ -10,3 +10,4 @@ LEAST_SIZE = 256  # a whole number of a network's config up to here needs no ten
 STEPS = 1 << 20  # of a sampler or a noise schedule
 ARRAY_BYTES = 1 << 31  # an array of an .npz, decompressed
 PARQUET_ROWS = 1 << 25
+LOG_BYTES = 1 << 32  # metrics.jsonl; millions of lines
