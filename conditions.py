@@ -144,7 +144,21 @@ def load(tensors: dict[str, torch.Tensor]) -> Condition:
     """What `save` was given. Raises UserError for other tensors."""
     if (names := sorted(tensors)) not in ([], ["labels"], ["mask", "states"]):
         raise UserError(f"conditions of {', '.join(names)}; needed: labels, or states and mask, or nothing")
-    return Text(**tensors) if "mask" in tensors else tensors.get("labels")
+    found = Text(**tensors) if "mask" in tensors else tensors.get("labels")
+    fits = found is None or (
+        found.dtype == torch.int64 and found.ndim == 1
+        if "labels" in tensors
+        else (
+            found.states.ndim == 3
+            and found.states.is_floating_point()
+            and found.states.isfinite().all()
+            and found.mask.dtype == torch.bool
+            and found.mask.shape == found.states.shape[:2]
+        )
+    )
+    if not fits:
+        raise UserError("conditions of odd shapes or types; needed: int64 (B,), or finite (B, T, D) and bool (B, T)")
+    return found
 
 
 def _labels_or_mask(condition: torch.Tensor | Text) -> torch.Tensor:

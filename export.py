@@ -29,8 +29,8 @@ from checkpoints.load import Run, load_run
 from checkpoints.run_folder import CONDITIONS_FILE, find_checkpoint
 from cost import cost_table
 from evaluation.table import SCORES, finite
-from system import UserError, cli, hub
-from system.files import usual_mode
+from system import UserError, cli, hub, printable
+from system.files import atomic_file, fresh_folder, read_json, usual_mode
 from system.settings import Check, parse
 from training.ema import check_reconstruction, reconstruct
 from weights import pipeline
@@ -133,14 +133,16 @@ def export_folder(run: Run, tensors: Tensors, out: Path) -> None:
     files = {"model.safetensors": (tensors, metadata)}
     if conditions.kind_of(run.pool) == "text":
         files[CONDITIONS_FILE] = conditions.save(run.pool), None
-    out.mkdir()
-    for name, content in files.items():
-        with usual_mode(out / name):
-            save_file(content[0], out / name, content[1])
     width = {} if run.ema_width is None else {"ema_width": run.ema_width}
     facts = finite({"step": run.step, "weights": run.weights, **width, **config})
-    (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(run, "    python sample.py ckpt=model.safetensors"))
+    texts = {"config.json": json.dumps(facts, indent=2) + "\n"}
+    texts["README.md"] = model_card(run, "    python sample.py ckpt=model.safetensors")
+    with fresh_folder(out) as folder:
+        for name, content in files.items():
+            with usual_mode(folder / name):
+                save_file(content[0], folder / name, content[1])
+        for name, text in texts.items():
+            (folder / name).write_text(text)
 
 
 def export_pt(run: Run, tensors: Tensors, out: Path, layout: str) -> None:
@@ -151,7 +153,8 @@ def export_pt(run: Run, tensors: Tensors, out: Path, layout: str) -> None:
     if layout == "sit":
         tensors = reverse_time(tensors)
         args |= {"model": f"SiT-{size}", "path_type": "Linear", "prediction": "velocity"}
-    torch.save({"ema": tensors, "args": args, "step": run.step}, out)
+    with atomic_file(out) as file:
+        torch.save({"ema": tensors, "args": args, "step": run.step}, file)
 
 
 def export_pipeline(run: Run, tensors: Tensors, out: Path) -> None:
@@ -171,8 +174,10 @@ def export_pipeline(run: Run, tensors: Tensors, out: Path) -> None:
     scheduler = DDIMScheduler(**schedule, clip_sample=False)  # its defaults are those of ddpm.DDPM
     made = DiTPipeline(pipeline.transformer_of(run.model, tensors), vae, scheduler, id2label=labels)
     made.register_to_config(id2label=labels)
-    made.save_pretrained(out)
-    (out / "README.md").write_text(model_card(run, pipeline.PIPELINE_USE))
+    card = model_card(run, pipeline.PIPELINE_USE)
+    with fresh_folder(out) as folder:
+        made.save_pretrained(folder)
+        (folder / "README.md").write_text(card)
 
 
 def model_card(run: Run, use: str) -> str:
@@ -180,8 +185,9 @@ def model_card(run: Run, use: str) -> str:
     model, settings, shape = run.model, run.settings, " x ".join(map(str, run.model.latent_shape))
     kind = conditions.kind_of(model.null_condition)
     told = f"{len(run.pool)} classes" if kind == "class" else conditions.KINDS[kind]
-    what = f"{type(model).__name__} {model.name} for {settings.data.name}: {shape}, {told}; {run.weights} weights."
-    lines = [f"# {run.folder.name}, step {run.step}", "", what, "", use, "", "| | |", "|---|---|"]
+    what = f"{type(model).__name__} {model.name} for {markdown(settings.data.name)}: {shape}, {told}; "
+    what += f"{run.weights} weights."
+    lines = [f"# {markdown(run.folder.name)}, step {run.step}", "", what, "", use, "", "| | |", "|---|---|"]
     facts = {key: part["_target_"] for key, part in (("objective", settings.objective), ("codec", settings.data.codec))}
     facts["sha256"] = run.sha256
     if is_trained(settings):
@@ -190,10 +196,18 @@ def model_card(run: Run, use: str) -> str:
     if run.ema_width is not None:
         facts |= {"ema_width": run.ema_width}
         facts.pop("ema_decay", None)
-    lines += [f"| {name} | {value} |" for name, value in (facts | last_figures(run) | scores(run)).items()]
+    lines += [
+        f"| {markdown(name)} | {markdown(value)} |" for name, value in (facts | last_figures(run) | scores(run)).items()
+    ]
     if run.checkpoint.is_dir():
         lines += ["", *(f"    {line}" for line in cost_table(model, settings).splitlines())]
     return "\n".join(lines) + "\n"
+
+
+def markdown(value: object) -> str:
+    """A value from a config or a log, which may be a stranger's, as text of a card: one line, without markup."""
+    text = printable(" ".join(str(value).split()))[:100]
+    return re.sub(r"([\\`*\[\]<>|#!&~])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def last_figures(run: Run) -> dict[str, str]:
@@ -201,7 +215,7 @@ def last_figures(run: Run) -> dict[str, str]:
     figures, log = {}, run.folder / "metrics.jsonl"
     for _, _, values in log_lines(log) if log.is_file() else ():
         for name, value in (values or {}).items():
-            if values["step"] <= run.step and value is not None and name.startswith(("train/loss", "val/")):
+            if values["step"] <= run.step and is_number(value) and name.startswith(("train/loss", "val/")):
                 figures[name] = f"{value:.4g} (step {values['step']})"
     return figures
 
@@ -210,11 +224,18 @@ def scores(run: Run) -> dict[str, str]:
     """fid.py's scores of this checkpoint, from eval/*/metrics.json."""
     found = {}
     for path in sorted(run.folder.glob("eval/**/metrics.json")):
-        values = json.loads(path.read_text())
+        values = read_json(path)
         if values.get("checkpoint_sha256") == run.sha256 and values.get("ema_width") == run.ema_width:
-            figures = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith(SCORES)]
-            found[f"{path.parent.name}, {values['n']} images"] = ", ".join(figures)
+            scored = {name: value for name, value in values.items() if name.startswith(SCORES)}
+            figures = [
+                f"{name} {value:.4g}" if is_number(value) else f"{name} {value}" for name, value in scored.items()
+            ]
+            found[f"{path.parent.name}, {values.get('n')} images"] = ", ".join(figures)
     return found
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

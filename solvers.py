@@ -17,6 +17,7 @@ import torch
 
 from randomness import Generators, normal
 from system import UserError
+from system.limits import STEPS
 
 VP_TIME_MIN = 1e-3  # epsilon_s, where the VP schedule reaches its lowest noise level; it reaches the highest at 1
 VP_BETA_D, VP_BETA_MIN = 19.9, 0.1  # of the published VP schedule (EDM, Table 1)
@@ -248,6 +249,7 @@ def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = Non
 
 def linear_alpha_bar(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> torch.Tensor:
     """prod(1 - beta) over a linear schedule (arXiv 2006.11239, Section 4): (num_steps,) float64, falling."""
+    check_steps(num_steps)
     return torch.cumprod(1 - torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64), dim=0)
 
 
@@ -322,8 +324,8 @@ def state(noise: torch.Tensor) -> torch.Tensor:
 
 
 def check_steps(num_steps: int) -> None:
-    if not isinstance(num_steps, int) or num_steps < 1:
-        raise UserError(f"num_steps {num_steps}; needed: a whole number of at least 1")
+    if not isinstance(num_steps, int) or not 1 <= num_steps <= STEPS:
+        raise UserError(f"num_steps {num_steps}; needed: a whole number in 1..{STEPS}")
 
 
 def number(name: str, value: float | str) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from system import UserError
+from system.files import read_small
+from system.limits import LOG_BYTES
 
 
 def read_log(run_folder: Path) -> list[dict]:
@@ -37,11 +39,11 @@ def read_log(run_folder: Path) -> list[dict]:
 def log_lines(log: Path) -> Iterator[tuple[int, str, dict | None]]:
     """(number from 1, text, values; None where a full disk or a power cut has broken it) of each line of a log."""
     # What follows the last line's end, a job is or was writing.
-    lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else ()
+    lines = read_small(log, LOG_BYTES).split(b"\n")[:-1] if log.is_file() else ()
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line.decode())
             values["step"] + 0
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             values = None
         yield number, line.decode(errors="replace"), values

@@ -4,7 +4,6 @@ A PNG is written whole or not at all: where it exists, its seed is done.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from system import UserError
-from system.files import atomic_file, write_text_atomic
+from system.files import atomic_file, read_json, write_text_atomic
 
 MANIFEST = "samples.json"
 WRITERS = 4  # threads; Pillow encodes without the interpreter's lock
@@ -35,7 +34,10 @@ def missing(folder: Path, seeds: Sequence[int]) -> list[int]:
 def read_manifest(folder: Path) -> dict:
     """What samples.json holds so far; {} where there is none."""
     path = folder / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else {}
+    manifest = read_json(path) if path.is_file() else {}
+    if manifest and not isinstance(manifest.get("settings"), dict):
+        raise UserError(f"{path} is damaged: it has no settings; needed: another out=")
+    return manifest
 
 
 def begun_precision(folder: str | Path | None) -> str | None:
@@ -62,15 +64,14 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def save_image(image: np.ndarray, path: Path) -> None:
     """uint8 (H, W, 3) => PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
-    Image.fromarray(image).save(temporary, format="png")
-    os.replace(temporary, path)
+    with atomic_file(path, durable=False) as file:
+        Image.fromarray(image).save(file, format="png")
 
 
 def read_images(folder: Path, seeds: Sequence[int]) -> Iterator[np.ndarray]:
     """The images of `seeds`, in order: uint8 (H, W, 3)."""
     for seed in seeds:
-        with Image.open(image_path(folder, seed)) as image:
+        with Image.open(image_path(folder, seed), formats=["PNG"]) as image:
             yield np.asarray(image.convert("RGB"))
 
 

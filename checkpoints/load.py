@@ -18,8 +18,10 @@ from system import UserError
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
 from system.files import sha256_once
+from system.limits import LEAST_SIZE
 from system.precision import decide_precision, tf32
 from system.processes import start_processes
+from system.settings import nested
 from weights import foreign
 
 
@@ -84,6 +86,9 @@ def load_run(
         settings, step = folders.read_config(path), folders.step_of(path)
         tensors = read_tensors(path / read[0]) if read else tensors
     device = torch.device(device) if device is not None else start_processes().device
+    check_sizes(settings, tensors, str(path))
+    with torch.device("meta"):  # before memory is taken
+        load_strictly(build_network(settings), tensors, source=str(path))
     model = build_network(settings)
     load_strictly(model, tensors, source=str(path))
     precision = decide_precision(precision, device)
@@ -94,10 +99,21 @@ def load_run(
     objective = build(settings.objective, Objective, "objective")
     codec = build_codec(settings.data.codec, device)
     run = Run(model, objective, codec, settings, device, precision, step=step, weights=weights, checkpoint=path)
+    if kept is not None:
+        conditions.check(kept, model.null_condition)
     run.pool, run.folder = conditions.pool(model.null_condition, kept), folder_of(ckpt, path)
     run.dropout_known = known
     run.compile_as(compile)
     return run
+
+
+def check_sizes(settings: Settings, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Raises UserError for a network that is much larger than its tensors, before any time goes into building it."""
+    longest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    for key, value in nested(settings.model, "model"):
+        most = len(tensors) if "depth" in key else max(longest, LEAST_SIZE)
+        if isinstance(value, (int, float)) and abs(value) > most:
+            raise UserError(f"{source}: {key}={value:.10g}, and its {len(tensors)} tensors have no such size")
 
 
 def build_network(settings: Settings) -> Network:

@@ -14,8 +14,8 @@ from checkpoints.config import Settings, to_yaml
 from checkpoints.curves import log_lines
 from checkpoints.run_folder import newest_intact, step_of
 from system import UserError
-from system.files import reserve, write_text_atomic
-from system.settings import nested
+from system.files import check_no_links, read_json, reserve, write_text_atomic
+from system.settings import Count, convert, nested, parse_known
 
 WENT_BACK = "checkpoints/went_back.json"  # {the last explicit resume=: the step that it started from}
 # Keys that may differ between a run and its continuation: none of them changes a number.
@@ -49,7 +49,8 @@ def find_resume(settings: Settings, run_folder: Path) -> Path | None:
 def gone_back(wanted: str, run_folder: Path) -> int | None:
     """The step to which the run went back when it was last started with this very resume=; None = it was not."""
     note = run_folder / WENT_BACK
-    return json.loads(note.read_text()).get(str(Path(wanted).absolute())) if note.is_file() else None
+    noted = read_json(note) if note.is_file() else {}
+    return convert(noted.get(str(Path(wanted).absolute())), Count | None, str(note))
 
 
 def go_back(wanted: str | None, run_folder: Path, start_step: int) -> None:
@@ -92,7 +93,8 @@ def resume(
     modules: by file, as `run_folder.save` takes them. fingerprint: the data's.
     """
     differing = differences(folders.read_config(path), settings)
-    was = json.loads((path / "trainer_state.json").read_text())["data"]
+    state = path / "trainer_state.json"
+    was = parse_known(folders.TrainerState, read_json(state), state).data
     if was != fingerprint and "data" not in settings.resume_allow:
         differing.append(f"the data's fingerprint was {was}, is {fingerprint}")
     if differing:
@@ -113,6 +115,7 @@ def reserve_run_folder(run_folder: Path, settings: Settings, start_step: int) ->
     Closing the returned file releases the lock. Raises UserError where another job holds it.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
+    check_no_links(run_folder)
     lock = reserve(run_folder)
     folders.remove_temporaries(run_folder)
     (run_folder / folders.START_AGAIN).unlink(missing_ok=True)

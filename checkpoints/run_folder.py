@@ -11,6 +11,7 @@ A checkpoint is written to a temporary folder, flushed to disk and renamed: it e
 safetensors and settings are text, so reading a checkpoint runs no code.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -21,29 +22,61 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import conditions
 from checkpoints.config import Settings, from_file, to_yaml
 from conditions import Condition
 from system import UserError, cli, hub
-from system.files import sha256_of, sha256_once, sync, usual_mode, write_text_atomic
+from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
-from system.settings import read_yaml
+from system.settings import Count, parse_known, read_yaml
+from system.tensors import check_numbers, read_safetensors
 
 MANIFEST = "manifest.json"
 CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
 START_AGAIN = "start_again"  # in the run folder: the run was stopped and saved; the same command continues it
 TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio is this run's
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+CONTINUED = (
+    "config.yaml",
+    "trainer_state.json",
+    "optimizer.safetensors",
+    *WEIGHTS_FILES.values(),
+)  # what resuming reads
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 PAUSES_S = (1, 10)  # before a failed save is tried again: a full disk or a network file system may recover
 NamedTensors = dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A file's entry in the manifest."""
+
+    bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json"""
+
+    step: Count
+    files: dict[str, Sealed]
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """trainer_state.json; data: the fingerprint of what the run is trained on."""
+
+    step: Count
+    data: str
 
 
 def save(
@@ -98,7 +131,7 @@ def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: 
 def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> None:
     """Writes the folder of a step with these files and their manifest: whole or not at all."""
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         for name, text in texts.items():
@@ -112,7 +145,7 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
         manifest = {"step": step_of(target), "files": {name: entries[name].result() for name in sorted(entries)}}
         write_text_atomic(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         if target.exists():  # a damaged checkpoint, skipped at the resume: moved aside until its replacement is there
-            shutil.rmtree(aside := target.with_name(f"{TEMPORARY}old_{target.name}"), ignore_errors=True)
+            remove(aside := target.with_name(f"{TEMPORARY}old_{target.name}"))
             os.rename(target, aside)
         os.rename(temporary, target)
     except BaseException as error:
@@ -130,10 +163,16 @@ def seal(path: Path) -> dict:
     return entry
 
 
+def remove(path: Path) -> None:
+    """Removes a folder, or a file or link, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def remove_temporaries(run_folder: Path) -> None:
     """Removes what a killed writer left."""
     for path in (*run_folder.glob(f"*/{TEMPORARY}*"), *run_folder.glob("checkpoints/.latest.*.tmp")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        remove(path)
 
 
 def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -207,14 +246,19 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def newest_intact(run_folder: Path) -> Path | None:
-    """The newest checkpoint that matches its manifest, or None; damaged ones are skipped with a warning."""
-    for path in reversed(complete_checkpoints(run_folder)):
+    """The newest checkpoint that matches its manifest; damaged ones are skipped with a warning. None = there are none.
+
+    Raises UserError where all are damaged: to begin anew is the user's choice.
+    """
+    for path in (found := complete_checkpoints(run_folder)[::-1]):
         try:
             verify_checkpoint(path)
             return path
         except UserError as error:
             if is_main():
                 print(f"warning: {error}; going back to the one before", file=sys.stderr)
+    if found:
+        raise UserError(f"{run_folder}: all {len(found)} checkpoints are damaged; needed: a copy, or another run_name")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -252,63 +296,78 @@ def find_checkpoint(ckpt: str | Path, key: str = "ckpt") -> Path:
 
 def read_manifest(checkpoint: Path) -> dict:
     """{step, files: {file name: {bytes, sha256}}}. Raises UserError where it is damaged."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        return {"step": int(manifest["step"]), "files": dict(manifest["files"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from None
+    path = checkpoint / MANIFEST
+    manifest = parse_known(Manifest, read_json(path), path)
+    return {"step": manifest.step, "files": {check_name(name, path): asdict(s) for name, s in manifest.files.items()}}
 
 
 def verify_checkpoint(checkpoint: Path, only: Sequence[str] | None = None) -> None:
     """Raises UserError where a file is missing, or not the manifest's to the byte. only: these files; None = all."""
-    files = read_manifest(checkpoint)["files"]
-    for name in files if only is None else only:
+    files, hashing = read_manifest(checkpoint)["files"], sha256_once
+    if only is None:  # on resuming, the processes of a job may see different checkpoints: none waits for another's hash
+        hashing, lying = sha256_of, (path.name for path in checkpoint.glob("*.safetensors"))
+        only = sorted({*files, *lying, *(CONTINUED if checkpoint.parent.name != "snapshots" else ())})
+    for name in only:
         path = checkpoint / name
         if name not in files or not path.is_file():
             raise UserError(f"{path} is missing, there or in the manifest: the checkpoint is damaged")
-        # On resuming, the processes of a job may see different checkpoints, so that none waits for another's answer.
-        if (sha256_of if only is None else sha256_once)(path) != files[name]["sha256"]:
+        if hashing(path) != files[name]["sha256"]:
             raise UserError(f"{path} does not match its sha256 in the manifest: the checkpoint is damaged")
 
 
 def read_config(checkpoint: Path) -> Settings:
     """The settings of a run or checkpoint folder. Raises UserError where they are damaged or of another format."""
     path = checkpoint / "config.yaml"
-    return from_file(read_yaml(path.read_bytes(), str(path)), str(path))
+    return from_file(read_yaml(read_small(path), str(path)), str(path))
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Loads tensors whose names and shapes are exactly the module's. Raises UserError with the first that differ."""
+    """Loads finite tensors whose names and shapes are exactly the module's. Raises UserError with those that differ.
+
+    A module on the device "meta" is compared only.
+    """
+    check_numbers(tensors, source)
     own, theirs = ({key: tuple(t.shape) for key, t in named.items()} for named in (module.state_dict(), tensors))
     differing = sorted({key for key, _ in own.items() ^ theirs.items()})[:3]
     if differing:
         both = [(key, theirs.get(key, "missing"), own.get(key, "missing")) for key in differing]
         told = "; ".join(f"{key} is {found} in the file and {needed} in the model" for key, found, needed in both)
         raise UserError(f"{source} is of another model: {told}")
-    module.load_state_dict(tensors)
+    for key, like in module.state_dict().items():
+        if tensors[key].dtype != like.dtype and not (like.is_floating_point() and tensors[key].is_floating_point()):
+            raise UserError(f"{source}: {key} is {tensors[key].dtype} in the file and {like.dtype} in the model")
+    if not any(like.is_meta for like in module.state_dict().values()):
+        module.load_state_dict(tensors)
 
 
 def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores the optimizer's state, saved by parameter name. Raises UserError for the state of another optimizer."""
     path, saved = checkpoint / "optimizer.safetensors", defaultdict(dict)
-    for key, value in read_tensors(path).items():
+    tensors = read_tensors(path)
+    check_numbers(tensors, str(path))
+    for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         saved[name][field] = value
     names, state = {p: name for name, p in model.named_parameters()}, {}  # state: as PyTorch numbers parameters
     for group in optimizer.param_groups:
-        needed = "exp_avg" if "betas" in group else "momentum_buffer"
+        needed = ["exp_avg", "exp_avg_sq", "step"] if "betas" in group else ["momentum_buffer"]
         for i, p in enumerate(group["params"], len(state)):
-            state[i] = saved.get(names[p], {})
-            if state[i] and needed not in state[i]:
-                found = f"it has {', '.join(state[i])} of {names[p]}, needed: {needed}"
+            state[i] = held = saved.pop(names[p], {})
+            if held and sorted(held) != needed:
+                found = f"it has {', '.join(held)} of {names[p]}, needed: {', '.join(needed)}"
                 cure = "continue with the run's own optimizer=, or start a new run with init_from="
                 raise UserError(f"{path} is of another optimizer: {found}; {cure}")
+            for field, value in held.items():  # a fused kernel takes for granted what is checked here
+                shape, least = ((), 0) if field == "step" else (p.shape, 0 if field == "exp_avg_sq" else None)
+                fits = value.shape == shape and value.dtype == p.dtype and (least is None or (value >= least).all())
+                if not fits:
+                    told = f"{names[p]}/{field} is {value.dtype} {tuple(value.shape)}"
+                    raise UserError(f"{path}: {told}; needed: {p.dtype} {tuple(shape)}, and not below 0 but for means")
+    if saved:
+        raise UserError(f"{path} is of another model: it has the state of {next(iter(saved))}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: held for i, held in state.items() if held}})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file, on the CPU. Raises UserError where it is damaged or something else."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error})") from None
+    return read_safetensors(path)[0]

@@ -18,7 +18,7 @@ from data.convert import Conversion, convert
 from data.encoding import LatentEncoding
 from data.inspect import as_text, inspect
 from data.shards import finalize, read_manifest
-from system import UserError, cli
+from system import UserError, cli, printable
 from system.settings import Kind, PerChannel, Positive, parse
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         as_json = "--json" in arguments
         (path,), _ = _split(verb, [a for a in arguments if a != "--json"], 1)
         report = inspect(path)
-        print(json.dumps(report) if as_json else as_text(report))
+        print(json.dumps(report) if as_json else printable(as_text(report)))
         return 1 if report["wrong"] else 0
     (*sources, target), overrides = _split(verb, arguments, 1 if verb == "index" else 2)
     if verb == "convert":

@@ -6,8 +6,10 @@ outside and members of absurd size are faults. Tar has checksums for its headers
 
 import contextlib
 import json
+import lzma
 import os
 import re
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -16,11 +18,16 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from system import UserError
+from system.files import open_regular, read_small
+from system.limits import MEMBER_BYTES
 
 BLOCK = tarfile.BLOCKSIZE
-MAX_MEMBER = 1 << 28  # bytes; a larger member is no latent and no picture
 ARRAY, LABEL, TEXT = "latent.npy", "cls", "text.npy"  # what follows the key in a member's name
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
+
+
+# What zipfile raises at damaged, encrypted and unknown contents; RuntimeError and NotImplementedError among them.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError, EOFError, struct.error)
 
 
 class Member(NamedTuple):
@@ -44,8 +51,8 @@ def members(file: BinaryIO, faults: list[str]) -> Iterator[Member]:
             return
         name, size, kind = header
         name, size, records = records.get("path", name), records.get("size", str(size)), {}
-        if not size.isdecimal() or (size := int(size)) > MAX_MEMBER:
-            faults.append(f"member {name!r} at byte {at} claims {size} bytes; at most {MAX_MEMBER} are accepted")
+        if not size.isdecimal() or (size := int(size)) > MEMBER_BYTES:
+            faults.append(f"member {name!r} at byte {at} claims {size} bytes; at most {MEMBER_BYTES} are accepted")
             return
         if offset + size > end:
             faults.append(f"is cut off inside member {name!r} at byte {at}: {size} bytes needed, {end - offset} there")
@@ -67,7 +74,7 @@ def members(file: BinaryIO, faults: list[str]) -> Iterator[Member]:
 
 def sample_key(path: Path, offset: int) -> str:
     """The key of the sample whose array begins at `offset` of a tar, read back; '?' if that is not possible."""
-    with contextlib.suppress(OSError, TypeError), open(path, "rb") as file:
+    with contextlib.suppress(OSError, TypeError), open_regular(path) as file:
         return split_name(_header(os.pread(file.fileno(), BLOCK, offset - BLOCK))[0])[0]
     return "?"
 
@@ -109,8 +116,8 @@ class Tree(NamedTuple):
 def open_tree(path: Path) -> Tree:
     """The files of a folder, a zip or a tar. Raises UserError for anything else and for damaged archives."""
     if path.is_dir():
-        return Tree(sorted(_files(path)), lambda name: (path / name).read_bytes())
-    if zipfile.is_zipfile(path):
+        return Tree(sorted(_files(path)), lambda name: read_small(path / name, MEMBER_BYTES))
+    if path.is_file() and zipfile.is_zipfile(path):
         return _open_zip(path)
     if path.suffix == ".tar" and path.exists():
         return open_tars({"": path})
@@ -128,16 +135,19 @@ def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset())
 
 
 def _open_zip(path: Path) -> Tree:
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except DAMAGED as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
 
     def read(name: str) -> bytes:
-        if sizes[name] > MAX_MEMBER:
-            raise UserError(f"{path}: {name!r} has {sizes[name]} bytes; at most {MAX_MEMBER} are accepted")
+        if sizes[name] > MEMBER_BYTES:
+            raise UserError(f"{path}: {name!r} has {sizes[name]} bytes; at most {MEMBER_BYTES} are accepted")
         try:
             return archive.read(name)  # checks the member's CRC
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: {name!r} is damaged: {error}") from None
+        except DAMAGED as error:
+            raise UserError(f"{path}: {name!r} is damaged or cannot be read: {error}") from None
 
     return Tree(sorted(sizes), read)
 
@@ -146,7 +156,7 @@ def open_tars(paths: Mapping[str, Path]) -> Tree:
     """The files of tars as one tree; the keys of `paths` precede their names. Raises UserError for damaged tars."""
     places: dict[str, tuple[BinaryIO, int, int]] = {}  # the files stay open as long as the tree lives
     for prefix, path in paths.items():
-        file, faults = open(path, "rb"), []
+        file, faults = open_regular(path), []
         places |= {prefix + member.name: (file, member.size, member.offset) for member in members(file, faults)}
         if faults:
             raise UserError(f"{path} {faults[0]}")
@@ -169,9 +179,15 @@ def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
     contents = tree.read("dataset.json")
     try:
         labels = json.loads(contents)["labels"]
-        return {name.replace("\\", "/"): int(label) for name, label in labels} if labels is not None else None
-    except (ValueError, TypeError, KeyError):
+        if labels is None:
+            return None
+        odd = [name for name, label in labels if int(label) != label or not 0 <= label < 2**31 or label is True]
+        found = {name.replace("\\", "/"): int(label) for name, label in labels}
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise UserError(f'{root}/dataset.json is not {{"labels": [[name, label], ...]}}') from None
+    if odd:
+        raise UserError(f"{root}/dataset.json: the label of {odd[0]!r:.100} is no whole number of 0 or more")
+    return found
 
 
 def parse_number(contents: bytes, source: str) -> int:

@@ -1,6 +1,7 @@
 """Pictures on disk, for encoding and for scoring: `open_images(path)`."""
 
 import contextlib
+import math
 import struct
 import sys
 import zipfile
@@ -11,17 +12,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data.archives import DAMAGED as ZIP_DAMAGED
 from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, parse_number, split_name
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError
+from system.files import open_regular
+from system.limits import ARRAY_BYTES, PICTURE_PIXELS
 
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
 ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture with each of its values upright
+# The readers of PICTURES: others start programs (PostScript), or are seldom tried.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+Image.MAX_IMAGE_PIXELS = None  # _decode has the limit
+# What Pillow raises at damaged files.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, struct.error,
+    zlib.error,
+)  # fmt: skip
 TURNS = dict(zip(range(2, 9), (
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
@@ -104,9 +117,14 @@ class Images:
     def _decode(self, i: int) -> Image.Image:
         contents = self.tree.read(self.names[i])
         try:
-            image = Image.open(BytesIO(contents))
+            image = Image.open(BytesIO(contents), formats=FORMATS)
+            if image.width * image.height > PICTURE_PIXELS:
+                told = f"{self.names[i]} has {image.width} x {image.height} pixels"
+                raise UserError(f"{self.path}: {told}; at most {PICTURE_PIXELS} are accepted")
             image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UserError:
+            raise
+        except DAMAGED as error:
             found = f"{self.names[i]} is no image or is damaged ({type(error).__name__})"
             raise UserError(f"{self.path}: {found}") from None
         return image
@@ -169,12 +187,38 @@ def open_images(path: str | Path, split: str | None = None) -> Images:
 def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of an .npz that are among `keys`. Raises UserError for a damaged file and for pickled objects."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in keys if key in arrays}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
-        if "allow_pickle" in str(error):
-            raise UserError(f"{path} holds pickled objects, which are never read; needed: plain arrays") from None
-        raise UserError(f"{path} is damaged or no .npz file ({error})") from None
+        with zipfile.ZipFile(open_regular(path)) as archive:  # np.load takes other files too, and has no limits
+            names = {key: f"{key}.npy" for key in keys if f"{key}.npy" in archive.namelist()}
+            for name in names.values():
+                _member_header(path, archive.getinfo(name), archive)
+            contents = ((key, BytesIO(archive.read(name))) for key, name in names.items())
+            return {key: np.lib.format.read_array(array, allow_pickle=False) for key, array in contents}
+    except UserError:
+        raise
+    except ZIP_DAMAGED as error:
+        raise UserError(f"{path} is damaged or no .npz file ({' '.join(str(error).split())})") from None
+
+
+def _member_header(path: Path, info: zipfile.ZipInfo, archive: zipfile.ZipFile) -> tuple[tuple, bool, np.dtype, int]:
+    """(shape, whether in Fortran order, dtype, bytes of header) of an array in an .npz.
+
+    Raises UserError for pickled objects, and where its size is not what they say or too large to be decompressed.
+    """
+    with archive.open(info) as member:
+        try:
+            if np.lib.format.read_magic(member) != (1, 0):
+                raise ValueError("another version than 1.0")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+        except (ValueError, SyntaxError, TokenError, RecursionError, MemoryError) as error:  # parsed as Python
+            raise UserError(f"{path} is damaged: {info.filename}: {str(error).partition(chr(10))[0]}") from None
+        header = member.tell()
+    if dtype.hasobject:
+        raise UserError(f"{path} holds pickled objects, which are never read; needed: plain arrays")
+    if math.prod(shape) * dtype.itemsize + header != info.file_size:
+        raise UserError(f"{path} is damaged: {info.filename} has {info.file_size} bytes, not those of {dtype} {shape}")
+    if info.file_size > ARRAY_BYTES and info.compress_type != zipfile.ZIP_STORED:
+        raise UserError(f"{path}: {info.filename} has {info.file_size} bytes; at most {ARRAY_BYTES} are decompressed")
+    return shape, fortran_order, dtype, header
 
 
 def _map_array(path: Path, key: str) -> np.ndarray:
@@ -189,18 +233,17 @@ def _map_array(path: Path, key: str) -> np.ndarray:
             if f"{key}.npy" not in archive.namelist():
                 raise UserError(f"{path} has no array {key}; needed: uint8 (N, H, W, 3)")
             info = archive.getinfo(f"{key}.npy")
-            with archive.open(info) as member:
-                np.lib.format.read_magic(member)
-                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
-                header = member.tell()
-        if info.compress_type != zipfile.ZIP_STORED or dtype.hasobject or fortran_order:
+            shape, fortran_order, dtype, header = _member_header(path, info, archive)
+        if info.compress_type != zipfile.ZIP_STORED or fortran_order:
             pixels = read_arrays(path, [key])[key]
         else:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 file.seek(info.header_offset + 26)  # of the member's own header: lengths of its name and extra field
                 name, extra = struct.unpack("<HH", file.read(4))
             pixels = np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
+    except UserError:
+        raise
+    except ZIP_DAMAGED as error:
         raise UserError(f"{path} is damaged or no .npz file ({error})") from None
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
         raise UserError(f"{path}: {key} is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")

@@ -21,17 +21,18 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, MAX_MEMBER, TEXT, Member, members, sample_key, split_name
+from data.archives import ARRAY, LABEL, TEXT, Member, members, sample_key, split_name
 from system import UserError
-from system.files import atomic_file, locked, sha256_of
+from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
+from system.limits import MEMBER_BYTES
 
 DTYPES = ("float16", "float32")
 MAX_LABEL = 2**31 - 1
@@ -79,7 +80,8 @@ def load_index(folder: Path, split: str, shards: list[str], manifest: dict) -> I
     stamp = _stamp(folder, shards, manifest)
 
     def up_to_date() -> Index | None:
-        return next((index for index, found in _cached(folder, split) if found == stamp), None)
+        fitting = (index for index, found in _cached(folder, split) if found == stamp and index.shards == shards)
+        return next((index for index in fitting if not manifest or _fits(index, Layout.of(manifest))), None)
 
     if (index := up_to_date()) is None:
         path = _cache_paths(folder, split)[0]
@@ -157,7 +159,7 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
     found: dict[str, dict[str, Member]] = {}
     others: set[str] = set()
     rows = []
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for member in members(file, faults):
             key, extension = split_name(member.name)
             if extension not in PARTS[layout.condition]:
@@ -205,7 +207,7 @@ def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: boo
     """
     contents = os.pread(fd, member.size, member.offset)
     shape, found, start = npy_header(contents)
-    fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or MAX_MEMBER))
+    fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or MEMBER_BYTES))
     if found != dtype or not fits or shape[longest:] != needed[longest:]:
         words = f"(1..{needed[0] or ''}, {needed[1]})" if longest else needed
         raise UserError(f"is {found} {shape}; needed: {dtype} {words}")
@@ -225,7 +227,7 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     found: dict[str, tuple] = {}  # {extension: (shape, dtype, bytes of header)}
     extensions: set[str] = set()
     for path in paths:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for member in members(file, []):
                 extensions.add(extension := split_name(member.name)[1])
                 if extension in (ARRAY, TEXT) and extension not in found:
@@ -300,4 +302,22 @@ def _cached(folder: Path, split: str) -> Iterator[tuple[Index, str]]:
                 about = json.loads(arrays["about"].tobytes())
                 layout = Layout.of(about["layout"])
                 index = Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"])
-            yield index, about["stamp"]
+            if _is_consistent(index):
+                yield index, about["stamp"]
+
+
+def _fits(index: Index, layout: Layout) -> bool:
+    """Whether an index is one of this layout, whose number of classes and longest text are counted after it is made."""
+    counted = {"num_classes": layout.num_classes, "text_length": layout.text_length}
+    return replace(index.layout, **counted) == layout and _is_consistent(replace(index, layout=layout))
+
+
+def _is_consistent(index: Index) -> bool:
+    """Whether an index, which may have come with its set, keeps to its own layout."""
+    ends, entries, layout = index.ends, index.entries, index.layout
+    if entries.dtype != np.dtype(FIELDS[layout.condition]) or entries.ndim != 1 or ends.dtype != np.int64:
+        return False
+    counted = ends.shape == (len(index.shards),) and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(entries)
+    labels = entries["label"] if layout.condition == "class" else np.zeros(1)
+    top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
+    return bool(counted and (entries["offset"] >= 0).all() and labels.min(initial=0) >= 0 and labels.max() <= top)

@@ -15,6 +15,7 @@ from data.latents import Latents, mean_and_std, spread_evenly
 from data.shards import SPLITS, read_encoding, read_manifest, split_shards
 from randomness import seeded_generator
 from system import UserError
+from system.files import open_regular
 
 MAX_ARRAYS, MAX_LABELS = 1024, 100_000  # at most so many are examined
 
@@ -38,7 +39,7 @@ def has_latent_shards(folder: Path) -> bool:
     if read_manifest(folder):
         return True
     for shard in sorted(folder.glob("*.tar")):
-        with open(shard, "rb") as file:
+        with open_regular(shard) as file:
             extensions = (split_name(member.name)[1] for member in members(file, []))
             if first := next((extension for extension in extensions if extension in (ARRAY, "latent")), None):
                 return first == ARRAY

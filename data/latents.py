@@ -19,7 +19,7 @@ from data.archives import sample_key
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
 from data.index import Index, describe_sample
 from randomness import Generators, seeded_generator
-from system import UserError
+from system import UserError, printable
 
 MAX_OPEN_SHARDS = 256
 MAX_SAMPLES = 4096  # for statistics, spread evenly over the set: enough for three digits
@@ -168,7 +168,7 @@ class Latents:
 
 def warn(line: str) -> None:
     """To stderr rather than to a logger, which a launcher's settings may have switched off."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def spread_evenly(count: int, at_most: int) -> np.ndarray:

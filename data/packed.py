@@ -22,6 +22,8 @@ import numpy as np
 
 from data.archives import LABEL, Tree, is_picture, open_tars, open_tree, split_name
 from system import UserError
+from system.files import open_regular
+from system.limits import IDX_BYTES, PARQUET_ROWS, ROW_GROUP_BYTES
 
 IDX_NAME = re.compile(r"(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
 SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
@@ -85,6 +87,8 @@ def _open_parquet(folder: Path, names: list[str]) -> Tree:
         try:
             files[name] = file = parquet.ParquetFile(folder / name)
             images[name], label = _columns(folder / name, file.schema_arrow)
+            if file.metadata.num_rows > PARQUET_ROWS:
+                raise UserError(f"{folder / name} has more than {PARQUET_ROWS} rows, the most that are accepted")
             labels[name] = file.read([label]).column(0).to_pylist()
         except pyarrow.ArrowException as error:
             raise UserError(f"{folder / name} is damaged or no parquet file ({str(error).splitlines()[0]})") from None
@@ -94,7 +98,13 @@ def _open_parquet(folder: Path, names: list[str]) -> Tree:
 
     @lru_cache(maxsize=2)
     def group(name: str, number: int) -> pyarrow.Array:  # of bytes, or null
-        column = files[name].read_row_group(number, columns=[images[name]]).column(0).combine_chunks()
+        parts, held = [], 0  # a few rows at a time: what they take is known only when they are there
+        for batch in files[name].iter_batches(8, row_groups=[number], columns=[images[name]]):
+            held += batch.nbytes
+            if held > ROW_GROUP_BYTES:
+                raise UserError(f"{folder / name}: row group {number} takes over {ROW_GROUP_BYTES} bytes")
+            parts.append(batch.column(0))
+        column = pyarrow.chunked_array(parts).combine_chunks()
         return column.field("bytes") if pyarrow.types.is_struct(column.type) else column
 
     def read(name: str) -> bytes:
@@ -180,8 +190,10 @@ def read_idx(pair: IdxPair) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_array(path: Path, ndim: int) -> np.ndarray:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            magic, shape, numbers = file.read(4), file.read(4 * ndim), file.read()
+        with open_regular(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
+            magic, shape = file.read(4), file.read(4 * ndim)
+            needs = math.prod(np.frombuffer(shape.ljust(4 * ndim, b"\0"), ">u4").tolist())
+            numbers = file.read(min(needs, IDX_BYTES) + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is cut off or damaged ({error})") from None
     if magic != (needed := bytes((0, 0, 8, ndim))):

@@ -20,10 +20,10 @@ import re
 import shlex
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
@@ -33,14 +33,44 @@ from data.encoding import LatentEncoding
 from data.index import build_index, find_layout, load_index, save_index
 from data.latents import Latents, channel_stats, warn
 from system import UserError
-from system.files import atomic_file, sha256_of, write_text_atomic
-from system.settings import Kind
+from system.files import atomic_file, check_name, read_json, sha256_of, write_text_atomic
+from system.settings import Check, Count, Kind, PerChannel, Positive, between, parse_known
 
 SPLITS = ("train", "val")
 FILE_NAME = "meta.json"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
 IMPLIED = {"condition": "class", "text_width": None, "text_dtype": None, "text_length": None}  # if absent
-SHARD_KEYS = "name split n sha256".split()
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    split: str
+    n: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What meta.json may say."""
+
+    kind: Kind
+    scale: PerChannel | None
+    bias: PerChannel | None
+    codec: dict[str, Any] | None
+    codec_sha256: str | None
+    shape: Annotated[tuple[Positive, ...], Check("of 3 sides", lambda shape: len(shape) == 3)]
+    dtype: Literal["float16", "float32"]
+    num_classes: Annotated[int, between(1, 2**31)] | None
+    flip: Literal["none", "both"]
+    counts: dict[str, Count] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    shards: tuple[Shard, ...]
+    condition: Literal["class", "text", "none"] = "class"
+    text_width: Positive | None = None
+    text_dtype: Literal["float16", "float32"] | None = None
+    text_length: Positive | None = None
 
 
 def open_latents(
@@ -116,24 +146,18 @@ def read_encoding(folder: Path, manifest: dict, kind: str | None = None) -> Late
 def read_manifest(folder: Path) -> dict:
     """The contents of a data folder's meta.json, {} if there is none. Raises UserError if it is no manifest."""
     path = folder / FILE_NAME
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    missing = [key for key in KEYS if key not in manifest] if isinstance(manifest, dict) else KEYS
-    missing = missing or [key for key in SHARD_KEYS for shard in manifest["shards"] if key not in shard]
-    if missing:
+    manifest = read_json(path)
+    if missing := [key for key in KEYS if key not in manifest]:
         cure = f"remove it, and python -m data index {shlex.quote(str(folder))} writes a new one"
         raise UserError(f"{path} does not say {missing[0]}; {cure}")
-    for shard in manifest["shards"]:
-        if Path(shard["name"]).name != shard["name"]:
-            raise UserError(f"{path} names a shard {shard['name']!r}; needed: the name of a file in that folder")
-    manifest = IMPLIED | manifest
-    if manifest["condition"] not in KINDS:
-        raise UserError(f"{path} says condition {manifest['condition']!r}; needed: one of {', '.join(KINDS)}")
-    return manifest
+    meta = parse_known(Meta, manifest, path)
+    for shard in meta.shards:
+        check_name(shard.name, path)
+    if meta.condition == "text" and not (meta.text_width and meta.text_dtype and meta.text_length):
+        raise UserError(f"{path} does not say text_width, text_dtype or text_length; needed: all three")
+    return IMPLIED | manifest
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -176,7 +200,7 @@ def reserve(folder: Path, recipe: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     note, text = folder / ".recipe.json", json.dumps(recipe, sort_keys=True)
     if note.exists():
-        before, now = json.loads(note.read_text()), json.loads(text)
+        before, now = read_json(note), json.loads(text)
         if key := next((key for key in recipe if now[key] != before.get(key)), None):
             found = f"{folder} was begun with {key}={before.get(key)}, not {now[key]}"
             raise UserError(f"{found}; needed: the same settings, or an empty folder")
@@ -197,7 +221,7 @@ def finalize(
     Raises UserError for damaged or missing shards.
     """
     if existing := read_manifest(folder):
-        for split in existing["counts"]:
+        for split in existing["counts"] or ():
             open_latents(folder, split=split, condition="none")
         return existing
     found = {split: shards for split in SPLITS if (shards := split_shards(folder, split, {}))}

@@ -5,6 +5,8 @@ import csv
 import math
 from pathlib import Path
 
+from system.files import atomic_file, own
+
 SETTINGS = ("run", "step", "weights", "ema_width", "guidance", "images", "n")
 AXES = {"step": ("training step", "scores.png"), "ema_width": ("relative width of the average", "widths.png")}
 SCORES = ("fid", "fd_", "sfid", "sfd_", "inception_score", "precision", "recall", "kid", "class_accuracy")  # prefixes
@@ -23,7 +25,7 @@ def show(rows: list[dict], folder: Path) -> None:
         print(Path(rows[0]["folder"]) / "metrics.json")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "scores.csv", "w", newline="") as file:
+    with open(folder / "scores.csv", "w", newline="", opener=own) as file:
         table = csv.DictWriter(file, [*columns, "folder"], extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
@@ -54,7 +56,8 @@ def plot(rows: list[dict], score: str, axis: str, path: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=axis == "step")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def _text(value) -> str:

@@ -44,7 +44,7 @@ from checkpoints.run_folder import complete_checkpoints, step_of
 from fid import Calc
 from scripts.plot import LINES, canvas, logarithmic, markdown
 from system import UserError, cli
-from system.files import write_text_atomic
+from system.files import own, write_text_atomic
 from system.launchers import end_with_parent, usable_cpus
 from system.settings import parse
 
@@ -230,7 +230,7 @@ def start(command: list[str], cores: int, run_folder: Path) -> subprocess.Popen:
     """A process that ends with this one; what it prints goes to <run folder>.log."""
     run_folder.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
-    with open(f"{run_folder}.log", "a") as log:
+    with open(f"{run_folder}.log", "a", opener=own) as log:
         return subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True,
             preexec_fn=end_with_parent,

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from system import UserError
+from system import UserError, printable
 from system.launchers import own_process
 from system.processes import claim_report, connection_lost, end_processes, roll_call
 
@@ -168,7 +168,7 @@ def one_line(error: BaseException) -> str:
         return f"unknown {group.group(1)}={group.group(2)}; needed: one of {', '.join(group.group(3).split())}"
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in printable(text).splitlines() if line.strip()]
     return "; ".join(lines)[:600]
 
 

@@ -1,35 +1,121 @@
-"""Files that are there whole or not at all, their hashes, locks between processes, and the version of this code."""
+"""Files that are there whole or not at all, their hashes, locks between processes, and the version of this code.
+
+All that is written is opened by `own`, and all of strangers' that is read by `open_regular` or `read_small`.
+"""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import secrets
+import shutil
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from system import UserError
+from system.limits import TEXT_BYTES
 from system.processes import once_per_machine
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write. On success it is on disk under `path`; after any failure `path` is as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def own(path: str | Path, flags: int) -> int:
+    """The opener of all that is written: `open(path, "a", opener=own)`. Raises UserError for links, pipes and devices.
+
+    Somebody who can write to the folder, or has packed it, may have put them there under our files' names. To read, a
+    link is followed. Neither waits for what is at the other end of a pipe.
+    """
+    truncates, writes = flags & os.O_TRUNC, flags & (os.O_WRONLY | os.O_RDWR)
     try:
-        with open(temporary, "wb") as file:
+        opened = os.open(path, flags ^ truncates | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UserError(f"{path} is a link, a pipe or a device; needed: a file") from None
+        raise
+    kind = os.fstat(opened).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(opened)
+        raise UserError(f"{path} is a {'folder' if stat.S_ISDIR(kind) else 'pipe or a device'}; needed: a file")
+    if truncates:
+        os.ftruncate(opened, 0)
+    return opened
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read. Raises UserError for pipes and devices, on which reading could wait for ever."""
+    return open(path, "rb", opener=own)
+
+
+def read_small(path: Path, most: int = TEXT_BYTES) -> bytes:
+    """The bytes of a file. Raises UserError where it has more than `most`, or is no file."""
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise UserError(f"{path} has {size} bytes; at most {most} are accepted")
+        return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where it is damaged, or something else."""
+    try:
+        values = json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
+        known = isinstance(error, UserError)
+        raise error if known else UserError(f"{path} is damaged: it is not JSON ({str(error):.100})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(values).__name__}; needed: an object of keys")
+    return values
+
+
+def check_name(name: Any, source: str | Path) -> str:
+    """The name of a file in the folder of `source`, which gives it. Raises UserError for any other."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise UserError(f"{source} names a file {name!r:.100}; needed: the name of a file in that folder")
+    return name
+
+
+def check_no_links(folder: Path) -> None:
+    """Raises UserError where something in a folder that is written to is a link, which may lead out of it."""
+    if link := next((entry for entry in os.scandir(folder) if entry.is_symlink()), None):
+        raise UserError(f"{link.path} is a link; needed: files and folders of the run's own, or another run_name")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A binary file to write. On success it is on disk under `path`; after any failure `path` is as it was before.
+
+    durable: False = written out when the system likes.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb", opener=own) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which is `path` in the end; after any failure there is none. OSError where one is there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.rename(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -58,7 +144,7 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -81,7 +167,7 @@ def locked(path: Path) -> Iterator[None]:
 
     Without locks (some network file systems) the work is done twice, which is harmless: files appear whole.
     """
-    with open(path, "a") as file:
+    with open(path, "a", opener=own) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -92,7 +178,7 @@ def reserve(folder: Path) -> TextIO:
 
     Without locks (some network file systems) a warning asks the user to take care.
     """
-    lock = open(folder / ".lock", "a+")
+    lock = open(folder / ".lock", "a+", opener=own)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

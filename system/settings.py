@@ -68,6 +68,15 @@ def parse(cls: type, values: Mapping, where: str = ""):
         raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
+def parse_known(cls: type, values: Mapping, source: Any):
+    """As `parse`, of a file: its other keys are left out. Raises UserError, which begins with the file's name."""
+    names = {field.name for field in fields(cls)}
+    try:
+        return parse(cls, {key: value for key, value in values.items() if key in names})
+    except UserError as error:
+        raise UserError(f"{source} is damaged: {error}") from None
+
+
 def arguments(cls: type, values: Mapping, where: str = "") -> dict[str, Any]:
     """The values as the annotated arguments of a class's constructor; `from_` is the key `from`. Raises UserError."""
     hints = get_type_hints(cls.__init__, include_extras=True)
@@ -118,7 +127,10 @@ def _fit(value: Any, annotation: Any, key: str) -> Any:
         kinds = parts if kind is tuple and parts[-1] is not ... else parts[:1] * len(value)
         if len(kinds) == len(value):
             return (tuple if kind is tuple else list)(_fit(*pair, key) for pair in zip(value, kinds))
-    elif kind in (dict, Mapping, bool, str, NoneType) and isinstance(value, kind):
+    elif kind in (dict, Mapping) and isinstance(value, kind):
+        item = parts[1] if parts else Any
+        return {_fit(name, str, key): _fit(held, item, f"{key}.{name}") for name, held in value.items()}
+    elif kind in (bool, str, NoneType) and isinstance(value, kind):
         return value
     elif kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value) and kind(value) == value:

@@ -251,8 +251,8 @@ def test_empty_shard(tmp_path):
     [
         (lambda m: "{", "is not JSON"),
         (lambda m: json.dumps({k: v for k, v in m.items() if k != "kind"}), "does not say kind"),
-        (lambda m: json.dumps([m]), "does not say kind"),
-        (lambda m: json.dumps({**m, "kind": "raw"}), "unknown kind"),
+        (lambda m: json.dumps([m]), "holds a list"),
+        (lambda m: json.dumps({**m, "kind": "raw"}), "kind=raw; needed: "),
         (
             lambda m: json.dumps({**m, "shards": [{**m["shards"][0], "name": "../train-000000.tar"}]}),
             "a file in that folder",

@@ -122,8 +122,10 @@ def test_tars_need_labels(tmp_path):
 def test_rows_are_read_by_group_and_not_one_by_one(tmp_path, monkeypatch):
     pictures = [jpeg(i) for i in range(50)]
     write_parquet(tmp_path / "train.parquet", pictures, [0] * 50, group=10)
-    reads, read = [], parquet.ParquetFile.read_row_group
-    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda *a, **k: reads.append(a[1]) or read(*a, **k))
+    reads, read = [], parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile, "iter_batches", lambda *a, **k: reads.extend(k["row_groups"]) or read(*a, **k)
+    )
     tree = open_pictures(tmp_path / "train.parquet")
     names = [name for name in tree.names if name.endswith("jpg")]
     mixed = [names[i] for i in np.random.default_rng(0).permutation(50)[:25]]

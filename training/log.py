@@ -19,6 +19,7 @@ from checkpoints.config import Settings
 from checkpoints.curves import log_lines
 from data.latents import warn
 from system import UserError, cli
+from system.files import own
 from system.processes import OtherProcessFailed, Preempted, from_first
 from training.prepare import TrainState
 from training.trackers import TRACKERS
@@ -119,7 +120,7 @@ class Log:
         self.unwritten += json.dumps({"step": step, **values}) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", opener=own) as file:
                 file.write(self.unwritten)
             self.unwritten = ""
         except OSError as error:  # kept, and written with the next line; what a full disk took of it goes

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dit import SIZES, TIME_WIDTH
 from system import UserError
 from system.building import build
 from system.settings import read_yaml
+from system.tensors import check_numbers, read_pt, read_safetensors
 from weights import layouts
 from weights.layouts import Tensors, network_of, num_blocks
 
@@ -59,7 +59,8 @@ def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[A
     """
     if weights not in WEIGHTS_KEYS:
         raise UserError(f"weights={weights!r}; needed: ema or raw")
-    found, args, step = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path, weights)
+    found, args, step = read_ours(path) if path.suffix == ".safetensors" else read_theirs(path, weights)
+    check_numbers(found, path, path.stat().st_size)
     if CONFIG_KEY in args:
         values, tensors, family = read_yaml(str(args[CONFIG_KEY]), str(path)), found, "ours"
         if args.get("layout") == "sit":
@@ -79,31 +80,16 @@ def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[A
     return values, layouts.reverse_time(tensors) if family == "sit" else tensors, step
 
 
-def read_safetensors(path: Path) -> tuple[Tensors, dict, int]:
+def read_ours(path: Path) -> tuple[Tensors, dict, int]:
     """(tensors, what the file says about itself, step); our exports carry their config in its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({' '.join(str(error).split())})") from None
+    tensors, metadata = read_safetensors(path)
     step = metadata.get("step", "")
-    return tensors, metadata, int(step) if step.isdecimal() else 0
+    return tensors, metadata, int(step) if re.fullmatch(r"[0-9]{1,18}", step) else 0
 
 
-def read_pt(path: Path, weights: str) -> tuple[Tensors, dict, int]:
-    """As read_safetensors, of {model, ema, args}, TREAD's {model_state_dict, ema_state_dict}, or bare tensors."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what official files have in `args`
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises a dozen kinds for files that are not its own
-        asked = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
-        if asked:
-            raise UserError(f"{path} needs code to load ({asked.group(1)}), which is never run") from None
-        raise UserError(f"{path} is damaged or not a file of weights") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}; needed: a state dict or a checkpoint with one")
+def read_theirs(path: Path, weights: str) -> tuple[Tensors, dict, int]:
+    """As read_ours, of {model, ema, args}, TREAD's {model_state_dict, ema_state_dict}, or bare tensors."""
+    loaded = read_pt(path)
     known = [key for keys in WEIGHTS_KEYS.values() for key in keys if isinstance(loaded.get(key), dict)]
     chosen = next((key for key in WEIGHTS_KEYS[weights] if key in known), None)
     if known and chosen is None:
@@ -121,6 +107,7 @@ def read_pt(path: Path, weights: str) -> tuple[Tensors, dict, int]:
     if chosen.endswith("_state_dict"):  # TREAD's name
         args = {"layout": "tread", **args}
     step = next((loaded[key] for key in ("step", "steps") if isinstance(loaded.get(key), int)), 0)
+    step = step if 0 <= step < 10**18 else 0
     return tensors, args, step
 
 

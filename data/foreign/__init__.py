@@ -13,8 +13,10 @@ What each project's own scripts write, and how its training reads it (K = kind, 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from tokenize import TokenError
@@ -25,8 +27,11 @@ import torch
 from autoencoder import SD_SCALE
 from data.archives import dataset_json, is_picture, open_tars, open_tree, parse_number, split_name
 from data.foreign.pickled import read_pickled_array
-from system import UserError
+from system import UserError, lmdb_reader
+from system.files import read_small
+from system.limits import MEMBER_BYTES
 from system.settings import PerChannel
+from system.tensors import check_numbers, open_safetensors, read_pt
 
 INVAE_SCALE = 0.3099
 EDM2_MEAN, EDM2_STD, EDM2_FINAL_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
@@ -75,22 +80,16 @@ def _maskdit_lmdb(path: Path) -> Source | None:
     folder = next((p for p in (path, path / "train") if (p / "data.mdb").is_file()), None)
     if folder is None:
         return None
-    environment = _lmdb_environment(folder)
-
-    def get(key: str) -> bytes:
-        with environment.begin() as transaction:
-            value = transaction.get(key.encode())
-        if value is None:
-            raise UserError(f"{folder}/data.mdb has no key {key!r}")
-        return value
+    get = _lmdb(folder)
 
     def number(key: str) -> int:
         return parse_number(get(key), f"{folder}/data.mdb: {key}")
 
     def array(i: int) -> np.ndarray:
-        numbers = np.frombuffer(get(f"z-{i}"), np.float32)
+        contents = get(f"z-{i}")
+        numbers = np.frombuffer(contents[: len(contents) // 4 * 4], np.float32)
         side = int(round((numbers.size / 8) ** 0.5))  # (8, side, side)
-        if numbers.size != 8 * side * side:
+        if not side or len(contents) != 4 * 8 * side * side:
             raise UserError(f"{folder}/data.mdb: z-{i} has {numbers.size} numbers, not 8 channels of a square")
         return numbers.reshape(8, side, side)
 
@@ -108,16 +107,30 @@ def _maskdit_lmdb(path: Path) -> Source | None:
     return replace(source, count=half, flip="both") if half and count % 2 == 0 and is_mirrored() else source
 
 
-@lru_cache(maxsize=1)  # lmdb refuses to open a folder twice in a process
-def _lmdb_environment(folder: Path):
-    try:
-        import lmdb
-    except ImportError:
-        raise UserError(f"{folder}/data.mdb needs the package lmdb: pip install lmdb") from None
-    try:
-        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise UserError(f"{folder}/data.mdb cannot be opened: {error}") from None
+def _lmdb(folder: Path) -> Callable[[str], bytes]:
+    """get(key) of an LMDB folder, read by another process, which a damaged file may end. Raises UserError."""
+    if find_spec("lmdb") is None:
+        raise UserError(f"{folder}/data.mdb needs the package lmdb: pip install lmdb")
+    reader, place = lmdb_reader.start(folder), f"{folder}/data.mdb"
+
+    def line() -> str:
+        return reader.stdout.readline().decode(errors="replace").strip()
+
+    def get(key: str) -> bytes:
+        with suppress(BrokenPipeError):
+            reader.stdin.write(f"{key}\n".encode())
+            reader.stdin.flush()
+        if (size := line()) == "-1":
+            raise UserError(f"{place} has no key {key!r}")
+        if not size.isdecimal() or int(size) > lmdb_reader.LONGEST:
+            raise UserError(f"{place} is damaged at {key!r} ({size or 'its reader crashed'})")
+        return reader.stdout.read(int(size))
+
+    if not hasattr(reader, "opened"):
+        reader.opened = line()
+    if reader.opened != "open":
+        raise UserError(f"{place} cannot be opened: {reader.opened or 'its reader crashed'}")
+    return get
 
 
 def _maskdit_wds(path: Path) -> Source | None:
@@ -149,10 +162,15 @@ def _fastdit(path: Path) -> Source | None:
         raise UserError(f"{features} has {len(names)} arrays and {labels} {len(label_names)}; needed: the same names")
 
     def array(i: int, mirrored: bool) -> np.ndarray:
-        return _latent((features / names[i]).read_bytes(), str(features / names[i]))
+        return _latent(read_small(features / names[i], MEMBER_BYTES), str(features / names[i]))
 
     def label(i: int) -> int:
-        return int(_parsed((labels / names[i]).read_bytes(), str(labels / names[i])).reshape(()))
+        found = _parsed(read_small(labels / names[i], MEMBER_BYTES), str(labels / names[i]))
+        if found.size != 1 or found.dtype.kind not in "iuf" or not 0 <= found.item() < 2**31 or found.item() % 1:
+            raise UserError(
+                f"{labels / names[i]}: holds {found.dtype} {found.shape}; needed: one whole number of 0 or more"
+            )
+        return int(found.item())
 
     return Source(len(names), array, label, "sample_scaled", codec=_sd_codec("ema"))
 
@@ -161,10 +179,15 @@ def _lightningdit(path: Path) -> Source | None:
     shards = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if not shards:
         return None
-    from safetensors import safe_open
-
-    files = [safe_open(shard, "pt") for shard in shards]
+    files = [open_safetensors(shard) for shard in shards]
+    if lacking := [shard for shard, file in zip(shards, files) if not {"latents", "labels"} <= set(file.keys())]:
+        raise UserError(f"{lacking[0]} has no latents or no labels; needed: both")
     labels = [file.get_tensor("labels") for file in files]
+    for shard, file, part in zip(shards, files, labels):
+        sides = [len(file.get_slice(key).get_shape()) and file.get_slice(key).get_shape()[0] for key in file.keys()]
+        if part.dtype != torch.int64 or part.ndim != 1 or set(sides) != {len(part)}:
+            told = f"{part.dtype} {tuple(part.shape)} for {sides} latents"
+            raise UserError(f"{shard}: its labels are {told}; needed: torch.int64 (N,), one for each latent")
     ends, all_labels = np.cumsum([len(part) for part in labels]), torch.cat(labels)
     both = all("latents_flip" in file.keys() for file in files)
 
@@ -176,8 +199,13 @@ def _lightningdit(path: Path) -> Source | None:
 
     source = Source(int(ends[-1]), array, lambda i: int(all_labels[i]), "sample_raw", flip="both" if both else "none")
     if (stats := path / "latents_stats.pt").is_file():
-        values = torch.load(stats, weights_only=True, map_location="cpu")
+        values = read_pt(stats)
+        if not values.keys() >= {"mean", "std"}:
+            raise UserError(f"{stats} has {', '.join(map(str, values))}; needed: mean and std")
+        check_numbers(values, stats, stats.stat().st_size)
         mean, std = (values[key].double().flatten() for key in ("mean", "std"))
+        if len(mean) != len(std) or not len(std) or (std <= 0).any():
+            raise UserError(f"{stats} has {len(mean)} means and {len(std)} deviations; needed: as many, above 0")
         source.scale, source.bias = (1 / std).tolist(), (-mean / std).tolist()
     return source
 
@@ -212,7 +240,7 @@ def _read_npy(contents: bytes) -> np.ndarray:
 def _parsed(contents: bytes, place: str, parse: Callable[[bytes], np.ndarray] = _read_npy) -> np.ndarray:
     try:
         return parse(contents)
-    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
+    except (ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:  # numpy parses the header as Python
         raise UserError(f"{place}: {str(error).partition(chr(10))[0]}") from None
 
 

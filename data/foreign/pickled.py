@@ -5,11 +5,13 @@ refer to the records below and every other name is refused, so that no call reac
 """
 
 import pickle
+import pickletools
 from io import BytesIO
 
 import numpy as np
 
 from system import UserError
+from system.limits import PICKLE_STEPS
 
 DTYPES = {"f2": np.float16, "f4": np.float32, "f8": np.float64}
 
@@ -52,6 +54,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 def read_pickled_array(contents: bytes) -> np.ndarray:
     """The float array in `pickle.dumps(array)`. Raises UserError for anything else; nothing in it is ever run."""
     try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(contents)):
+            if number > PICKLE_STEPS or opcode.name.endswith("PUT") and int(argument) > PICKLE_STEPS:
+                raise UserError(f"is a pickle of more than {PICKLE_STEPS} steps or records; an array has fewer")
         _, shape, dtype, fortran_order, numbers = _ArrayUnpickler(BytesIO(contents)).load().state
         numbers = np.frombuffer(numbers, np.dtype(DTYPES[dtype.arguments[0]]).newbyteorder(dtype.state[1]))
         return numbers.reshape(shape, order="F" if fortran_order else "C")
