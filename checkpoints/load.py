@@ -81,6 +81,8 @@ def load_run(
         known = "train" in values
     else:
         beside = path / CONDITIONS_FILE
+        if weights not in WEIGHTS_FILES:
+            raise UserError(f"weights={weights!r}; needed: ema or raw")
         read = [WEIGHTS_FILES[weights]] if tensors is None else []  # the rest is several times as much
         folders.verify_checkpoint(path, only=["config.yaml", *read, *([CONDITIONS_FILE] if beside.is_file() else [])])
         settings, step = folders.read_config(path), folders.step_of(path)
