@@ -253,7 +253,14 @@ def test_a_run_starts_from_a_file_of_another_project(command, tiny_overrides, tm
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     torch.save(net.state_dict(), tmp_path / "DiT-a=b.pt")
-    own = ["model=dit", "objective=ddpm", "model.hidden_size=128", "model.num_heads=4", "train.lr=0"]
+    own = [
+        "model=dit",
+        "objective=ddpm",
+        "model.learn_sigma=false",
+        "model.hidden_size=128",
+        "model.num_heads=4",
+        "train.lr=0",
+    ]
     own += [f"results_dir={tmp_path}", "run_name=own", "train.max_steps=1", f"init_from={tmp_path}/DiT-a=b.pt"]
     code, _, err = command("train.py", *tiny_overrides, *own)
     assert code == 0, err

@@ -131,7 +131,7 @@ def test_guidance_leaves_the_variance_to_the_strong_branch():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"num_steps": 1001}, "at most the 1000 steps"), ({"num_steps": 0}, "at least 1"),
+        ({"num_steps": 1001}, "at most the 1000 steps"), ({"num_steps": 0}, "a whole number in 1"),
         ({"solver": "heun"}, "ancestral, ddim"), ({"spacing": "odd"}, "even, leading"),
         ({"variance": "big"}, "learned, small, large"),
         ({"variance": "learned"}, "has no learned variance"),

@@ -238,8 +238,8 @@ def test_a_line_that_a_full_disk_has_cut_is_written_whole_later(run, monkeypatch
     class Full:
         """A file of which the disk takes a few bytes."""
 
-        def __init__(self, path, mode):
-            self.file = open(path, mode)
+        def __init__(self, path, mode, opener):
+            self.file = open(path, mode, opener=opener)
 
         def __enter__(self):
             return self
@@ -252,9 +252,8 @@ def test_a_line_that_a_full_disk_has_cut_is_written_whole_later(run, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
 
     opened = iter(range(100))
-    monkeypatch.setattr(
-        training.log, "open", lambda p, mode: Full(p, mode) if next(opened) in (2, 3) else open(p, mode), raising=False
-    )
+    make = lambda *given, **how: (Full if next(opened) in (2, 3) else open)(*given, **how)
+    monkeypatch.setattr(training.log, "open", make, raising=False)
     _, folder = run("cut_line")
     assert [line["step"] for line in numbers(folder)] == list(range(1, 8))
 
