@@ -13,7 +13,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,6 +23,8 @@ from system.limits import MEMBER_BYTES
 
 BLOCK = tarfile.BLOCKSIZE
 ARRAY, LABEL, TEXT = "latent.npy", "cls", "text.npy"  # what follows the key in a member's name
+SYSTEM = "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "System Volume Information", "lost+found", "Thumbs.db"
+HIDDEN = re.compile(rf"(?:^|/)(?:\.[^/]|(?:{'|'.join(map(re.escape, SYSTEM))})(?:/|$))")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
 
 
@@ -111,12 +113,15 @@ class Tree(NamedTuple):
     names: list[str]  # relative, with "/", sorted
     read: Callable[[str], bytes]
     fetch: Callable[[list[str]], None] | None = None  # reads these ahead, in the order that is fastest
+    empty: Sequence[str] = ()  # folders without files
 
 
 def open_tree(path: Path) -> Tree:
     """The files of a folder, a zip or a tar. Raises UserError for anything else and for damaged archives."""
     if path.is_dir():
-        return Tree(sorted(_files(path)), lambda name: read_small(path / name, MEMBER_BYTES))
+        names = sorted(_files(path))
+        files, empty = [n for n in names if n[-1] != "/"], [n[:-1] for n in names if n[-1] == "/"]
+        return Tree(files, lambda name: read_small(path / name, MEMBER_BYTES), empty=empty)
     if path.is_file() and zipfile.is_zipfile(path):
         return _open_zip(path)
     if path.suffix == ".tar" and path.exists():
@@ -125,9 +130,15 @@ def open_tree(path: Path) -> Tree:
 
 
 def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
-    """Relative paths of all files, in linked folders too; links back to a folder `above` are left out."""
+    """Relative paths of all files, in linked folders too; links back to a folder `above` are left out.
+
+    A folder in which there are only hidden files is among them, with a "/" at its end.
+    """
     above |= {folder.resolve()}
-    for entry in os.scandir(folder):
+    entries = list(os.scandir(folder))
+    if prefix and all(is_hidden(prefix + entry.name) for entry in entries) and not is_hidden(prefix[:-1]):
+        yield prefix
+    for entry in entries:
         if not entry.is_dir():
             yield prefix + entry.name
         elif Path(entry).resolve() not in above:
@@ -140,6 +151,10 @@ def _open_zip(path: Path) -> Tree:
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {error}") from None
     sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+    filled = {Path(name.rpartition("/")[0]) for name in sizes if not is_hidden(name)}
+    filled |= {above for folder in filled for above in folder.parents}
+    folders = [info.filename[:-1] for info in archive.infolist() if info.is_dir()]
+    empty = [name for name in folders if Path(name) not in filled and not is_hidden(name)]
 
     def read(name: str) -> bytes:
         if sizes[name] > MEMBER_BYTES:
@@ -149,7 +164,7 @@ def _open_zip(path: Path) -> Tree:
         except DAMAGED as error:
             raise UserError(f"{path}: {name!r} is damaged or cannot be read: {error}") from None
 
-    return Tree(sorted(sizes), read)
+    return Tree(sorted(sizes), read, empty=empty)
 
 
 def open_tars(paths: Mapping[str, Path]) -> Tree:
@@ -169,7 +184,12 @@ def open_tars(paths: Mapping[str, Path]) -> Tree:
 
 
 def is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURES)
+    return name.lower().endswith(PICTURES) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden, or lies in a folder that is or that a system has made: .ipynb_checkpoints, @eaDir."""
+    return HIDDEN.search(name) is not None
 
 
 def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from data.archives import DAMAGED as ZIP_DAMAGED
-from data.archives import LABEL, PICTURES, Tree, dataset_json, is_picture, parse_number, split_name
+from data.archives import LABEL, PICTURES, Tree, dataset_json, is_hidden, is_picture, parse_number, split_name
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError
 from system.files import open_regular
@@ -78,7 +78,7 @@ class Images:
     def others(self) -> list[str]:
         """What is left out: files that are neither pictures, nor labels, nor hidden."""
         known = {*self.names, *(name for name in self.tree.names if split_name(name)[1] in (LABEL, "json"))}
-        return [name for name in self.tree.names if name not in known and "/." not in f"/{name}"]
+        return [name for name in self.tree.names if name not in known and not is_hidden(name)]
 
     @property
     def labels(self) -> list[int]:
@@ -87,7 +87,7 @@ class Images:
 
     @property
     def classes(self) -> list[str]:
-        """The class folders: the first folders that differ. [] if the labels are given otherwise."""
+        """The class folders, empty ones too: the first folders that differ. [] if the labels are given otherwise."""
         return self._labels_and_classes[1]
 
     def batches(self, batch_size: int, rows: range) -> Iterator[torch.Tensor]:
@@ -142,6 +142,7 @@ class Images:
                 raise UserError(f"{self.path} has labels, but none for picture {missing}")
             return [labels[name] for name in self.names], []
         parts = [name.split("/")[:-1] for name in self.names]
+        parts += [name.split("/") for name in self.tree.empty if any(parts)]
         while len({tuple(p[:1]) for p in parts}) == 1 and len({tuple(p) for p in parts}) > 1:
             parts = [p[1:] for p in parts]  # the first folder, as long as all share it
         folders = [p[0] if p else "" for p in parts]
@@ -149,7 +150,7 @@ class Images:
         if len(classes) > 1 and set(SPLITS).issuperset(classes):
             raise UserError(f"{self.path} has {', '.join(classes)} as class folders; needed: the path of one split")
         number = {folder: i for i, folder in enumerate(classes)}
-        return [number[folder] for folder in folders], classes
+        return [number[folder] for folder in folders[: len(self.names)]], classes
 
 
 def decoded_ahead(

@@ -24,9 +24,9 @@ def inspect(path: str | Path) -> dict:
     """A report on the latents at a path. Raises UserError if there are none.
 
     Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (C numbers each, of
-    the model's input; of the stored numbers if the scale is unknown), flip, condition, for classes num_classes and
-    labels (the number of each class; of a sample if the format is not ours), for texts text_width and text_length,
-    wrong (a line for every fault), next (what to do with them).
+    the model's input; of the stored numbers if the scale is unknown), flip, condition, for classes num_classes,
+    labels (the number of each class; of a sample if the format is not ours) and classes (their names, if known), for
+    texts text_width and text_length, wrong (a line for every fault), next (what to do with them).
     """
     path = Path(path)
     if not path.exists():
@@ -75,14 +75,12 @@ def _inspect_shards(folder: Path) -> dict:
     if report["condition"] == "class":
         num_classes = manifest.get("num_classes") or int(entries["label"].max()) + 1
         report |= {"num_classes": num_classes, "labels": np.bincount(entries["label"], minlength=num_classes).tolist()}
+        report["classes"] = manifest.get("classes")
         settings += [f"data.num_classes={num_classes}"]
     else:
         settings += [f"data.condition={report['condition']}"]
     if report["condition"] == "text":
         report |= {"text_width": index.layout.text_width, "text_length": int(entries["length"].max())}
-    codec = manifest.get("codec") or {}
-    if "path" in codec:  # a codec that is no VAE, as in configs/data/folder.yaml, has to be set there
-        settings += [f"data.codec.path={codec['path']}", f"data.codec.scale={codec['scale']}"]
     if manifest or report["kind"] == "sample_scaled":
         return report | {"next": f"python train.py data=folder {shlex.join(settings)}"}
     return report | {"next": f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=..."}
@@ -145,7 +143,8 @@ def as_text(report: dict) -> str:
         least, most = min(counts.values(), default=0), max(counts.values(), default=0)
         held = f"{len(counts)} of {report['num_classes']} classes, {least} to {most} each"
         if len(counts) <= 20:
-            held += ": " + " ".join(f"{label}:{n}" for label, n in counts.items())
+            names = report.get("classes") or range(len(report["labels"]))
+            held += ": " + " ".join(f"{names[label]}:{n}" for label, n in counts.items())
     elif held == "text":
         held = f"texts of up to {report['text_length']} tokens of width {report['text_width']}"
     lines = {key: report[key] for key in ("path", "format")} | {

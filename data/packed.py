@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.archives import LABEL, Tree, is_picture, open_tars, open_tree, split_name
+from data.archives import LABEL, Tree, is_hidden, is_picture, open_tars, open_tree, split_name
 from system import UserError
 from system.files import open_regular
 from system.limits import IDX_BYTES, PARQUET_ROWS, ROW_GROUP_BYTES
@@ -45,7 +45,7 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
     if path.is_dir() and not any(map(is_picture, tree.names)):
         for suffix, opener in ((".parquet", _open_parquet), (".tar", _open_labelled_tars)):
             groups = defaultdict(list)  # by the last word of a file's path that names a split
-            for name in (name for name in tree.names if name.endswith(suffix)):
+            for name in (name for name in tree.names if name.endswith(suffix) and not is_hidden(name)):
                 words = [word for word in re.findall("[a-z]+", name.lower()) if word in SPLITS]
                 groups[SPLITS[words[-1]] if words else None].append(name)
             if groups:

@@ -7,6 +7,7 @@ codec, codec_sha256   what turns latents into pixels, and the hash of its weight
 shape, dtype          of each stored array
 condition             "class", "text" or "none": what samples hold beside latents; class where the key is missing
 num_classes           labels are 0..num_classes-1; null without labels
+classes               their names, where they are known
 text_width, _dtype    texts are (tokens, text_width) of text_dtype; null without texts, as is the next
 text_length           tokens of the longest text
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
@@ -19,7 +20,7 @@ import json
 import re
 import shlex
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -71,6 +72,7 @@ class Meta:
     text_width: Positive | None = None
     text_dtype: Literal["float16", "float32"] | None = None
     text_length: Positive | None = None
+    classes: tuple[str, ...] | None = None
 
 
 def open_latents(
@@ -157,6 +159,8 @@ def read_manifest(folder: Path) -> dict:
         check_name(shard.name, path)
     if meta.condition == "text" and not (meta.text_width and meta.text_dtype and meta.text_length):
         raise UserError(f"{path} does not say text_width, text_dtype or text_length; needed: all three")
+    if meta.classes and len(meta.classes) != meta.num_classes:
+        raise UserError(f"{path} names {len(meta.classes)} classes; needed: num_classes, {meta.num_classes}")
     return IMPLIED | manifest
 
 
@@ -212,14 +216,16 @@ def reserve(folder: Path, recipe: dict) -> None:
 
 def finalize(
     folder: Path, encoding: LatentEncoding, *, codec: dict | None = None, codec_sha256: str | None = None,
-    flip: str = "none", num_classes: int | None = None, condition: str | None = None,
+    flip: str = "none", num_classes: int | Sequence[str] | None = None, condition: str | None = None,
 ) -> dict:  # fmt: skip
     """Reads back the shards in a folder, writes meta.json and the index of each split; returns the manifest.
 
     If there is a meta.json already, the shards are checked against it instead, and the other arguments have no effect.
-    num_classes: None = largest label + 1. condition: None = what the first shard holds: labels, or else texts, or none.
-    Raises UserError for damaged or missing shards.
+    num_classes: or the classes' names; None = largest label + 1. condition: None = what the first shard holds: labels,
+    or else texts, or none. Raises UserError for damaged or missing shards.
     """
+    names = None if isinstance(num_classes, int) else num_classes
+    num_classes = len(names) if names else num_classes
     if existing := read_manifest(folder):
         for split in existing["counts"] or ():
             open_latents(folder, split=split, condition="none")
@@ -242,6 +248,7 @@ def finalize(
         raise UserError(f"{folder} holds {KINDS[manifest['condition']]}; needed: num_classes=null, not {num_classes}")
     if manifest["condition"] == "text":
         manifest["text_length"] = max(int(part["length"].max()) for part in entries)
+    manifest |= {"classes": list(names)} if names else {}
     manifest |= asdict(encoding) | {"codec": codec, "codec_sha256": codec_sha256, "flip": flip}
     manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
     latents = Latents(folder, manifest, next(iter(indices.values())), encoding, "stop", "none")

@@ -138,9 +138,8 @@ def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str) -> None
     """Process 0, when all shards exist: meta.json, and what to do next."""
     moments, codec = cfg.kind == "moments", {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
     encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")
-    manifest = finalize(
-        folder, encoding, codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=len(images.classes) or None
-    )
+    classes = images.classes if any(images.classes) else None
+    manifest = finalize(folder, encoding, codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes)
     found = f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes"
     print(f"{found}; look: python -m data inspect {shlex.quote(str(folder))}")
 

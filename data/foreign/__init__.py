@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from autoencoder import SD_SCALE
-from data.archives import dataset_json, is_picture, open_tars, open_tree, parse_number, split_name
+from data.archives import dataset_json, is_hidden, is_picture, open_tars, open_tree, parse_number, split_name
 from data.foreign.pickled import read_pickled_array
 from system import UserError, lmdb_reader
 from system.files import read_small
@@ -220,9 +220,11 @@ def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | Non
     if not root.is_dir() and (folder or path.suffix != ".zip"):
         return None
     tree = open_tree(root)
-    names = [n for n in tree.names if n.endswith(".npy") and n.rpartition("/")[2].startswith(prefix)]
+    named = (n for n in tree.names if n.rpartition("/")[2].startswith(prefix))
+    names = [n for n in named if n.endswith(".npy") and not is_hidden(n)]
     top = {name: "" if known else name.rpartition("/")[0].partition("/")[0] for name in names}
-    number = {name: i for i, name in enumerate(sorted(set(top.values())))}
+    classes = {*top.values(), *(name.partition("/")[0] for name in tree.empty if any(top.values()))}
+    number = {name: i for i, name in enumerate(sorted(classes))}
     labels = dataset_json(root, tree) or {name: number[top[name]] for name in names}
     if (unlabelled := next((name for name in names if name not in labels), None)) is not None:
         raise UserError(f"{root}/dataset.json has no label for {unlabelled}")
@@ -259,7 +261,8 @@ REPA = ("vae-sd", "img-mean-std-", {"kind": "mean_std", "scale": SD_SCALE, "code
 SPEEDRUNDIT = ("vae-in", "", {"kind": "sample_raw", "scale": INVAE_SCALE})
 EDM2_SCALE = [EDM2_FINAL_STD / std for std in EDM2_STD]
 EDM2_BIAS = [-mean * EDM2_FINAL_STD / std for mean, std in zip(EDM2_MEAN, EDM2_STD)]
-EDM2 = ("", "img-mean-std-", {"kind": "mean_std", "scale": EDM2_SCALE, "bias": EDM2_BIAS})
+EDM2_CODEC = _sd_codec("mse") | {"scale": EDM2_SCALE, "bias": EDM2_BIAS, "pixels": "0..1"}
+EDM2 = ("", "img-mean-std-", {"kind": "mean_std", "scale": EDM2_SCALE, "bias": EDM2_BIAS, "codec": EDM2_CODEC})
 
 FORMATS: dict[str, Callable[[Path], Source | None]] = {
     "maskdit_lmdb": _maskdit_lmdb,
