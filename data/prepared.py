@@ -5,6 +5,7 @@ fashion   Fashion-MNIST: 70,000 pictures of clothes, 10 classes, from its IDX fi
 idx       any other IDX files
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def prepare_mnist(folder: Path) -> None:
     lock = folder / ".mnist.lock"
     if any(folder.glob("*.tar")) and not lock.exists():
         raise UserError(f"{folder} holds other shards; needed: data.prepare=null for them, or another data.path")
+    if _is_intact(folder):  # perhaps on a disk that cannot be written
+        return
+    _check_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(lock):
         if not _is_intact(folder):
@@ -72,6 +76,7 @@ def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28
     if _is_intact(folder):
         reserve(folder, recipe)
         return
+    _check_own(folder)
     parts = [read_idx(pair) for pair in pairs.values()]
     height, width = (size, size) if isinstance(size, int) else size
     for pair, (images, labels) in zip(pairs.values(), parts):
@@ -99,6 +104,15 @@ def prepare_fashion(path: str | Path, source: str | Path | None = None) -> None:
         cure = "apt-get install dataset-fashion-mnist, or data.source=<the folder of its four IDX files>"
         raise UserError(f"Fashion-MNIST is not on this machine; needed: {cure}")
     prepare_idx(folder, source)
+
+
+def _check_own(folder: Path) -> None:
+    """Raises UserError where a folder holds files that are not of a data set that is made here: somebody's pictures."""
+    own = re.compile(r"(train|val)-\d{6}\.tar|meta\.json|\..*")
+    others = sorted(path.name for path in folder.iterdir() if not own.fullmatch(path.name)) if folder.is_dir() else []
+    if others:
+        cure = "data=folder for latents, scripts/encode_latents.py for pictures, or a new folder as data.path"
+        raise UserError(f"{folder} holds {others[0]}, which is not of the data set to be made there; needed: {cure}")
 
 
 def _is_intact(folder: Path) -> bool:

@@ -86,6 +86,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 def _nuclear_norm(matrix: torch.Tensor) -> torch.Tensor:
     """Sum of singular values; from the Gram matrix where its condition allows, in a third of the time."""
+    if not matrix.numel():  # of a covariance of zeros: the images are all alike
+        return matrix.sum()
     gram = matrix @ matrix.T if len(matrix) < matrix.shape[1] else matrix.T @ matrix
     eigenvalues = torch.linalg.eigvalsh(gram)  # ascending
     if eigenvalues[0] > 1e-9 * eigenvalues[-1]:

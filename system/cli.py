@@ -55,7 +55,8 @@ def plain(config: DictConfig) -> dict:
 def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
     """Overrides with their paths quoted for Hydra, whose grammar gives =, spaces, commas and parentheses a meaning.
 
-    A value that is quoted already stays. sweep: commas separate several paths, unless the whole is one that exists.
+    A value that is quoted already stays; `~` is the home folder. sweep: commas separate several paths, unless the whole
+    is one that exists.
     """
     return [_literal_path(override, sweep) for override in overrides]
 
@@ -82,6 +83,7 @@ def _literal_path(override: str, sweep: bool) -> str:
     key, _, value = override.partition("=")
     if key.lstrip("+").rpartition(".")[2] not in LITERAL or value in ("", "null", "???") or value[0] in "'\"":
         return override
+    value = re.sub(r"(^|(?<=,))(\w+:)?~(?=/|$)", lambda found: (found[2] or "") + os.path.expanduser("~"), value)
     if not os.path.exists(value):
         if value[0] in "[{" or re.match(r"(choice|glob|range|sort|shuffle|interval)\(", value):
             return override
