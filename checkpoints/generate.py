@@ -61,7 +61,15 @@ def generate(
     sampler = sampler_of(run, steps)
     batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     latents = (generate_latents(run, guidance, seeds[b], conditions.rows(condition, b), sampler, weak) for b in batches)
-    return map(run.codec.decode, latents)
+    return (run.codec.decode(finite(run, batch)) for batch in latents)
+
+
+def finite(run: Run, latents: torch.Tensor) -> torch.Tensor:
+    """The latents. Raises UserError where some are not finite: they would be decoded to black images."""
+    if not latents.isfinite().all():
+        found = f"{run.checkpoint or 'this run'}, step {run.step}, samples latents that are not finite"
+        raise UserError(f"{found}; needed: a checkpoint from before it diverged, precision=fp32, or other guidance")
+    return latents
 
 
 def sampler_of(run: Run, steps: int | None) -> dict:
