@@ -1,6 +1,7 @@
 """Codecs: decode turns latents (B, C, h, w), scaled as the network sees them, into uint8 images (B, 3, H, W)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -41,17 +42,21 @@ class VAECodec(Codec):
     """A diffusers AutoencoderKL, by hub name or local path; scaled latent = scale * the VAE's latent + bias.
 
     scale, bias: a number, or a list with one per channel: for latents normalised by their mean and standard deviation,
-    as VA-VAE's are, 1 / std and -mean / std. path: None = nobody said which VAE. Raises UserError for lists of unequal
-    lengths and, at first use, without a path; OSError where the VAE or the package diffusers is missing.
+    as VA-VAE's are, 1 / std and -mean / std. path, scale: None = nobody said which VAE. pixels: black and white, as the
+    VAE has them. Raises UserError for lists of unequal lengths and, at first use, without a path or a scale; OSError
+    where the VAE or the package diffusers is missing.
     """
 
     def __init__(
         self,
         path: str | None = "stabilityai/sd-vae-ft-ema",
-        scale: float | Sequence[float] = SD_SCALE,
-        bias: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] | None = SD_SCALE,
+        bias: float | Sequence[float] | None = 0.0,
+        pixels: Literal["-1..1", "0..1"] | None = "-1..1",
     ):
-        self.path, self.device, self._vae = path, torch.device("cpu"), None
+        self.path, self.device, self._vae = None if scale is None else path, torch.device("cpu"), None
+        self.pixels = pixels or "-1..1"
+        scale, bias = 1.0 if scale is None else scale, 0.0 if bias is None else bias
         self.scale, self.bias = (per_channel(name, value) for name, value in (("scale", scale), ("bias", bias)))
         if not (self.scale != 0).all() or self.scale.ndim == self.bias.ndim == 3 and len(self.scale) != len(self.bias):
             raise UserError(f"codec.scale={scale}, codec.bias={bias}; needed: as many of both, no scale of 0")
@@ -94,14 +99,16 @@ class VAECodec(Codec):
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The posterior's mean and log variance, unscaled: uint8 (B, 3, H, W) -> (B, C, h, w) float32 each."""
-        posterior = self.vae.encode(images.to(self.device).float() / 127.5 - 1).latent_dist
+        pixels = images.to(self.device).float() / 127.5 - 1
+        posterior = self.vae.encode(pixels if self.pixels == "-1..1" else pixels / 2 + 0.5).latent_dist
         return posterior.mean, posterior.logvar
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         latents = (latents.to(self.device).float() - self.bias.to(self.device)) / self.scale.to(self.device)
         at_once = max(1, DECODE_AT_ONCE // latents.shape[-2:].numel())
-        return torch.cat([to_uint8(self.vae.decode(part).sample) for part in latents.split(at_once)])
+        decoded = (self.vae.decode(part).sample for part in latents.split(at_once))
+        return torch.cat([to_uint8(part if self.pixels == "-1..1" else part * 2 - 1) for part in decoded])
 
 
 def per_channel(name: str, value: float | Sequence[float]) -> torch.Tensor:
@@ -116,5 +123,7 @@ def per_channel(name: str, value: float | Sequence[float]) -> torch.Tensor:
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] => uint8, rounded to nearest."""
+    """[-1, 1] => uint8, rounded to nearest. Raises UserError for numbers that are not finite: they would be black."""
+    if not pixels.isfinite().all():
+        raise UserError("the decoded images have pixels that are not finite; needed: the VAE of these latents")
     return (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

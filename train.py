@@ -50,7 +50,16 @@ from system.processes import Preempted, agree, start_processes, together
 from system.settings import parse
 from training.ema import update_averages
 from training.log import Log, TimedBatches, preview_path
-from training.prepare import TrainingData, TrainState, batch_plan, build_state, describe, open_data, settle_precision
+from training.prepare import (
+    TrainingData,
+    TrainState,
+    batch_plan,
+    build_state,
+    describe,
+    open_data,
+    settle_codec,
+    settle_precision,
+)
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
 from training.trackers import check_installed
 
@@ -91,6 +100,7 @@ def train(settings: Settings) -> int:
     resumed = find_resume(settings, run_folder)
     settings = settle_precision(settings, dist, resumed)
     loaded = open_data(settings, dist, plan)
+    settings = settle_codec(settings, loaded.train)
     agree({
         "run_name": settings.run_name, "train.precision": settings.train.precision,
         "the checkpoint to resume from": resumed and resumed.name, "the data's fingerprint": loaded.train.fingerprint,
@@ -98,6 +108,8 @@ def train(settings: Settings) -> int:
     state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
     check_sampling(settings, state.ema)
+    if settings.eval.every or settings.preview.every and dist.is_main_process:
+        state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.train.fingerprint)
     lock = reserve_run_folder(run_folder, settings, state.step) if dist.is_main_process else contextlib.nullcontext()

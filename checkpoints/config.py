@@ -81,7 +81,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Data:
-    """input_size: of square latents, or their [height, width]. path: None = not given, and not needed by a dry run."""
+    """input_size: of square latents, or their [height, width]. path: None = not given, and not needed by a dry run.
+
+    usual_codec: where neither codec nor meta.json says one.
+    """
 
     name: str
     channels: Positive
@@ -96,6 +99,7 @@ class Data:
     source: str | None = None
     kind: Kind | None = None
     on_error: Literal["stop", "skip"] = "stop"
+    usual_codec: dict[str, Any] | None = None
 
     def __post_init__(self):
         for condition, key in (("class", "num_classes"), ("text", "text_width")):

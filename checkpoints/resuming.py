@@ -21,10 +21,10 @@ WENT_BACK = "checkpoints/went_back.json"  # {the last explicit resume=: the step
 # Keys that may differ between a run and its continuation: none of them changes a number.
 HARMLESS = (
     "run_name", "results_dir", "resume", "resume_allow", "preview", "eval", "log", "wandb", "hardware", "sampler",
-    "data.path", "data.prepare", "data.source", "data.num_workers", "train.dry_run", "train.micro_batch_size",
-    "train.log_every", "train.val_every", "train.val_samples", "train.save_every", "train.keep_last",
-    "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every", "train.on_nonfinite",
-    "train.max_skipped", "train.gradient_checkpointing", "train.deterministic",
+    "data.path", "data.prepare", "data.source", "data.num_workers", "data.codec", "data.usual_codec", "train.dry_run",
+    "train.micro_batch_size", "train.log_every", "train.val_every", "train.val_samples", "train.save_every",
+    "train.keep_last", "train.keep_every", "train.max_hours", "train.timeout_s", "train.check_replicas_every",
+    "train.on_nonfinite", "train.max_skipped", "train.gradient_checkpointing", "train.deterministic",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Everything before the first training step. What cannot run is refused here, before anything slow or written."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data import BatchPlan
 from system import UserError, hub
 from system.building import build
 from system.precision import decide_precision, launched_precision
+from system.settings import refuse_interpolations
 from training.ema import make_averages
 from training.guard import FiniteGuard
 from training.optimizer import make_optimizer
@@ -117,6 +119,35 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     return TrainingData(train, val, plan)
 
 
+def settle_codec(settings: Settings, latents: data.Latents) -> Settings:
+    """data.codec, completed with what meta.json says of the latents.
+
+    Raises UserError where the two differ, and where previews or scores are due and nobody says which VAE it is.
+    """
+    vae, meta = "autoencoder.VAECodec", f"{settings.data.path}/meta.json"
+    given = {key: value for key, value in settings.data.codec.items() if value is not None}
+    given = {} if given == {"_target_": vae} else {"_target_": vae} | given
+    recorded = latents.meta.get("codec") or {}
+    refuse_interpolations(recorded, meta)
+    recorded = recorded and {"_target_": vae} | recorded
+    codec = {"_target_": vae} | recorded | given
+    if codec["_target_"] == vae:
+        applied = {"scale": latents.encoding.scale, "bias": latents.encoding.bias}  # from the VAE's to the model's
+        recorded = recorded | {key: value for key, value in applied.items() if value is not None}
+        recorded = ({"bias": 0.0} if "scale" in recorded else {}) | recorded
+        usual = {} if "path" in recorded else settings.data.usual_codec or {}
+        codec = {"_target_": vae, "path": None, "scale": None, "bias": 0.0} | usual | recorded | given
+    for key in sorted(given.keys() & recorded.keys()):
+        same = os.path.realpath if key == "path" else lambda value: value
+        if same(given[key]) != same(recorded[key]):
+            found = f"data.codec.{key}={given[key]}, and {meta} says {recorded[key]}"
+            raise UserError(f"{found}; needed: without data.codec.{key}, or another meta.json")
+    if (settings.preview.every or settings.eval.every) and None in (codec.get("path", ""), codec.get("scale", "")):
+        what = f"{settings.data.path} does not say which VAE decodes its latents for previews and scores"
+        raise UserError(f"{what}; needed: data.codec.path=, data.codec.scale= and data.codec.bias=, or preview.every=0")
+    return replace(settings, data=replace(settings.data, codec=codec, usual_codec=None))
+
+
 def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState:
     """The state before the first step; a `new` run starts from init_from, if set. Raises UserError."""
     init_from = settings.init_from if new else None
@@ -152,6 +183,10 @@ def describe(
     """The first lines of a run's output. Memory: on GPUs, and where hardware.memory_gb asks for it."""
     on, latents, plan = next(model.parameters()).device.type, loaded.train, loaded.plan
     held = {"class": f", {latents.num_classes} classes", "text": ", with texts", "none": ""}[latents.condition]
+    if latents.condition == "class" and latents.num_classes < settings.data.num_classes:
+        held += f" of data.num_classes={settings.data.num_classes}"
+    if loaded.val is latents and settings.train.val_every:
+        held += "; no val shards: validation on training data"
     lines = [
         f"run        {Path(settings.results_dir) / settings.run_name}" + (f", from {resumed}" if resumed else ""),
         f"model      {type(model).__name__} {model.name}",
@@ -163,4 +198,8 @@ def describe(
     ]
     if on == "cuda" or settings.hardware.memory_gb is not None:
         lines.insert(-1, memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size))
+    train = settings.train
+    if max(train.warmup_steps, 1) > train.max_steps + 1 - train.decay_steps:
+        steps = f"train.warmup_steps={train.warmup_steps} and decay_steps={train.decay_steps} of {train.max_steps}"
+        lines.append(f"warning    {steps} never let the learning rate reach train.lr={train.lr:g}")
     return "\n".join(lines)
