@@ -1,6 +1,7 @@
 """Parquet files, several tars and IDX files encode as the same pictures in folders do."""
 
 import io
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -59,9 +60,13 @@ def test_latents_are_the_same_byte_for_byte(tmp_path, vae):  # noqa: F811
         main(settings(source, tmp_path / "out" / source.name, vae, "val=5", "shard_size=20", "flip=both"))
     files = sorted((tmp_path / "out/folders").glob("*.tar"))
     assert len(files) == 4
-    for file in [*files, tmp_path / "out/folders/meta.json"]:
-        for source in others:
-            assert (tmp_path / "out" / source.name / file.name).read_bytes() == file.read_bytes(), source
+    said = json.loads((tmp_path / "out/folders/meta.json").read_text())
+    assert len(said.pop("classes")) == 4  # which folders alone have
+    for source in others:
+        out = tmp_path / "out" / source.name
+        assert json.loads((out / "meta.json").read_text()) == said, source
+        for file in files:
+            assert (out / file.name).read_bytes() == file.read_bytes(), source
 
 
 def test_an_interrupted_call_goes_on_to_the_same_bytes(tmp_path, vae, monkeypatch):  # noqa: F811
