@@ -91,12 +91,12 @@ def score(
     """
     check_extractor(reference, extractor)
     metrics = choose_metrics(metrics, extractor, reference)
-    for name, least in (("pr", 4), ("kid", 2)):  # said before anything is generated
-        if name in metrics and (fewest := min(n, len(reference.features))) < least:
-            raise UserError(f"{fewest} images are too few for metric {name}; needed: {least}, or metrics= without it")
     with_classes = labels is not None and extractor.name in CLASSIFIERS
     keep = torch.ones(len(shard_range(n)), dtype=torch.bool) if {"pr", "kid"} & set(metrics) else None
     measured = measure(batches, extractor, spatial="sfid" in metrics, logits="is" in metrics or with_classes, keep=keep)
+    for name, least in (("pr", 4), ("kid", 2)):
+        if name in metrics and (fewest := min(n, len(reference.features))) < least:
+            raise UserError(f"{fewest} images are too few for metric {name}; needed: {least}, or metrics= without it")
     if not start_processes().is_main_process:
         return {}
     stats, spatial, logits, pool = measured
