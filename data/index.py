@@ -291,7 +291,8 @@ def _cache_paths(folder: Path, split: str) -> list[Path]:
     path_hash, split_hash = (hashlib.sha256(name.encode()).hexdigest() for name in (str(folder.resolve()), split))
     # Without the split's name: CompVis's loader takes every file with "train" in its name for a shard.
     beside, elsewhere = folder / f".{split_hash[:8]}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"
-    return [beside, elsewhere] if os.access(folder, os.W_OK) else [elsewhere, beside]
+    own = os.access(folder, os.W_OK) and not beside.with_suffix(".lock").is_symlink()  # as in a download of the hub's
+    return [beside, elsewhere] if own else [elsewhere, beside]
 
 
 def _cached(folder: Path, split: str) -> Iterator[tuple[Index, str]]:

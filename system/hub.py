@@ -23,7 +23,8 @@ def local(path: str | Path, kind: str = "model") -> Path:
     with refusals(f"{path} is not cached, and the hub did not send it"):
         if file:
             return Path(hf_hub_download(f"{owner}/{name}", file, repo_type=kind))
-        return Path(snapshot_download(f"{owner}/{name}", repo_type=kind))
+        # An uploaded index or lock of ours would be a link here, into the hub's cache.
+        return Path(snapshot_download(f"{owner}/{name}", repo_type=kind, ignore_patterns=".*"))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 
 import export
 from checkpoints.run_folder import split_family
+from data.shards import open_latents
 from system import UserError, hub
 from tests.conftest import ROOT
 from tests.made_runs import make_run
@@ -70,6 +71,7 @@ def server(tmp_path, few_latents):
     ])  # fmt: skip
     export.main([f"ckpt={run}", f"out={tmp_path / 'net'}"])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    open_latents(few_latents, split="train")  # uploaded with its index and lock, which a download must not follow
     server.folders, server.sent = {"models/me/net": tmp_path / "net", "datasets/me/latents": few_latents}, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from checkpoints.gallery import save_image
 from checkpoints.resuming import reserve_run_folder
 from checkpoints.run_folder import remove_temporaries, write_folder
+from data.index import _cache_paths
+from data.shards import open_latents
 from system import UserError
 from system.files import (
     atomic_file,
@@ -116,3 +119,14 @@ def test_names_lead_nowhere_else(name):
     with pytest.raises(UserError, match="names a file"):
         check_name(name, "manifest.json")
     assert check_name("train-000000.tar", "meta.json") == "train-000000.tar"
+
+
+def test_a_downloaded_lock_which_is_a_link_is_left_alone(tmp_path, few_latents, precious, monkeypatch):
+    folder = tmp_path / "latents"
+    shutil.copytree(few_latents, folder, ignore=shutil.ignore_patterns(".*"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lock = _cache_paths(folder, "train")[0].with_suffix(".lock")
+    lock.symlink_to(precious)
+    for _ in range(2):
+        assert len(open_latents(folder, split="train")) == 50
+    assert lock.is_symlink() and len(list((tmp_path / "cache").rglob("*.npz"))) == 1
