@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import socket
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -23,13 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # which inherits what its controller se
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
-
-
-def free_port() -> int:
-    """One that nothing listens on at the moment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Canary:

@@ -42,8 +42,9 @@ from evaluation.reference import read_reference
 from system import UserError, cli
 from system.files import sha256_of
 from system.settings import parse
-from tests.conftest import COMPARED, ROOT, TORCHRUN, Canary, failing_reads, free_port, numbers
+from tests.conftest import COMPARED, ROOT, TORCHRUN, Canary, failing_reads, numbers
 from tests.made_runs import make_run
+from tests.started import free_port
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
 Rows = Iterator[tuple[str, str | float | None, bool]]  # what; what was found, in seconds where it is a number; is it so

@@ -25,6 +25,7 @@ from data.loader import RUN, WINDOW, Order
 from data.shards import finalize, read_manifest, shard_name, write_shard
 from randomness import BatchSlice, seeded_generator
 from system import UserError, cli
+from tests import started
 from tests.made_sets import NUM_CLASSES, SHAPE, TOTAL, add, array_of, npy, numbers_in, write_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -428,9 +429,7 @@ def test_digits_do_not_overwrite_other_data(tmp_path):
 
 
 def data_command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "data", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
+    return started.run([sys.executable, "-m", "data", *arguments])
 
 
 def test_inspect_command(uneven):

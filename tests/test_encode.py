@@ -25,6 +25,7 @@ from data.images import Images, center_crop, open_images
 from data.shards import open_latents, write_shard
 from scripts.encode_latents import main, wait_for_shards
 from system import UserError, cli
+from tests import started
 from tests.conftest import TORCHRUN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -360,6 +361,6 @@ def test_every_command_of_the_page_on_data(photos, vae, tmp_path):
             main([*arguments, f"size={SIZE}", f"scale={SCALE}"])
         else:
             command_line = [sys.executable, program, *arguments, *tiny_training]
-            done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+            done = started.run(command_line)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert list((tmp_path / "runs").glob("*/metrics.jsonl"))

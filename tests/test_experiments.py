@@ -2,7 +2,6 @@
 
 import functools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from routing_module import Routing
 from system import cli
 from system.processes import start_processes
 from system.settings import parse
+from tests import started
 from training.prepare import build_state
 
 SIZES = {"S": 12, "B": 12, "L": 24, "XL": 28}
@@ -123,7 +123,7 @@ def test_finetuning_is_dense_slow_and_from_the_routed_run():
 def test_a_dry_run_from_the_command_line(tmp_path):
     root = Path(training.__file__).parent
     overrides = [*ROWS["DiT + TREAD XL/2"].split(), *SMALL, "train.dry_run=true", f"results_dir={tmp_path}"]
-    done = subprocess.run([sys.executable, "train.py", *overrides], cwd=root, capture_output=True, text=True)
+    done = started.run([sys.executable, "train.py", *overrides], cwd=root)
     assert done.returncode == 0 and "dry run" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -18,6 +18,7 @@ from checkpoints.generate import generate_latents, streams
 from checkpoints.load import load_run
 from guidance import Guidance
 from system import UserError
+from tests import started
 from tests.conftest import ROOT
 from tests.made_runs import make_run
 from weights.pipeline import pixel_vae
@@ -133,7 +134,7 @@ def test_other_networks_are_refused(overrides, tmp_path):
     with pytest.raises(UserError, match="format=diffusers needs a DiT with objective=ddpm"):
         export.main([f"ckpt={run}", f"out={tmp_path / 'out'}", "format=diffusers"])
     command = [sys.executable, "export.py", f"ckpt={run}", f"out={tmp_path / 'out'}", "format=diffusers"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = started.run(command)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 

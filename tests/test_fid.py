@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from evaluation.reference import Reference, read_reference, write_reference
 from system import cli, compiling
 from system.files import sha256_of
 from system.settings import parse
-from tests.conftest import TORCHRUN
+from tests import started
 from tests.made_inception import noise, write_made_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -405,7 +404,7 @@ def test_bad_calls_get_one_line(case, digits):
 
 
 def test_the_command_prints_one_line_and_leaves_with_2(tmp_path):
-    done = subprocess.run([sys.executable, "fid.py", "ref", "images=nowhere"], cwd=ROOT, capture_output=True, text=True)
+    done = started.run([sys.executable, "fid.py", "ref", "images=nowhere"])
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -422,7 +421,7 @@ def trained(tmp_path_factory, digits):
         "train.max_steps=2", "train.global_batch_size=8", "train.warmup_steps=0", "train.decay_steps=0",
         "train.compile=off", "train.precision=fp32", "train.save_every=1", "train.val_every=0", "train.keep_last=2",
     ]  # fmt: skip
-    done = subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, capture_output=True, text=True)
+    done = started.run([sys.executable, "train.py", *overrides])
     assert done.returncode == 0, done.stderr[-2000:]
     return root / "tiny"
 
@@ -466,7 +465,7 @@ def test_killed_and_started_again(trained, digits, tmp_path, monkeypatch):
     out = tmp_path / "killed"
     settings = [f"ckpt={trained}", f"digits={digits}", "seeds=0-159", "batch_size=10", "steps=4", "metrics=[fd]"]
     command = [sys.executable, "fid.py", "calc", *settings, f"out={out}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started.Process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not (finished := list(out.glob("parts/*/*.safetensors"))) and time.time() < deadline:
         time.sleep(0.02)
@@ -580,17 +579,15 @@ def test_two_processes_score_as_one(trained, digits, tmp_path):
     """Given features, and a run whose images the two share; each settings' numbers are those of one process."""
     settings = ["calc", f"ckpt={trained}", f"digits={digits}", "seeds=0-30", "batch_size=4"]
     (tmp_path / "two.py").write_text(
-        "import os\nfrom pathlib import Path\nimport fid\nfrom system import cli, files\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nimport fid\nfrom system import cli, files\n"
         "from tests.test_fid import score_made\n"
         f"log, sha256_of = open({str(tmp_path / 'hashed')!r} + os.environ['RANK'], 'w'), files.sha256_of\n"
         "files.sha256_of = lambda path: print(path.name, file=log, flush=True) or sha256_of(path)\n"
         f"with cli.user_errors():\n    score_made(Path({str(tmp_path / 'made2.json')!r}))\n"
         f"    fid.main({[*settings, f'out={tmp_path}/2']!r})\n"
     )
-    done = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "two.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = started.run([sys.executable, tmp_path / "two.py"], processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = ((tmp_path / f"hashed{rank}").read_text().split() for rank in "01")
     assert not second and len(first) == len(set(first)) and {"config.yaml", "ema.safetensors"} <= set(first)

@@ -4,7 +4,6 @@ import argparse
 import inspect
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from guidance import Guidance
 from lightningdit import LightningDiT
 from solvers import edm_sampler, flow_sampler
 from system import UserError, cli
+from tests import started
 from tests.made_runs import made_settings, make_run
 from training.prepare import start_from
 from weights import foreign
@@ -235,8 +235,7 @@ def test_a_run_without_label_dropout_is_not_guided_by_the_null_label(tmp_path):
     export.main([f"ckpt={run}", f"out={tmp_path / 'out'}"])
     for ckpt in (run, tmp_path / "out"):
         command = [sys.executable, "sample.py", f"ckpt={ckpt}", "guidance=cfg", "seeds=0", f"out={tmp_path / 'images'}"]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=Path(export.__file__).parent, env=env, capture_output=True, text=True)
+        done = started.run(command)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "label_dropout 0" in done.stderr
         sample.main([f"ckpt={ckpt}", "guidance=icg", "seeds=0", "steps=1", f"out={tmp_path / ckpt.name / 'icg'}"])
     trained = make_run(tmp_path / "trained", [*small, "objective=rf"])
@@ -429,7 +428,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path):
     path, mark = planted(tmp_path)
     command = [sys.executable, "export.py", f"ckpt={path}", f"out={tmp_path / 'out'}"]
     env = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}  # which asks for tracebacks
-    done = subprocess.run(command, cwd=Path(export.__file__).parent, env=env, capture_output=True, text=True)
+    done = started.run(command, env=env)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not mark.exists() and not (tmp_path / "out").exists()
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -21,6 +20,7 @@ from data.inspect import inspect
 from data.shards import open_latents
 from system import UserError
 from system.settings import parse
+from tests import started
 
 ROOT = Path(__file__).resolve().parent.parent
 N, LABELS = 6, [3, 0, 3, 1, 2, 0]
@@ -359,7 +359,7 @@ def test_damaged_sources_are_named(tmp_path):
 def test_convert_command(tmp_path):
     write_npy(tmp_path / "source")
     command = [sys.executable, "-m", "data", "convert", str(tmp_path / "source"), str(tmp_path / "out")]
-    done = subprocess.run([*command, "kind=sample_scaled", "dtype=float32"], cwd=ROOT, capture_output=True, text=True)
+    done = started.run([*command, "kind=sample_scaled", "dtype=float32"])
     assert done.returncode == 0, done.stderr
     assert "6 train entries of sample_scaled (4, 4, 4), 4 classes" in done.stdout
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import started
 from tests.conftest import ROOT, assert_same_run, numbers
 from tests.made_runs import made_settings
 from tests.test_kinds import any_size, drawn, nearly_equal, write_latents
@@ -200,7 +201,7 @@ def test_a_dry_run_and_its_cost_are_printed(overrides, tmp_path, capsys):
     import cost
 
     command = [sys.executable, "train.py", *overrides, "train.dry_run=true", f"results_dir={tmp_path / 'none'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = started.run(command)
     assert done.returncode == 0, done.stderr
     assert "model      Pooling P4" in done.stdout and "dry run    one step on noise" in done.stdout
     assert not (tmp_path / "none").exists()

@@ -1,9 +1,9 @@
 """Compiled blocks under DDP."""
 
-import os
-import subprocess
+import sys
 
-from tests.conftest import ROOT, TORCHRUN
+from tests import started
+from tests.conftest import ROOT
 
 COMPILED = """
 import sys
@@ -75,9 +75,7 @@ dist.destroy_process_group()
 def test_ddp_leaves_the_compiled_blocks_whole_and_the_numbers_equal(tmp_path):
     """As many graphs as one process has, within 1e-6: two micro-batches a step, gradient checkpointing off and on."""
     (tmp_path / "compiled.py").write_text(COMPILED)
-    command = [*TORCHRUN, str(tmp_path / "compiled.py"), str(ROOT)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = started.run([sys.executable, tmp_path / "compiled.py", ROOT], processes=2, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 4

@@ -1,7 +1,6 @@
 """scripts/plot.py: what it reads of a run, and the two pictures."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 
 from scripts import plot
-from tests.conftest import ROOT
+from tests import started
 
 
 @pytest.fixture
@@ -47,9 +46,7 @@ def test_curves_are_those_of_the_log_and_the_scores(runs, x, unit):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "scripts/plot.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
+    return started.run([sys.executable, "scripts/plot.py", *arguments])
 
 
 def test_the_pictures_of_two_runs(runs):

@@ -15,6 +15,7 @@ from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read
 from system import UserError
 from system.files import reserve
 from system.launchers import refuse_sharding, usable_cpus
+from tests import started
 from tests.conftest import COMPARED, ROOT, TORCHRUN, numbers
 
 
@@ -64,16 +65,15 @@ def settings(tiny_overrides, tmp_path_factory):
 @pytest.fixture(scope="module")
 def golden(settings):
     """90 undisturbed steps on two processes."""
-    job = start(TORCHRUN, *settings[0], "run_name=golden")
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 0, err
-    return settings[1] / "golden", out
+    job = started.run([sys.executable, "train.py", *settings[0], "run_name=golden"], processes=2)
+    assert job.returncode == 0, job.stderr
+    return settings[1] / "golden", job.stdout
 
 
 def test_two_processes_train_the_run_of_one(golden, settings):
     folder, out = golden
-    job = start([sys.executable], *settings[0], "run_name=one")
-    assert job.wait(120) == 0, job.stderr.read()
+    job = started.run([sys.executable, "train.py", *settings[0], "run_name=one"])
+    assert job.returncode == 0, job.stderr
     two, one = numbers(folder), numbers(settings[1] / "one")
     assert [line["step"] for line in two] == [line["step"] for line in one] and len(two) == 93
     for a, b in zip(two, one):
@@ -115,7 +115,7 @@ def test_weights_that_drift_apart_are_noticed_bit_for_bit(tmp_path):
         "    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))\n"
         "try:\n    train.check_replicas(model, 2, dist)\nexcept ValueError as error:\n    print(error, flush=True)\n"
     )
-    done = subprocess.run([*TORCHRUN, str(script), str(ROOT)], capture_output=True, text=True, timeout=120)
+    done = started.run([sys.executable, script, ROOT], processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at step 2 the weights of processes [1] differ") == 2
 
@@ -133,9 +133,8 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
         "sys.exit(train.train(made_settings(sys.argv[2:])))\n"
     )
     keys = [*settings[0], "run_name=poisoned", "train.save_every=5", "train.log_every=10"]
-    command = [*TORCHRUN, str(script), str(ROOT), *keys]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "exitcode  : 3" in done.stderr and "a gradient of step 6 was not finite" in done.stdout, done.stderr
+    done = started.run([sys.executable, script, ROOT, *keys], processes=2)
+    assert done.returncode == 3 and "a gradient of step 6 was not finite" in done.stdout, done.stderr
     assert latest_checkpoint(settings[1] / "poisoned").name == "step_0000005"
     assert (settings[1] / "poisoned" / "nonfinite_step_0000006.json").is_file()
 
@@ -283,7 +282,7 @@ def test_a_mistake_of_the_users_is_told_once(settings):
 def test_sweeps_give_a_complete_run_a_job(settings):
     overrides = [o for o in settings[0] if not o.startswith("train.max_steps")]
     command = [sys.executable, "train.py", "-m", *overrides, "model=dit,tread", "train.max_steps=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = started.run(command)
     assert done.returncode == 0, done.stderr
     folders = sorted(p.parent for p in (settings[1] / "multirun").glob("*/config.yaml"))
     assert len(folders) == 2 and all(latest_checkpoint(f).name == "step_0000002" for f in folders)
@@ -295,11 +294,10 @@ def test_muon_averages_and_contrasts_on_two_processes_are_those_of_one(settings)
     """Each process orthogonalizes half of the matrices; the weights are compared bit for bit after each step."""
     keys = ["optimizer=muon", "ema=power", "objective=rf", "objective.contrastive=0.05", "train.max_steps=12"]
     keys += ["train.check_replicas_every=1", "train.micro_batch_size=4", "preview.every=0", "train.val_every=12"]
-    jobs = [start(TORCHRUN, *settings[0], *keys, "run_name=muon2")]
-    jobs += [start([sys.executable], *settings[0], *keys, "run_name=muon1")]
-    for job in jobs:
-        _, err = job.communicate(timeout=120)
-        assert job.returncode == 0, err
+    for processes in (1, 2):
+        command = [sys.executable, "train.py", *settings[0], *keys, f"run_name=muon{processes}"]
+        job = started.run(command, processes=processes)
+        assert job.returncode == 0, job.stderr
     two, one = (settings[1] / name for name in ("muon2", "muon1"))
     for a, b in zip(numbers(two), numbers(one), strict=True):
         assert a == pytest.approx(b, rel=2e-3), a["step"]

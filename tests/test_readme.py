@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import started
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SHORT = {
@@ -59,9 +61,12 @@ def test_every_command_runs(tmp_path, digits):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     assert len(commands()) >= 10
     for command in commands():
-        done = subprocess.run(
-            shortened(command), cwd=clone, env=environment, capture_output=True, text=True, timeout=120
-        )
+        program, *arguments = shortened(command)
+        if program == "python":
+            done = started.run([sys.executable, *arguments], cwd=clone, env=environment, timeout=120)
+        else:
+            line = [program, *arguments]
+            done = subprocess.run(line, cwd=clone, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 

@@ -20,7 +20,7 @@ from randomness import BatchSlice
 from routing_blocks import routing
 from routing_diffusers import FAMILIES, ListedBlocks, route, unroute
 from routing_module import draw_keep_ids
-from tests.conftest import free_port
+from tests.started import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 B, T, CHANNELS, TEXT = 2, 6, 4, 8  # samples, text tokens, latent channels, width of the text's embeddings

@@ -30,12 +30,10 @@ from checkpoints.naming import settings_name
 from guidance import Guidance
 from system import cli, files
 from system.settings import parse
-from tests.conftest import TORCHRUN
+from tests import started
 from tests.made_runs import make_run
 
 SPARSE = Guidance(1.5, gamma_strong=0.2, gamma_weak=0.7, weak_label="random")
-PYTHON = [sys.executable]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def assert_same_images(a, b):
 
 
 def command(*arguments, **options):
-    return subprocess.run([*PYTHON, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, **options)
+    return started.run([sys.executable, *arguments], **options)
 
 
 @pytest.mark.parametrize("name, sampler", [("edm", {"S_churn": 10}), ("rf", {}), ("rf", {"solver": "sde"})])
@@ -80,7 +78,7 @@ def test_an_image_depends_on_its_seed_alone(runs, name, sampler):
 
 def test_two_processes_make_what_one_makes(runs, tmp_path):
     call = ["sample.py", f"ckpt={runs['rf']}", "guidance=sparse", "seeds=0-9", "batch_size=4", "precision=fp32"]
-    done = command(*TORCHRUN[1:], *call, f"out={tmp_path / 'two'}")
+    done = command(*call, f"out={tmp_path / 'two'}", processes=2)
     assert done.returncode == 0, done.stderr
     sample.main([*call[1:], f"out={tmp_path / 'one'}"])
     assert_same_images(images(tmp_path / "two", range(10)), images(tmp_path / "one", range(10)))
@@ -211,7 +209,7 @@ def test_a_refused_call_does_not_claim_its_folder(runs, tmp_path, wrong):
 def test_killed_and_started_again(runs, tmp_path):
     call = ["sampler=rf", f"ckpt={runs['rf']}", "seeds=0-39", "batch_size=1", "steps=8"]
     out = tmp_path / "out"
-    process = subprocess.Popen([*PYTHON, "sample.py", *call, f"out={out}"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = started.Process([sys.executable, "sample.py", *call, f"out={out}"], stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not gallery.image_path(out, 1).exists() and time.time() < deadline:
         time.sleep(0.01)

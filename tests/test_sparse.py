@@ -1,8 +1,7 @@
 """What holds for every token-sparse method alike: TREAD structured, SPRINT, MaskDiT, and their second stages."""
 
 import copy
-import os
-import subprocess
+import sys
 from functools import partialmethod
 
 import pytest
@@ -24,7 +23,8 @@ from routing_module import Route, Routing, draw_keep_ids
 from sprint import Sprint
 from system import UserError
 from system.compiling import compile_blocks
-from tests.conftest import COMPARED, ROOT, TORCHRUN, assert_same_run, loss_of, numbers, poison
+from tests import started
+from tests.conftest import COMPARED, assert_same_run, loss_of, numbers, poison
 from tests.made_runs import made_settings, make_run
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
@@ -65,9 +65,8 @@ def test_resume_is_exact_and_checkpointing_changes_no_number(run, method):
 def test_two_processes_train_the_run_of_one(method, run, tiny_overrides, tmp_path):
     settings = [*METHODS[method], "train.max_steps=4", "train.val_every=4", "train.check_replicas_every=1"]
     run("one", *settings)
-    command = [*TORCHRUN, "train.py", *tiny_overrides, *settings, f"results_dir={tmp_path}", "run_name=two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "train.py", *tiny_overrides, *settings, f"results_dir={tmp_path}", "run_name=two"]
+    done = started.run(command, processes=2)
     assert done.returncode == 0, done.stderr
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert len(one) == len(two) == 5

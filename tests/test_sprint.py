@@ -1,8 +1,6 @@
 """SPRINT: the network against a few independent lines, path drop, its guidance, the official files."""
 
 import math
-import os
-import subprocess
 import sys
 from functools import partial
 
@@ -26,7 +24,8 @@ from routing_blocks import block_tokens
 from routing_module import Routing, draw_keep_ids
 from sprint import Sprint
 from system import UserError
-from tests.conftest import ROOT, loss_of
+from tests import started
+from tests.conftest import loss_of
 from tests.made_runs import made_settings, make_run, note_calls
 from training.prepare import start_from
 
@@ -224,7 +223,7 @@ SMALL_RUN = ["objective=rf", "model.depth=6", "model.hidden_size=32", "model.num
 def test_path_drop_guidance_on_other_models_is_one_line_and_exit_code_2(tmp_path):
     make_run(tmp_path / "dit", ["model=dit", *SMALL_RUN])
     command = [sys.executable, "sample.py", f"ckpt={tmp_path / 'dit'}", "guidance=path_drop", "seeds=0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = started.run(command)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "weak_path: drop_path needs a network with a deep path to drop (model=sprint)" in done.stderr and not list(
         tmp_path.rglob("*.png")
