@@ -14,7 +14,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import zipfile
@@ -22,13 +21,11 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, TEXT, Member, members, sample_key, split_name
+from data.archives import ARRAY, LABEL, TEXT, Member, members, npy_header, sample_key, split_name
 from system import UserError
 from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
@@ -206,14 +203,12 @@ def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: boo
     needed: its shape. longest: needed[0] is the largest length there may be, if it is known, and 1 the smallest.
     """
     contents = os.pread(fd, member.size, member.offset)
-    shape, found, start = npy_header(contents)
+    shape, found, start = _float_header(contents, member.size)
     fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or MEMBER_BYTES))
     if found != dtype or not fits or shape[longest:] != needed[longest:]:
         words = f"(1..{needed[0] or ''}, {needed[1]})" if longest else needed
         raise UserError(f"is {found} {shape}; needed: {dtype} {words}")
     numbers = contents[start:]
-    if len(numbers) != np.dtype(dtype).itemsize * math.prod(shape):
-        raise UserError(f"has {len(numbers)} bytes of numbers, not those of {dtype} {shape}")
     if not np.isfinite(np.frombuffer(numbers, dtype)).all():
         raise UserError("has numbers that are not finite")
     return shape[0], member.offset, start, zlib.crc32(numbers)
@@ -232,7 +227,8 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
                 extensions.add(extension := split_name(member.name)[1])
                 if extension in (ARRAY, TEXT) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
-                        found[extension] = npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))
+                        contents = os.pread(file.fileno(), min(member.size, 4096), member.offset)
+                        found[extension] = _float_header(contents, member.size)
                 if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]):
                     break
         if ARRAY in found:
@@ -245,25 +241,13 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     return Layout(shape, dtype, condition, num_classes, text_shape[-1] if text_shape else 0, text_dtype)
 
 
-def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
+def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:
     """(shape, dtype, bytes of header) of a .npy file. Raises UserError for anything but a float array in C order."""
-    length = int.from_bytes(contents[8:10], "little") + 10  # version 1, which can hold every reasonable shape
-    return _parse_header(contents[:length])
-
-
-@lru_cache(maxsize=64)  # all samples of a set have the same header
-def _parse_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
-    try:
-        stream = BytesIO(header)
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception:  # numpy parses the header as Python: one flipped bit may be a TokenError, a SyntaxError, ...
-        raise UserError("is not a .npy array") from None
+    shape, fortran_order, dtype, start = npy_header(contents, size)
     if dtype.name not in DTYPES or not dtype.isnative or (fortran_order and len(shape) > 1):
         order = "Fortran" if fortran_order else "C"
         raise UserError(f"is {dtype.str} in {order} order; needed: {' or '.join(DTYPES)} in C order, little-endian")
-    return shape, dtype.name, len(header)
+    return shape, dtype.name, start
 
 
 def _is_read_error(fault: str) -> bool:

@@ -121,7 +121,7 @@ def garbage_lmdb(path):
 
 
 def pickled(contents):
-    return lambda path: lambda: read_pickled_array(contents)
+    return lambda path: lambda: read_pickled_array(contents, "a.latent")
 
 
 BOMBS = {
