@@ -255,9 +255,10 @@ def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
     return found
 
 
-def parse_number(contents: bytes, source: str) -> int:
-    """The number in a `.cls` file or its like. Raises UserError, which begins with `source`, for anything else."""
+def parse_number(contents: bytes, source: str, num_classes: int | None = None) -> int:
+    """The label in a `.cls` file or its like. Raises UserError, which begins with `source`, for anything else."""
     text = contents.decode("ascii", "replace").strip()
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise UserError(f"{source} says {text[:20]!r}; needed: a whole number, 0 or more")
+    most = 2**31 - 1 if num_classes is None else num_classes - 1
+    if not re.fullmatch(r"\d{1,10}", text) or int(text) > most:
+        raise UserError(f"{source} says {text[:20]!r}; needed: a whole number, 0..{most}")
     return int(text)

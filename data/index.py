@@ -15,24 +15,24 @@ import errno
 import hashlib
 import json
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, TEXT, Member, members, npy_header, sample_key, split_name
+from data.archives import ARRAY, LABEL, TEXT, Member, members, npy_header, parse_number, sample_key, split_name
 from system import UserError
 from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
 from system.limits import MEMBER_BYTES
+from system.settings import Check, Positive, between
 
 DTYPES = ("float16", "float32")
-MAX_LABEL = 2**31 - 1
 PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
 # A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
@@ -42,15 +42,15 @@ FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT
 
 @dataclass(frozen=True)
 class Layout:
-    """What all samples of a set have in common, under the keys of meta.json."""
+    """What all samples of a set have in common, as meta.json says it."""
 
-    shape: tuple[int, ...]  # of the stored latents
-    dtype: str
-    condition: str  # class, text or none
-    num_classes: int | None = None  # None = unknown, or no classes
-    text_width: int | None = None  # texts are (tokens, text_width)
-    text_dtype: str | None = None
-    text_length: int | None = None  # tokens of the longest text; None = unknown
+    shape: Annotated[tuple[Positive, ...], Check("of 3 sides", lambda shape: len(shape) == 3)]  # of the stored latents
+    dtype: Literal["float16", "float32"]
+    condition: Literal["class", "text", "none"] = "class"
+    num_classes: Annotated[int, between(1, 2**31)] | None = None  # None = unknown, or no classes
+    text_width: Positive | None = None  # texts are (tokens, text_width)
+    text_dtype: Literal["float16", "float32"] | None = None
+    text_length: Positive | None = None  # tokens of the longest text; None = unknown
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
@@ -182,11 +182,8 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
         raise UserError(f"has no .{missing[0]}")
     _, *row = _read_array(fd, parts[ARRAY], layout.dtype, layout.shape)
     if layout.condition == "class":
-        text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
-        top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
-        if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
-            raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
-        row.append(int(text))
+        contents = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset)
+        row.append(parse_number(contents, "has a label that", layout.num_classes))
     if layout.condition == "text":
         try:
             row += _read_array(
@@ -304,5 +301,5 @@ def _is_consistent(index: Index) -> bool:
         return False
     counted = ends.shape == (len(index.shards),) and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(entries)
     labels = entries["label"] if layout.condition == "class" else np.zeros(1)
-    top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
-    return bool(counted and (entries["offset"] >= 0).all() and labels.min(initial=0) >= 0 and labels.max() <= top)
+    known = labels.min(initial=0) >= 0 and labels.max(initial=0) < (layout.num_classes or 2**31)
+    return bool(counted and (entries["offset"] >= 0).all() and known)

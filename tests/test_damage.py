@@ -39,9 +39,9 @@ BAD_SAMPLES = {  # name: (members of sample 0001, what is said)
     "objects": (sample(OBJECTS), "pickled objects, which are never read"),
     "short": (sample(SOUND[:-2]), "126 bytes of numbers"),
     "no array": (sample(b"nothing"), "not a .npy array"),
-    "label too large": (sample(SOUND, b"10"), r"label '10'; needed: 0..9"),
-    "label negative": (sample(SOUND, b"-1"), r"label '-1'; needed: 0..9"),
-    "label is text": (sample(SOUND, b"cat"), "label 'cat'"),
+    "label too large": (sample(SOUND, b"10"), r"label that says '10'; needed: a whole number, 0..9"),
+    "label negative": (sample(SOUND, b"-1"), r"label that says '-1'; needed: a whole number, 0..9"),
+    "label is text": (sample(SOUND, b"cat"), "label that says 'cat'"),
     "no label": (sample(SOUND)[:1], "has no .cls"),
     "no latent": (sample(SOUND)[1:], "has no .latent.npy"),
 }

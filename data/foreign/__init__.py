@@ -243,21 +243,19 @@ def _latent(array: np.ndarray, place: str | Path) -> np.ndarray:
     return array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
 
 
-# Of sets of .npy files: the folder they lie in, how their names begin, and what is known of them.
-REPA = ("vae-sd", "img-mean-std-", {"kind": "mean_std", "scale": SD_SCALE, "codec": _sd_codec("mse")})
-SPEEDRUNDIT = ("vae-in", "", {"kind": "sample_raw", "scale": INVAE_SCALE})
 EDM2_SCALE = [EDM2_FINAL_STD / std for std in EDM2_STD]
 EDM2_BIAS = [-mean * EDM2_FINAL_STD / std for mean, std in zip(EDM2_MEAN, EDM2_STD)]
 EDM2_CODEC = _sd_codec("mse") | {"scale": EDM2_SCALE, "bias": EDM2_BIAS, "pixels": "0..1"}
-EDM2 = ("", "img-mean-std-", {"kind": "mean_std", "scale": EDM2_SCALE, "bias": EDM2_BIAS, "codec": EDM2_CODEC})
+REPA = {"kind": "mean_std", "scale": SD_SCALE, "codec": _sd_codec("mse")}
+EDM2 = {"kind": "mean_std", "scale": EDM2_SCALE, "bias": EDM2_BIAS, "codec": EDM2_CODEC}
 
 FORMATS: dict[str, Callable[[Path], Source | None]] = {
     "maskdit_lmdb": _maskdit_lmdb,
     "lightningdit": _lightningdit,
     "maskdit_wds": _maskdit_wds,
     "fastdit": _fastdit,
-    "repa": lambda path: _npy_files(path, *REPA),
-    "speedrundit": lambda path: _npy_files(path, *SPEEDRUNDIT),
-    "edm2": lambda path: _npy_files(path, *EDM2),
+    "repa": partial(_npy_files, folder="vae-sd", prefix="img-mean-std-", known=REPA),
+    "speedrundit": partial(_npy_files, folder="vae-in", known={"kind": "sample_raw", "scale": INVAE_SCALE}),
+    "edm2": partial(_npy_files, prefix="img-mean-std-", known=EDM2),
     "npy": _npy_files,
 }
