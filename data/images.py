@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import archives
 from data.archives import LABEL, PICTURES, Tree, split_name
@@ -24,7 +24,6 @@ from system.files import open_regular
 from system.limits import ARRAY_BYTES, PICTURE_PIXELS
 
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
-ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture with each of its values upright
 # The readers of PICTURES: others start programs (PostScript), or are seldom tried.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 Image.MAX_IMAGE_PIXELS = None  # _decode has the limit
@@ -33,10 +32,6 @@ DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, struct.error,
     zlib.error,
 )  # fmt: skip
-TURNS = dict(zip(range(2, 9), (
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-)))  # fmt: skip
 
 
 @dataclass
@@ -65,12 +60,11 @@ class Images:
             raise UserError(f"{self.path}: {self.names[i]} has {image.n_frames} frames; needed: one")
         if image.mode in ("I", "F"):
             raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8 or 16 bits per channel")
-        orientation = 1  # upright, where EXIF does not say or cannot be parsed
-        with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):
-            orientation = image.getexif().get(ORIENTATION)
+        with contextlib.suppress(*DAMAGED, AttributeError):  # in EXIF, which is parsed and written anew
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return (image.transpose(TURNS[orientation]) if orientation in TURNS else image).convert("RGB")
+        return image.convert("RGB")
 
     @property
     def others(self) -> list[str]:
@@ -116,16 +110,14 @@ class Images:
         contents = self.tree.read(self.names[i])
         try:
             image = Image.open(BytesIO(contents), formats=FORMATS)
-            if image.width * image.height > PICTURE_PIXELS:
-                told = f"{self.names[i]} has {image.width} x {image.height} pixels"
-                raise UserError(f"{self.path}: {told}; at most {PICTURE_PIXELS} are accepted")
-            image.load()
-        except UserError:
-            raise
+            if image.width * image.height <= PICTURE_PIXELS:
+                image.load()
+                return image
         except DAMAGED as error:
             found = f"{self.names[i]} is no image or is damaged ({type(error).__name__})"
             raise UserError(f"{self.path}: {found}") from None
-        return image
+        told = f"{self.names[i]} has {image.width} x {image.height} pixels"
+        raise UserError(f"{self.path}: {told}; at most {PICTURE_PIXELS} are accepted")
 
     @cached_property
     def _labels_and_classes(self) -> tuple[list[int], list[str]]:
