@@ -1,4 +1,4 @@
-"""Folders, zips and tars: the files in them, read in place.
+"""Folders, zips and tars: the files in them, read in place; and .npy, of which numpy parses the header alone.
 
 Nothing is ever extracted, so that a member's name cannot reach the file system. Links, devices, names that point
 outside and members of absurd size are faults. Tar has checksums for its headers only: contents are checked elsewhere.
@@ -7,6 +7,7 @@ outside and members of absurd size are faults. Tar has checksums for its headers
 import contextlib
 import json
 import lzma
+import math
 import os
 import re
 import struct
@@ -14,8 +15,13 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO, NamedTuple
+
+import numpy as np
 
 from system import UserError
 from system.files import open_regular, read_small
@@ -26,8 +32,7 @@ ARRAY, LABEL, TEXT = "latent.npy", "cls", "text.npy"  # what follows the key in 
 SYSTEM = "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "System Volume Information", "lost+found", "Thumbs.db"
 HIDDEN = re.compile(rf"(?:^|/)(?:\.[^/]|(?:{'|'.join(map(re.escape, SYSTEM))})(?:/|$))")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
-
-
+NPY_VERSIONS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What zipfile raises at damaged, encrypted and unknown contents; RuntimeError and NotImplementedError among them.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError, EOFError, struct.error)
 
@@ -123,7 +128,7 @@ def open_tree(path: Path) -> Tree:
         files, empty = [n for n in names if n[-1] != "/"], [n[:-1] for n in names if n[-1] == "/"]
         return Tree(files, lambda name: read_small(path / name, MEMBER_BYTES), empty=empty)
     if path.is_file() and zipfile.is_zipfile(path):
-        return _open_zip(path)
+        return open_zip(path)
     if path.suffix == ".tar" and path.exists():
         return open_tars({"": path})
     raise UserError(f"{path} is {'not there' if not path.exists() else 'neither a folder, a .zip nor a .tar'}")
@@ -145,9 +150,11 @@ def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset())
             yield from _files(Path(entry), f"{prefix}{entry.name}/", above)
 
 
-def _open_zip(path: Path) -> Tree:
+def open_zip(path: Path, most: int = MEMBER_BYTES) -> Tree:
+    """The files of a zip, each of at most `most` bytes when it is decompressed. Raises UserError for damaged ones."""
+    file = open_regular(path)
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file)
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {error}") from None
     sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
@@ -157,8 +164,8 @@ def _open_zip(path: Path) -> Tree:
     empty = [name for name in folders if Path(name) not in filled and not is_hidden(name)]
 
     def read(name: str) -> bytes:
-        if sizes[name] > MEMBER_BYTES:
-            raise UserError(f"{path}: {name!r} has {sizes[name]} bytes; at most {MEMBER_BYTES} are accepted")
+        if sizes[name] > most:
+            raise UserError(f"{path}: {name!r} has {sizes[name]} bytes; at most {most} are accepted")
         try:
             return archive.read(name)  # checks the member's CRC
         except DAMAGED as error:
@@ -181,6 +188,44 @@ def open_tars(paths: Mapping[str, Path]) -> Tree:
         return os.pread(file.fileno(), size, offset)
 
     return Tree(sorted(places), read)
+
+
+def npy_header(contents: bytes, size: int) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, whether in Fortran order, dtype, bytes of header) of a .npy file of `size` bytes; `contents` begins it.
+
+    Raises UserError, whose first word is a verb, for other files, pickled objects, and a size that does not fit.
+    """
+    start = 10 + int.from_bytes(contents[8:10], "little") + 2 * (contents[6:7] == b"\2")  # no header needs 64 KiB
+    shape, fortran_order, dtype = _parse_header(contents[:start])
+    if dtype.hasobject:
+        raise UserError("holds pickled objects, which are never read; needed: plain arrays")
+    if not fits(shape, dtype, size - start):
+        raise UserError(f"has {size - start} bytes of numbers, not those of {dtype} {str(shape):.100}")
+    return shape, fortran_order, dtype, start
+
+
+def fits(shape: tuple, dtype: np.dtype, size: int) -> bool:
+    """Whether an array of this shape, which a file claims, has `size` bytes of numbers."""
+    plain = len(shape) <= 8 and all(type(side) is int and 0 <= side < 2**31 for side in shape)
+    return plain and size == dtype.itemsize * math.prod(shape)
+
+
+@lru_cache(maxsize=64)  # all samples of a set have the same header
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    stream = BytesIO(header)
+    try:  # numpy parses it as Python, which fails in many ways
+        return NPY_VERSIONS[np.lib.format.read_magic(stream)](stream)
+    except (ValueError, SyntaxError, TokenError, TypeError, LookupError, OverflowError, RecursionError, MemoryError):
+        raise UserError("is not a .npy array") from None
+
+
+def read_npy(contents: bytes | bytearray | np.memmap, source: str | Path) -> np.ndarray:
+    """The array in a .npy file, in place. Raises UserError, which begins with `source`, as `npy_header`."""
+    try:
+        shape, fortran_order, dtype, start = npy_header(bytes(contents[: 1 << 16]), len(contents))
+    except UserError as error:
+        raise UserError(f"{source} {error}") from None
+    return np.ndarray(shape, dtype, contents, start, order="F" if fortran_order else "C")
 
 
 def is_picture(name: str) -> bool:
@@ -210,9 +255,10 @@ def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
     return found
 
 
-def parse_number(contents: bytes, source: str) -> int:
-    """The number in a `.cls` file or its like. Raises UserError, which begins with `source`, for anything else."""
+def parse_number(contents: bytes, source: str, num_classes: int | None = None) -> int:
+    """The label in a `.cls` file or its like. Raises UserError, which begins with `source`, for anything else."""
     text = contents.decode("ascii", "replace").strip()
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise UserError(f"{source} says {text[:20]!r}; needed: a whole number, 0 or more")
+    most = 2**31 - 1 if num_classes is None else num_classes - 1
+    if not re.fullmatch(r"\d{1,10}", text) or int(text) > most:
+        raise UserError(f"{source} says {text[:20]!r}; needed: a whole number, 0..{most}")
     return int(text)

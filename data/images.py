@@ -1,7 +1,6 @@
 """Pictures on disk, for encoding and for scoring: `open_images(path)`."""
 
 import contextlib
-import math
 import struct
 import sys
 import zipfile
@@ -12,21 +11,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data.archives import DAMAGED as ZIP_DAMAGED
-from data.archives import LABEL, PICTURES, Tree, dataset_json, is_hidden, is_picture, parse_number, split_name
+from data import archives
+from data.archives import LABEL, PICTURES, Tree, split_name
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError
 from system.files import open_regular
 from system.limits import ARRAY_BYTES, PICTURE_PIXELS
 
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
-ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture with each of its values upright
 # The readers of PICTURES: others start programs (PostScript), or are seldom tried.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 Image.MAX_IMAGE_PIXELS = None  # _decode has the limit
@@ -35,10 +32,6 @@ DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, struct.error,
     zlib.error,
 )  # fmt: skip
-TURNS = dict(zip(range(2, 9), (
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-)))  # fmt: skip
 
 
 @dataclass
@@ -67,18 +60,17 @@ class Images:
             raise UserError(f"{self.path}: {self.names[i]} has {image.n_frames} frames; needed: one")
         if image.mode in ("I", "F"):
             raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8 or 16 bits per channel")
-        orientation = 1  # upright, where EXIF does not say or cannot be parsed
-        with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):
-            orientation = image.getexif().get(ORIENTATION)
+        with contextlib.suppress(*DAMAGED, AttributeError):  # in EXIF, which is parsed and written anew
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return (image.transpose(TURNS[orientation]) if orientation in TURNS else image).convert("RGB")
+        return image.convert("RGB")
 
     @property
     def others(self) -> list[str]:
         """What is left out: files that are neither pictures, nor labels, nor hidden."""
         known = {*self.names, *(name for name in self.tree.names if split_name(name)[1] in (LABEL, "json"))}
-        return [name for name in self.tree.names if name not in known and not is_hidden(name)]
+        return [name for name in self.tree.names if name not in known and not archives.is_hidden(name)]
 
     @property
     def labels(self) -> list[int]:
@@ -118,25 +110,23 @@ class Images:
         contents = self.tree.read(self.names[i])
         try:
             image = Image.open(BytesIO(contents), formats=FORMATS)
-            if image.width * image.height > PICTURE_PIXELS:
-                told = f"{self.names[i]} has {image.width} x {image.height} pixels"
-                raise UserError(f"{self.path}: {told}; at most {PICTURE_PIXELS} are accepted")
-            image.load()
-        except UserError:
-            raise
+            if image.width * image.height <= PICTURE_PIXELS:
+                image.load()
+                return image
         except DAMAGED as error:
             found = f"{self.names[i]} is no image or is damaged ({type(error).__name__})"
             raise UserError(f"{self.path}: {found}") from None
-        return image
+        told = f"{self.names[i]} has {image.width} x {image.height} pixels"
+        raise UserError(f"{self.path}: {told}; at most {PICTURE_PIXELS} are accepted")
 
     @cached_property
     def _labels_and_classes(self) -> tuple[list[int], list[str]]:
-        labels = dataset_json(self.path, self.tree)
+        labels = archives.dataset_json(self.path, self.tree)
         beside = {split_name(name)[0]: name for name in self.tree.names if split_name(name)[1] == LABEL}
         if labels is None and beside:
             pairs = ((name, beside.get(split_name(name)[0])) for name in self.names)
             said = ((name, label, self.tree.read(label)) for name, label in pairs if label)
-            labels = {name: parse_number(number, f"{self.path}: {label}") for name, label, number in said}
+            labels = {name: archives.parse_number(number, f"{self.path}: {label}") for name, label, number in said}
         if labels is not None:
             if (missing := next((name for name in self.names if name not in labels), None)) is not None:
                 raise UserError(f"{self.path} has labels, but none for picture {missing}")
@@ -177,7 +167,7 @@ def open_images(path: str | Path, split: str | None = None) -> Images:
         names = [f"arr_0[{i}]" for i in range(len(pixels))]
         return Images(path, names, Tree(names, lambda name: as_picture(pixels[int(name[6:-1])])))
     tree = open_pictures(path, split)
-    names = [name for name in tree.names if is_picture(name)]
+    names = [name for name in tree.names if archives.is_picture(name)]
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(PICTURES)})")
     images = Images(path, names, tree)
@@ -187,39 +177,9 @@ def open_images(path: str | Path, split: str | None = None) -> Images:
 
 def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of an .npz that are among `keys`. Raises UserError for a damaged file and for pickled objects."""
-    try:
-        with zipfile.ZipFile(open_regular(path)) as archive:  # np.load takes other files too, and has no limits
-            names = {key: f"{key}.npy" for key in keys if f"{key}.npy" in archive.namelist()}
-            for name in names.values():
-                _member_header(path, archive.getinfo(name), archive)
-            contents = ((key, BytesIO(archive.read(name))) for key, name in names.items())
-            return {key: np.lib.format.read_array(array, allow_pickle=False) for key, array in contents}
-    except UserError:
-        raise
-    except ZIP_DAMAGED as error:
-        raise UserError(f"{path} is damaged or no .npz file ({' '.join(str(error).split())})") from None
-
-
-def _member_header(path: Path, info: zipfile.ZipInfo, archive: zipfile.ZipFile) -> tuple[tuple, bool, np.dtype, int]:
-    """(shape, whether in Fortran order, dtype, bytes of header) of an array in an .npz.
-
-    Raises UserError for pickled objects, and where its size is not what they say or too large to be decompressed.
-    """
-    with archive.open(info) as member:
-        try:
-            if np.lib.format.read_magic(member) != (1, 0):
-                raise ValueError("another version than 1.0")
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
-        except (ValueError, SyntaxError, TokenError, RecursionError, MemoryError) as error:  # parsed as Python
-            raise UserError(f"{path} is damaged: {info.filename}: {str(error).partition(chr(10))[0]}") from None
-        header = member.tell()
-    if dtype.hasobject:
-        raise UserError(f"{path} holds pickled objects, which are never read; needed: plain arrays")
-    if math.prod(shape) * dtype.itemsize + header != info.file_size:
-        raise UserError(f"{path} is damaged: {info.filename} has {info.file_size} bytes, not those of {dtype} {shape}")
-    if info.file_size > ARRAY_BYTES and info.compress_type != zipfile.ZIP_STORED:
-        raise UserError(f"{path}: {info.filename} has {info.file_size} bytes; at most {ARRAY_BYTES} are decompressed")
-    return shape, fortran_order, dtype, header
+    tree = archives.open_zip(path, max(ARRAY_BYTES, path.stat().st_size))
+    found = {key: bytearray(tree.read(f"{key}.npy")) for key in keys if f"{key}.npy" in tree.names}  # can be written to
+    return {key: archives.read_npy(contents, f"{path}: {key}") for key, contents in found.items()}
 
 
 def _map_array(path: Path, key: str) -> np.ndarray:
@@ -229,23 +189,19 @@ def _map_array(path: Path, key: str) -> np.ndarray:
     """
     if not path.is_file():
         raise UserError(f"{path} is not there")
+    mapped = None
     try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{key}.npy" not in archive.namelist():
-                raise UserError(f"{path} has no array {key}; needed: uint8 (N, H, W, 3)")
-            info = archive.getinfo(f"{key}.npy")
-            shape, fortran_order, dtype, header = _member_header(path, info, archive)
-        if info.compress_type != zipfile.ZIP_STORED or fortran_order:
-            pixels = read_arrays(path, [key])[key]
-        else:
-            with open_regular(path) as file:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            info = next((info for info in archive.infolist() if info.filename == f"{key}.npy"), None)
+            if info and info.compress_type == zipfile.ZIP_STORED:
                 file.seek(info.header_offset + 26)  # of the member's own header: lengths of its name and extra field
-                name, extra = struct.unpack("<HH", file.read(4))
-            pixels = np.memmap(path, dtype, "r", info.header_offset + 30 + name + extra + header, shape)
-    except UserError:
-        raise
-    except ZIP_DAMAGED as error:
+                start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                mapped = np.memmap(path, np.uint8, "r", start, info.file_size)
+    except archives.DAMAGED as error:
         raise UserError(f"{path} is damaged or no .npz file ({error})") from None
+    if info is None:
+        raise UserError(f"{path} has no array {key}; needed: uint8 (N, H, W, 3)")
+    pixels = read_arrays(path, [key])[key] if mapped is None else archives.read_npy(mapped, f"{path}: {key}")
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
         raise UserError(f"{path}: {key} is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")
     return pixels[..., 0] if pixels.shape[3:] == (1,) else pixels

@@ -14,28 +14,25 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, TEXT, Member, members, sample_key, split_name
+from data.archives import ARRAY, LABEL, TEXT, Member, members, npy_header, parse_number, sample_key, split_name
 from system import UserError
 from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
 from system.limits import MEMBER_BYTES
+from system.settings import Check, Positive, between
 
 DTYPES = ("float16", "float32")
-MAX_LABEL = 2**31 - 1
 PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
 # A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
@@ -45,15 +42,15 @@ FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT
 
 @dataclass(frozen=True)
 class Layout:
-    """What all samples of a set have in common, under the keys of meta.json."""
+    """What all samples of a set have in common, as meta.json says it."""
 
-    shape: tuple[int, ...]  # of the stored latents
-    dtype: str
-    condition: str  # class, text or none
-    num_classes: int | None = None  # None = unknown, or no classes
-    text_width: int | None = None  # texts are (tokens, text_width)
-    text_dtype: str | None = None
-    text_length: int | None = None  # tokens of the longest text; None = unknown
+    shape: Annotated[tuple[Positive, ...], Check("of 3 sides", lambda shape: len(shape) == 3)]  # of the stored latents
+    dtype: Literal["float16", "float32"]
+    condition: Literal["class", "text", "none"] = "class"
+    num_classes: Annotated[int, between(1, 2**31)] | None = None  # None = unknown, or no classes
+    text_width: Positive | None = None  # texts are (tokens, text_width)
+    text_dtype: Literal["float16", "float32"] | None = None
+    text_length: Positive | None = None  # tokens of the longest text; None = unknown
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
@@ -185,11 +182,8 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
         raise UserError(f"has no .{missing[0]}")
     _, *row = _read_array(fd, parts[ARRAY], layout.dtype, layout.shape)
     if layout.condition == "class":
-        text = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset).decode("ascii", "replace").strip()
-        top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
-        if not re.fullmatch(r"-?\d{1,10}", text) or not 0 <= int(text) <= top:
-            raise UserError(f"has label {text[:20]!r}; needed: 0..{top}")
-        row.append(int(text))
+        contents = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset)
+        row.append(parse_number(contents, "has a label that", layout.num_classes))
     if layout.condition == "text":
         try:
             row += _read_array(
@@ -206,14 +200,12 @@ def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: boo
     needed: its shape. longest: needed[0] is the largest length there may be, if it is known, and 1 the smallest.
     """
     contents = os.pread(fd, member.size, member.offset)
-    shape, found, start = npy_header(contents)
+    shape, found, start = _float_header(contents, member.size)
     fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or MEMBER_BYTES))
     if found != dtype or not fits or shape[longest:] != needed[longest:]:
         words = f"(1..{needed[0] or ''}, {needed[1]})" if longest else needed
         raise UserError(f"is {found} {shape}; needed: {dtype} {words}")
     numbers = contents[start:]
-    if len(numbers) != np.dtype(dtype).itemsize * math.prod(shape):
-        raise UserError(f"has {len(numbers)} bytes of numbers, not those of {dtype} {shape}")
     if not np.isfinite(np.frombuffer(numbers, dtype)).all():
         raise UserError("has numbers that are not finite")
     return shape[0], member.offset, start, zlib.crc32(numbers)
@@ -232,7 +224,8 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
                 extensions.add(extension := split_name(member.name)[1])
                 if extension in (ARRAY, TEXT) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
-                        found[extension] = npy_header(os.pread(file.fileno(), min(member.size, 4096), member.offset))
+                        contents = os.pread(file.fileno(), min(member.size, 4096), member.offset)
+                        found[extension] = _float_header(contents, member.size)
                 if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]):
                     break
         if ARRAY in found:
@@ -245,25 +238,13 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     return Layout(shape, dtype, condition, num_classes, text_shape[-1] if text_shape else 0, text_dtype)
 
 
-def npy_header(contents: bytes) -> tuple[tuple[int, ...], str, int]:
+def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:
     """(shape, dtype, bytes of header) of a .npy file. Raises UserError for anything but a float array in C order."""
-    length = int.from_bytes(contents[8:10], "little") + 10  # version 1, which can hold every reasonable shape
-    return _parse_header(contents[:length])
-
-
-@lru_cache(maxsize=64)  # all samples of a set have the same header
-def _parse_header(header: bytes) -> tuple[tuple[int, ...], str, int]:
-    try:
-        stream = BytesIO(header)
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception:  # numpy parses the header as Python: one flipped bit may be a TokenError, a SyntaxError, ...
-        raise UserError("is not a .npy array") from None
+    shape, fortran_order, dtype, start = npy_header(contents, size)
     if dtype.name not in DTYPES or not dtype.isnative or (fortran_order and len(shape) > 1):
         order = "Fortran" if fortran_order else "C"
         raise UserError(f"is {dtype.str} in {order} order; needed: {' or '.join(DTYPES)} in C order, little-endian")
-    return shape, dtype.name, len(header)
+    return shape, dtype.name, start
 
 
 def _is_read_error(fault: str) -> bool:
@@ -320,5 +301,5 @@ def _is_consistent(index: Index) -> bool:
         return False
     counted = ends.shape == (len(index.shards),) and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(entries)
     labels = entries["label"] if layout.condition == "class" else np.zeros(1)
-    top = MAX_LABEL if layout.num_classes is None else layout.num_classes - 1
-    return bool(counted and (entries["offset"] >= 0).all() and labels.min(initial=0) >= 0 and labels.max() <= top)
+    known = labels.min(initial=0) >= 0 and labels.max(initial=0) < (layout.num_classes or 2**31)
+    return bool(counted and (entries["offset"] >= 0).all() and known)

@@ -191,14 +191,13 @@ def read_idx(pair: IdxPair) -> tuple[np.ndarray, np.ndarray]:
 def _read_array(path: Path, ndim: int) -> np.ndarray:
     try:
         with open_regular(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
-            magic, shape = file.read(4), file.read(4 * ndim)
-            needs = math.prod(np.frombuffer(shape.ljust(4 * ndim, b"\0"), ">u4").tolist())
-            numbers = file.read(min(needs, IDX_BYTES) + 1)
+            magic = file.read(4)
+            shape = tuple(np.frombuffer(file.read(4 * ndim).ljust(4 * ndim, b"\0"), ">u4").tolist())
+            numbers = file.read(min(math.prod(shape), IDX_BYTES) + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is cut off or damaged ({error})") from None
     if magic != (needed := bytes((0, 0, 8, ndim))):
         raise UserError(f"{path} begins with {magic.hex(' ')}; needed: {needed.hex(' ')}, an IDX file of uint8")
-    shape = tuple(np.frombuffer(shape.ljust(4 * ndim, b"\0"), ">u4").tolist())
     if len(numbers) != math.prod(shape) or not numbers:
         raise UserError(f"{path} has {len(numbers)} bytes of numbers; its header needs {math.prod(shape)}, {shape}")
     return np.frombuffer(numbers, np.uint8).reshape(shape)

@@ -24,18 +24,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from conditions import KINDS
 from data.archives import ARRAY, LABEL, TEXT
 from data.encoding import LatentEncoding
-from data.index import build_index, find_layout, load_index, save_index
+from data.index import Layout, build_index, find_layout, load_index, save_index
 from data.latents import Latents, channel_stats, warn
 from system import UserError
 from system.files import atomic_file, check_name, read_json, sha256_of, write_text_atomic
-from system.settings import Check, Count, Kind, PerChannel, Positive, between, parse_known
+from system.settings import Count, Kind, PerChannel, parse_known
 
 SPLITS = ("train", "val")
 FILE_NAME = "meta.json"
@@ -51,8 +51,8 @@ class Shard:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Meta:
+@dataclass(frozen=True, kw_only=True)
+class Meta(Layout):
     """What meta.json may say."""
 
     kind: Kind
@@ -60,18 +60,11 @@ class Meta:
     bias: PerChannel | None
     codec: dict[str, Any] | None
     codec_sha256: str | None
-    shape: Annotated[tuple[Positive, ...], Check("of 3 sides", lambda shape: len(shape) == 3)]
-    dtype: Literal["float16", "float32"]
-    num_classes: Annotated[int, between(1, 2**31)] | None
     flip: Literal["none", "both"]
     counts: dict[str, Count] | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     shards: tuple[Shard, ...]
-    condition: Literal["class", "text", "none"] = "class"
-    text_width: Positive | None = None
-    text_dtype: Literal["float16", "float32"] | None = None
-    text_length: Positive | None = None
     classes: tuple[str, ...] | None = None
 
 

@@ -472,7 +472,7 @@ def planted_code(results: Path) -> Rows:
         (partial(sample.load_run, folder / "weights.safetensors"), "not a safetensors file"),
         (partial(open_images, folder / "arrays.npz"), "pickled objects"),
         (partial(read_reference, folder / "arrays.npz"), "pickled objects"),
-        (lambda: data.open_latents(folder).read([0]), "|O in C order"),
+        (lambda: data.open_latents(folder).read([0]), "pickled objects"),
     ]
     for section in ("model", "objective", "data.codec"):
         run = make_run(folder / section, SMALL)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import pickle
 import resource
 import struct
 import zipfile
@@ -12,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import data.archives
+import data.foreign.pickled
 import data.images
-from data.archives import open_tree
+from data.archives import open_tree, read_npy
 from data.foreign import open_source
 from data.foreign.pickled import read_pickled_array
 from data.images import open_images, read_arrays
@@ -121,7 +124,7 @@ def garbage_lmdb(path):
 
 
 def pickled(contents):
-    return lambda path: lambda: read_pickled_array(contents)
+    return lambda path: lambda: read_pickled_array(contents, "a.latent")
 
 
 BOMBS = {
@@ -163,3 +166,16 @@ def test_an_error_of_our_own_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(data.images.np, "asarray", lambda *_: 1 + "a bug")
     with pytest.raises(TypeError, match="unsupported operand"):
         list(images.batches(1, range(1)))
+
+
+@pytest.mark.parametrize("module", [data.archives, data.foreign.pickled])
+def test_an_error_of_our_own_in_reading_arrays_keeps_its_traceback(module, monkeypatch):
+    array, npy = np.zeros((4, 2, 2), np.float32), io.BytesIO()
+    np.save(npy, array)
+    read, contents = (
+        (read_npy, npy.getvalue()) if module is data.archives else (read_pickled_array, pickle.dumps(array))
+    )
+    np.testing.assert_array_equal(read(contents, "a"), array)
+    monkeypatch.setattr(module, "fits", lambda *_: 1 + "a bug")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        read(contents, "a")

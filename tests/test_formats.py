@@ -245,8 +245,8 @@ def test_edm2_zip(tmp_path):
 def test_pickles_of_every_protocol(tmp_path):
     array = mean_std(0)
     for protocol in (2, 3, 4, 5):
-        np.testing.assert_array_equal(read_pickled_array(pickle.dumps(array, protocol)), array)
-    np.testing.assert_array_equal(read_pickled_array(pickle.dumps(np.asfortranarray(array[0]))), array[0])
+        np.testing.assert_array_equal(read_pickled_array(pickle.dumps(array, protocol), "a.latent"), array)
+    np.testing.assert_array_equal(read_pickled_array(pickle.dumps(np.asfortranarray(array[0])), "a.latent"), array[0])
 
 
 class Canary:
@@ -270,7 +270,7 @@ def test_pickles_run_nothing(tmp_path):
         b"\x80\x04.",
     ):
         with pytest.raises(UserError):
-            read_pickled_array(crafted)
+            read_pickled_array(crafted, "a.latent")
     write_wds(tmp_path / "train-0.tar", [{"cls": b"1", "latent": pickle.dumps(Canary(canary))}])
     with pytest.raises(UserError, match="0000000.latent"):
         convert(str(tmp_path / "train-0.tar"), str(tmp_path / "out"), Conversion(workers=1))

@@ -171,7 +171,7 @@ BAD = {
     "no parquet": (lambda: b"<html>" * 9, "is damaged or no parquet file"),
     "cut off": (lambda: table(image=struct(jpeg(0)), label=[0])[:-30], "is damaged or no parquet file"),
     "no bytes": (lambda: table(image=struct(None), label=[0]), "row 0 has no picture in it"),
-    "no label": (lambda: table(image=struct(jpeg(0)), label=[-1]), "says '-1'; needed: a whole number, 0 or more"),
+    "no label": (lambda: table(image=struct(jpeg(0)), label=[-1]), "says '-1'; needed: a whole number, 0.."),
     "no picture": (lambda: table(image=struct(b"text"), label=[1]), "00000000.jpg is no image or is damaged"),
 }
 

@@ -173,7 +173,7 @@ BAD_TEXTS = {
     "one vector": (sample(npy(NAN[0])), r"that is float16 \(6,\)"),
     "short": (sample(npy(text_of(1))[:-2]), "that has 22 bytes of numbers"),
     "no array": (sample(b"a cat"), "that is not a .npy array"),
-    "pickle": (sample(npy(np.array([{}], dtype=object), allow_pickle=True)), "needed: float16 or float32"),
+    "pickle": (sample(npy(np.array([{}], dtype=object), allow_pickle=True)), "pickled objects, which are never read"),
     "no text": (sample(b"")[:1], "has no .text.npy"),
 }
 

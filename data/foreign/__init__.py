@@ -17,15 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
 
 from autoencoder import SD_SCALE
-from data.archives import dataset_json, is_hidden, is_picture, open_tars, open_tree, parse_number, split_name
+from data.archives import dataset_json, is_hidden, is_picture, open_tars, open_tree, parse_number, read_npy, split_name
 from data.foreign.pickled import read_pickled_array
 from system import UserError, lmdb_reader
 from system.files import read_small
@@ -147,7 +145,8 @@ def _maskdit_wds(path: Path) -> Source | None:
         return tree.read(parts[keys[i], extension])
 
     def array(i: int, mirrored: bool) -> np.ndarray:
-        return _latent(read(i, "latent"), f"{path}: {keys[i]}.latent", read_pickled_array)
+        place = f"{path}: {keys[i]}.latent"
+        return _latent(read_pickled_array(read(i, "latent"), place), place)
 
     return _sd_moments(len(keys), array, lambda i: parse_number(read(i, "cls"), f"{path}: {keys[i]}.cls"))
 
@@ -162,14 +161,14 @@ def _fastdit(path: Path) -> Source | None:
         raise UserError(f"{features} has {len(names)} arrays and {labels} {len(label_names)}; needed: the same names")
 
     def array(i: int, mirrored: bool) -> np.ndarray:
-        return _latent(read_small(features / names[i], MEMBER_BYTES), str(features / names[i]))
+        place = features / names[i]
+        return _latent(read_npy(read_small(place, MEMBER_BYTES), place), place)
 
     def label(i: int) -> int:
-        found = _parsed(read_small(labels / names[i], MEMBER_BYTES), str(labels / names[i]))
+        place = labels / names[i]
+        found = read_npy(read_small(place, MEMBER_BYTES), place)
         if found.size != 1 or found.dtype.kind not in "iuf" or not 0 <= found.item() < 2**31 or found.item() % 1:
-            raise UserError(
-                f"{labels / names[i]}: holds {found.dtype} {found.shape}; needed: one whole number of 0 or more"
-            )
+            raise UserError(f"{place}: holds {found.dtype} {found.shape}; needed: one whole number of 0 or more")
         return int(found.item())
 
     return Source(len(names), array, label, "sample_scaled", codec=_sd_codec("ema"))
@@ -230,25 +229,13 @@ def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | Non
         raise UserError(f"{root}/dataset.json has no label for {unlabelled}")
 
     def array(i: int, mirrored: bool) -> np.ndarray:
-        return _latent(tree.read(names[i]), str(root / names[i]))
+        return _latent(read_npy(tree.read(names[i]), root / names[i]), root / names[i])
 
     return Source(len(names), array, lambda i: labels[names[i]], **known or {})
 
 
-def _read_npy(contents: bytes) -> np.ndarray:
-    return np.load(BytesIO(contents), allow_pickle=False)
-
-
-def _parsed(contents: bytes, place: str, parse: Callable[[bytes], np.ndarray] = _read_npy) -> np.ndarray:
-    try:
-        return parse(contents)
-    except (ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:  # numpy parses the header as Python
-        raise UserError(f"{place}: {str(error).partition(chr(10))[0]}") from None
-
-
-def _latent(contents: bytes, place: str, parse: Callable[[bytes], np.ndarray] = _read_npy) -> np.ndarray:
+def _latent(array: np.ndarray, place: str | Path) -> np.ndarray:
     """(C, h, w) float16 or float32 of an array that may have a leading 1 or be float64. `place` begins an error."""
-    array = _parsed(contents, place, parse)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     if array.ndim != 3 or array.dtype.kind != "f":
@@ -256,21 +243,19 @@ def _latent(contents: bytes, place: str, parse: Callable[[bytes], np.ndarray] = 
     return array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
 
 
-# Of sets of .npy files: the folder they lie in, how their names begin, and what is known of them.
-REPA = ("vae-sd", "img-mean-std-", {"kind": "mean_std", "scale": SD_SCALE, "codec": _sd_codec("mse")})
-SPEEDRUNDIT = ("vae-in", "", {"kind": "sample_raw", "scale": INVAE_SCALE})
 EDM2_SCALE = [EDM2_FINAL_STD / std for std in EDM2_STD]
 EDM2_BIAS = [-mean * EDM2_FINAL_STD / std for mean, std in zip(EDM2_MEAN, EDM2_STD)]
 EDM2_CODEC = _sd_codec("mse") | {"scale": EDM2_SCALE, "bias": EDM2_BIAS, "pixels": "0..1"}
-EDM2 = ("", "img-mean-std-", {"kind": "mean_std", "scale": EDM2_SCALE, "bias": EDM2_BIAS, "codec": EDM2_CODEC})
+REPA = {"kind": "mean_std", "scale": SD_SCALE, "codec": _sd_codec("mse")}
+EDM2 = {"kind": "mean_std", "scale": EDM2_SCALE, "bias": EDM2_BIAS, "codec": EDM2_CODEC}
 
 FORMATS: dict[str, Callable[[Path], Source | None]] = {
     "maskdit_lmdb": _maskdit_lmdb,
     "lightningdit": _lightningdit,
     "maskdit_wds": _maskdit_wds,
     "fastdit": _fastdit,
-    "repa": lambda path: _npy_files(path, *REPA),
-    "speedrundit": lambda path: _npy_files(path, *SPEEDRUNDIT),
-    "edm2": lambda path: _npy_files(path, *EDM2),
+    "repa": partial(_npy_files, folder="vae-sd", prefix="img-mean-std-", known=REPA),
+    "speedrundit": partial(_npy_files, folder="vae-in", known={"kind": "sample_raw", "scale": INVAE_SCALE}),
+    "edm2": partial(_npy_files, prefix="img-mean-std-", known=EDM2),
     "npy": _npy_files,
 }

@@ -10,10 +10,15 @@ from io import BytesIO
 
 import numpy as np
 
+from data.archives import fits
 from system import UserError
 from system.limits import PICKLE_STEPS
 
-DTYPES = {"f2": np.float16, "f4": np.float32, "f8": np.float64}
+# What the unpickler and the stand-ins below raise at crafted pickles.
+CRAFTED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 
 
 class _Record:
@@ -51,16 +56,29 @@ class _ArrayUnpickler(pickle.Unpickler):
         return STANDINS[module, name]
 
 
-def read_pickled_array(contents: bytes) -> np.ndarray:
-    """The float array in `pickle.dumps(array)`. Raises UserError for anything else; nothing in it is ever run."""
+def _dtype(record: _Record) -> np.dtype | None:
+    """The type of floating point numbers that a record stands in for, None for anything else."""
+    match record.arguments, record.state:
+        case ["f2" | "f4" | "f8" as kind, *_], [_, "<" | ">" as order, *_]:
+            return np.dtype(order + kind)
+    return None
+
+
+def read_pickled_array(contents: bytes, source: str) -> np.ndarray:
+    """The float array in `pickle.dumps(array)`, in place. Raises UserError, which begins with `source`, for all else.
+
+    Nothing in the pickle is ever run.
+    """
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(contents)):
             if number > PICKLE_STEPS or opcode.name.endswith("PUT") and int(argument) > PICKLE_STEPS:
-                raise UserError(f"is a pickle of more than {PICKLE_STEPS} steps or records; an array has fewer")
-        _, shape, dtype, fortran_order, numbers = _ArrayUnpickler(BytesIO(contents)).load().state
-        numbers = np.frombuffer(numbers, np.dtype(DTYPES[dtype.arguments[0]]).newbyteorder(dtype.state[1]))
-        return numbers.reshape(shape, order="F" if fortran_order else "C")
-    except UserError:
-        raise
-    except Exception as error:  # a crafted pickle can fail in any way
-        raise UserError(f"is not a pickled array ({type(error).__name__})") from None
+                raise UserError(f"it has more than {PICKLE_STEPS} steps or records; an array has fewer")
+        loaded = _ArrayUnpickler(BytesIO(contents)).load()
+    except CRAFTED as error:
+        raise UserError(f"{source} is not a pickled array ({' '.join(str(error).split()):.200})") from None
+    match loaded:
+        case _Record(state=[_, tuple(shape), _Record() as kind, fortran_order, bytes() | bytearray() as numbers]):
+            dtype = _dtype(kind)
+            if dtype and fits(shape, dtype, len(numbers)):
+                return np.ndarray(shape, dtype, numbers, order="F" if fortran_order else "C")
+    raise UserError(f"{source} is no pickle of an array of floating point numbers")
