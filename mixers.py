@@ -11,7 +11,7 @@ tokens, K tokens given, D width, E = 2 D, S state, H heads, P = E / H.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,7 +20,6 @@ from torch import nn
 
 from dit import Block, DiT, Route, modulate, weights_of
 from routing_module import CELLS, gather_tokens, scatter_tokens
-from system import UserError
 
 LINEAR_HEAD, SSD_HEAD, SSD_STATE, CHUNK = 32, 64, 64, 64  # channels, channels, numbers per channel, tokens at once
 MAX_DECAY = 30  # of BiWKV over the whole sequence: beyond it, sums in float32 are not exact
@@ -29,7 +28,7 @@ MAX_DECAY = 30  # of BiWKV over the whole sequence: beyond it, sums in float32 a
 class Mixer(DiT):
     """DiT's call, routes and arguments, but for heads, whose width is the mixer's. mixer: as listed above.
 
-    Raises UserError for another mixer, and for widths it cannot divide, ValueError for a selection that it cannot take.
+    Also raises ValueError for another mixer, for widths that it cannot divide and a selection that it cannot take.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Mixer(DiT):
         kinds = {"pom": PolynomialMixer, "linear": LinearAttention, "rwkv": SpatialMix}
         kinds |= {"ssd": partial(StateSpace, directions=2), "ssd_zigzag": partial(StateSpace, directions=1)}
         if mixer not in kinds:
-            raise UserError(f"mixer={mixer}; needed: {', '.join(kinds)}")
+            raise ValueError(f"mixer={mixer}; needed: {', '.join(kinds)}")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, 1, mlp_ratio, num_classes, learn_sigma, routes,
             fp32_after_route, size, condition, text_width,
@@ -89,7 +88,7 @@ class Mixer(DiT):
 class MixerBlock(Block):
     """DiT's block; `mixer` builds, from the width, what stands in place of attention."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer: Callable[[int], nn.Module]):
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.attn = mixer(hidden_size)
 
@@ -143,9 +142,9 @@ class LinearAttention(nn.Module):
 
 
 def heads_of(width: int, head: int) -> int:
-    """Raises UserError where heads of that width do not divide it."""
+    """Raises ValueError where heads of that width do not divide it."""
     if width % head:
-        raise UserError(f"a mixer of width {width} has no heads of {head} channels; needed: a multiple of {head}")
+        raise ValueError(f"a mixer of width {width} has no heads of {head} channels; needed: a multiple of {head}")
     return width // head
 
 
@@ -248,7 +247,7 @@ def zigzag_ranks(rows: int, columns: int) -> torch.Tensor:
 
 
 class RwkvBlock(MixerBlock):
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer: Callable[[int], nn.Module]):
         super().__init__(hidden_size, num_heads, mlp_ratio, mixer)
         self.mlp = ChannelMix(hidden_size, int(hidden_size * mlp_ratio))
 
@@ -261,8 +260,8 @@ class RwkvBlock(MixerBlock):
 
 
 class Shifted(nn.Module):
-    """Mixes each token with its neighbours. Whole rows or columns, and one token per cell, form a smaller grid; of other
-    tokens that are kept, neighbours that were routed away count as zeros."""
+    """Mixes each token with its neighbours. Whole rows or columns, and one token per cell, form a smaller grid; other
+    tokens stay where they are, and neighbours that were routed away count as zeros."""
 
     grid: tuple[int, int]
     selection = "random"
