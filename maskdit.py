@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conditions import Condition
-from dit import Block, DiT, FinalLayer, LabelEmbedder, modulate, sincos_positions, weights_of
+from dit import Block, Condition, DiT, FinalLayer, LabelEmbedder, modulate, sincos_positions, weights_of
 from routing_blocks import block_tokens
 from routing_module import Route, Routing, Source, gather_tokens, num_kept, run_blocks, scatter_tokens
 
