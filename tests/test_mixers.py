@@ -9,16 +9,23 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
+import conditions
+import export
 import mixers
-from checkpoints.load import build_network
+import train as training
+from checkpoints.generate import generate_latents
+from checkpoints.load import build_network, load_run
 from contracts import muon_matrices
+from guidance import Guidance
 from mixers import Mixer, biwkv, q_shift, state_space, zigzag_ranks
 from randomness import seeded_generator
 from routing_blocks import RoutedBlocks, routing
 from routing_module import Route, Routing, draw_keep_ids, gather_tokens, run_blocks, scatter_tokens
 from system import UserError
 from system.compiling import compile_blocks
+from tests.conftest import assert_same_run
 from tests.made_runs import made_settings
+from training.stopping import EXIT_START_AGAIN, PreemptionHandler
 
 MIXERS = ("pom", "linear", "ssd", "ssd_zigzag", "rwkv")
 KEPT = {"random": 0.5, "structured": 0.5, "rows": 0.5, "columns": 0.5, "cells": 0.75}  # ratios on a grid of 4 x 6
@@ -461,3 +468,39 @@ def test_a_routed_network_learns(mixer):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+# A run
+
+RUNS = {"pom": "cells", "linear": "random", "ssd": "rows", "rwkv": "rows"}
+
+
+@pytest.mark.parametrize("mixer", RUNS)
+def test_a_run_resumes_to_the_bit_and_is_sampled_at_other_ratios(mixer, tiny_overrides, tmp_path, monkeypatch):
+    ratio = KEPT[RUNS[mixer]]
+    route = f"[{{selection_ratio:{ratio},start_layer_idx:1,end_layer_idx:-2,selection:{RUNS[mixer]}}}]"
+    tiny = [key for key in tiny_overrides if "num_heads" not in key]
+
+    def run(name, *overrides):
+        keys = [*tiny, f"model={mixer}", f"model.routes={route}", "optimizer=muon", "objective=rf", *overrides]
+        code = training.train(
+            made_settings([*keys, "train.max_steps=4", f"results_dir={tmp_path}", f"run_name={name}"])
+        )
+        return code, tmp_path / name
+
+    _, golden = run("golden")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == 2)
+        assert run("cut")[0] == EXIT_START_AGAIN
+    assert_same_run(golden, run("cut")[1])
+    assert_same_run(golden, run("again", "train.gradient_checkpointing=true")[1])
+
+    strong, weak = (0.0, 0.75) if RUNS[mixer] == "cells" else (0.25, 0.75)
+    guidance, seeds = Guidance(1.5, weak_label="same", gamma_strong=strong, gamma_weak=weak), range(3)
+    export.main([f"ckpt={golden}", f"out={tmp_path / 'exported'}"])
+    latents = []
+    for path in (golden, tmp_path / "exported"):
+        loaded = load_run(path, device="cpu")
+        labels = conditions.choose("random", seeds, loaded.pool)
+        latents.append(generate_latents(loaded, guidance, seeds, labels, {"num_steps": 2}))
+    assert torch.equal(*latents) and latents[0].isfinite().all()
