@@ -72,12 +72,10 @@ class Mixer(DiT):
 
     def shift_and_start(self) -> None:
         """Tells RWKV's blocks on which grid they shift, and starts their decays and mixes by layer and channel."""
-        selections = {
-            i: route.selection for route in self.routes for i in range(route.start_layer_idx, route.end_layer_idx + 1)
-        }
         for i, block in enumerate(self.blocks):
+            around = [route.selection for route in self.routes if route.start_layer_idx <= i <= route.end_layer_idx]
             for part in (block.attn, block.mlp):
-                part.grid, part.selection = self.grid, selections.get(i, "random")
+                part.grid, part.selection = self.grid, (*around, "random")[0]
                 part.start(i, len(self.blocks))
 
     def positions(self) -> tuple[torch.Tensor, ...]:
@@ -129,9 +127,8 @@ class LinearAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, K, D)
+        q, k, v = self.qkv(x).float().unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, K, 32) each
         with torch.autocast(x.device.type, enabled=False):
-            qkv = F.linear(x.float(), self.qkv.weight)
-            q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, K, 32) each
             v = F.pad(v, (0, 1), value=1.0)  # the last column sums the weights
             out = q.relu() @ (k.relu().mT @ v)  # (B, H, K, 33)
             out = out[..., :-1] / (out[..., -1:] + 1e-8)
@@ -178,8 +175,7 @@ class StateSpace(nn.Module):
         return self.out_proj(self.norm(y * F.silu(z.float())))
 
     def products(self, num_tokens: int) -> int:
-        count = -(-num_tokens // CHUNK)
-        length = -(-num_tokens // count)
+        count, length = chunks(num_tokens)
         per_token = length * (SSD_STATE + self.inner) + 2 * SSD_STATE * self.inner
         return len(self.scans) * count * length * per_token
 
@@ -212,9 +208,7 @@ def state_space(x: torch.Tensor, log_decay: torch.Tensor, b: torch.Tensor, c: to
 
     x (B, K, H, P), log_decay (B, K, H) <= 0, b and c (B, K, S) -> (B, K, H, P), in float32 or above but for products.
     """
-    K = x.shape[1]
-    count = -(-K // CHUNK)
-    length = -(-K // count)  # Q
+    K, (count, length) = x.shape[1], chunks(x.shape[1])  # length = Q
     x, log_decay = (F.pad(part, (0, 0) * (part.ndim - 2) + (0, count * length - K)) for part in (x, log_decay))
     b, c = (F.pad(part, (0, 0, 0, count * length - K)).unflatten(1, (count, length)) for part in (b, c))
     x = x.unflatten(1, (count, length)).transpose(2, 3)  # (B, chunks, H, Q, P)
@@ -224,12 +218,18 @@ def state_space(x: torch.Tensor, log_decay: torch.Tensor, b: torch.Tensor, c: to
     within = ((c @ b.mT).unsqueeze(2) * decay) @ x  # (B, chunks, H, Q, P)
     left = (total[..., -1:] - total).exp().unsqueeze(-1)  # what is left of each token at its chunk's end
     added = b.mT.unsqueeze(2) @ (x * left)  # (B, chunks, H, S, P)
-    state, before = torch.zeros_like(added[:, 0]), []
+    state, before = torch.zeros_like(added[:, 0], dtype=total.dtype), []
     for i in range(count):
         before.append(state)
         state = state * total[:, i, :, -1, None, None].exp() + added[:, i]
     carried = (c.unsqueeze(2) @ torch.stack(before, dim=1)) * total.exp().unsqueeze(-1)  # (B, chunks, H, Q, P)
     return (within + carried).transpose(2, 3).flatten(1, 2)[:, :K]
+
+
+def chunks(num_tokens: int) -> tuple[int, int]:
+    """(number, length) of equal chunks of at most CHUNK tokens that hold all of them."""
+    count = -(-num_tokens // CHUNK)
+    return count, -(-num_tokens // count)
 
 
 def zigzag_ranks(rows: int, columns: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import export
 import mixers
 import train as training
 from checkpoints.generate import generate_latents
-from checkpoints.load import build_network, load_run
+from checkpoints.load import build_network, load_run, round_linears
 from contracts import muon_matrices
 from guidance import Guidance
 from mixers import Mixer, biwkv, q_shift, state_space, zigzag_ranks
@@ -317,6 +317,18 @@ def test_checkpointed_compiled_and_counted(mixer, backend, monkeypatch):
     torch.testing.assert_close(gradients(), plain, rtol=1e-3, atol=1e-5)
     # Dense, routed, and the last layer; RWKV knows inside a route how its tokens were selected
     assert counters["stats"]["unique_graphs"] <= 5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bf16_stays_near_fp32(mixer):
+    net, (x, t, y) = made(mixer), batch()
+    exact = net(x, t, y, routing=Routing(generators=seeded_generator(3)))
+    for rounded in (False, True):  # as in training, then as in sampling
+        if rounded:
+            round_linears(net)
+        with torch.autocast("cpu", torch.bfloat16):
+            near = net(x, t, y, routing=Routing(generators=seeded_generator(3)))
+        assert (near - exact).square().mean() < 2e-3 * exact.square().mean()
 
 
 def test_muon_takes_linear_layers_alone():
