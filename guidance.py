@@ -107,8 +107,10 @@ def check_networks(guidance: Guidance, strong: Network, weak: Network) -> None:
     for network, name in ((strong, "gamma_strong"), (weak, "gamma_weak"))[: 2 if guidance.on else 1]:
         for route in network.routes:
             first, last = guidance.ends(name)
-            if route.selection == "structured" and first != last:
-                raise UserError(f"{name} changes from {first:g} to {last:g}; structured selection needs one ratio")
+            if route.selection != "random" and first != last:
+                raise UserError(
+                    f"{name} changes from {first:g} to {last:g}; selection={route.selection} needs one ratio"
+                )
             with user_mistakes(name):
                 check_route(route, first, route.grid)
     if guidance.on and guidance.weak_path:

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conditions import Condition
-from dit import Block, DiT, FinalLayer, LabelEmbedder, modulate, sincos_positions, weights_of
-from routing_blocks import block_tokens
+from dit import Block, Condition, DiT, FinalLayer, LabelEmbedder, block_tokens, modulate, sincos_positions, weights_of
 from routing_module import Route, Routing, Source, gather_tokens, num_kept, run_blocks, scatter_tokens
 
 DECODER = dict(decoder_hidden_size=512, decoder_depth=8, decoder_num_heads=16)  # at every published size

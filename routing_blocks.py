@@ -54,7 +54,7 @@ def check_route(route: Route, selection_ratio: float, grid: tuple[int, int] | No
     """Raises ValueError where the route's tokens cannot be selected at this ratio: by drawing them once."""
     rows, columns = grid or (4, 4)
     how = dict(generators=torch.Generator(), device="cpu", selection=route.selection, grid=grid)
-    draw_keep_ids(1, rows * columns, selection_ratio if grid or route.selection != "structured" else 0.0, **how)
+    draw_keep_ids(1, rows * columns, selection_ratio if grid or route.selection == "random" else 0.0, **how)
 
 
 def block_tokens(routes: Sequence[Route], routing: Routing | None, depth: int, num_tokens: int) -> list[int]:

@@ -7,6 +7,7 @@
 No parameters, torch alone. B batch, N tokens, K kept tokens, D width. Mistakes raise ValueError.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 # One generator, one for each row, a function (shape, device) -> numbers from [0, 1), or torch's own generator
 Source = torch.Generator | Sequence[torch.Generator] | Callable | None
+SELECTIONS = ("random", "structured", "rows", "columns", "cells")
+CELLS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)}  # tokens of a cell: its rows and columns
 
 
 @dataclass(frozen=True)
 class Route:
     """The fraction `selection_ratio`, in [0, 1), of the tokens bypasses blocks `start_layer_idx`..`end_layer_idx`,
-    inclusive; negative indices count from the end. selection: "random" or "structured" (`draw_keep_ids`)."""
+    inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`)."""
 
     selection_ratio: float
     start_layer_idx: int
@@ -36,7 +39,7 @@ class Routing:
     """Switches a network's routes on for one call, and holds the keep_ids that were `drawn` for each (None = all).
 
     selection_ratio: None = as in training: each route's own, and SPRINT's path drop; a number in [0, 1) overrides it.
-    generators: what both are drawn from. keep_ids: (B, K) int64, ascending, in place of a draw. drop_path: the span is
+    generators: what both are drawn from. keep_ids: (B, K) int64, as drawn, in place of a draw. drop_path: the span is
     skipped, and its output is the mask token everywhere (SPRINT's path-drop guidance)."""
 
     selection_ratio: float | None = None
@@ -102,12 +105,15 @@ def draw_keep_ids(
 ) -> torch.Tensor:  # fmt: skip
     """Which tokens are kept: (B, K) int64, ascending, uniform without replacement, drawn independently per row.
 
-    Ascending, because blocks may depend on the order of tokens (state space, causal). selection: "random", or
-    "structured" = equally many from each cell of the token grid (`cell_of`). Raises ValueError where that cannot be.
+    Ascending, because blocks may depend on the order of tokens (state space, causal). selection: "random";
+    "structured" = equally many from each cell of the token grid (`cell_of`); "rows" or "columns" = whole ones; "cells"
+    = one of each cell of CELLS, in the order of the cells instead. Raises ValueError where that cannot be.
     """
     kept, side = num_kept(num_tokens, selection_ratio), None
-    if selection not in ("random", "structured"):
-        raise ValueError(f"selection={selection}; needed: random or structured")
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection={selection}; needed: {', '.join(SELECTIONS[:-1])} or {SELECTIONS[-1]}")
+    if selection in ("rows", "columns", "cells"):
+        check_whole(num_tokens, selection_ratio, selection, grid)
     if selection == "structured" and kept < num_tokens:
         side, columns, kept = cell_of(num_tokens, selection_ratio, grid)
     if callable(generators):
@@ -117,6 +123,8 @@ def draw_keep_ids(
     else:
         scores = torch.rand(batch_size, num_tokens, generator=generators, device=getattr(generators, "device", device))
     scores = scores.to(device or scores.device, non_blocking=True)  # (B, N)
+    if selection in ("rows", "columns", "cells"):
+        return keep_whole(scores, kept, selection, grid or square(num_tokens))
     if side is None:
         return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
     ids = torch.arange(num_tokens, device=scores.device).view(-1, side, columns // side, side)
@@ -128,7 +136,7 @@ def draw_keep_ids(
 def cell_of(num_tokens: int, selection_ratio: float, grid: tuple[int, int] | None = None) -> tuple[int, int, int]:
     """(side of a cell, columns of the grid, tokens kept in each cell), for the smallest cell that keeps a whole number:
     2 x 2 at ratios of 0.25, 0.5 and 0.75, 4 x 4 at other sixteenths. Raises ValueError where there is none."""
-    rows, columns = grid or (int(num_tokens**0.5),) * 2
+    rows, columns = grid or square(num_tokens)
     sides = [side for side in (2, 4) if rows % side == columns % side == 0 and rows * columns == num_tokens]
     if not sides:
         found = f"no cell of 2 x 2 or 4 x 4 divides this grid of {num_tokens} tokens, {columns} in a row"
@@ -139,6 +147,40 @@ def cell_of(num_tokens: int, selection_ratio: float, grid: tuple[int, int] | Non
     below = min(int(side**2 * selection_ratio), side**2 - 2) / side**2
     near = f"the nearest ratios that do: {below:g} and {below + side**-2:g}"
     raise ValueError(f"selection_ratio {selection_ratio:g} keeps no whole number of a cell's {side**2} tokens; {near}")
+
+
+def check_whole(num_tokens: int, selection_ratio: float, selection: str, grid: tuple[int, int] | None = None) -> None:
+    """Raises ValueError where a ratio keeps no whole rows or columns, or not one token of each cell."""
+    (rows, columns), kept = grid or square(num_tokens), num_kept(num_tokens, selection_ratio)
+    if rows * columns != num_tokens:
+        raise ValueError(f"selection={selection} needs a grid of tokens; found {num_tokens} of {rows} x {columns}")
+    lines = rows if selection == "rows" else columns
+    ratios = [math.ceil(1e4 * n / lines) / 1e4 for n in range(lines)]  # rounded up, as num_kept rounds down
+    if selection == "cells":
+        ratios = [1 - 1 / n for n, (high, wide) in CELLS.items() if rows % high == columns % wide == 0]
+    if kept not in [num_kept(num_tokens, ratio) for ratio in ratios]:
+        near = sorted(sorted(ratios, key=lambda ratio: abs(ratio - selection_ratio))[:2])
+        what = "one token of each cell" if selection == "cells" else f"whole {selection}"
+        found = f"selection_ratio {selection_ratio:g} keeps {kept} of {rows} x {columns} tokens, not {what}"
+        raise ValueError(f"{found}; the nearest ratios that do: {' and '.join(f'{ratio:g}' for ratio in near)}")
+
+
+def keep_whole(scores: torch.Tensor, kept: int, selection: str, grid: tuple[int, int]) -> torch.Tensor:
+    """keep_ids (B, K) of whole rows or columns, ascending, or of one token per cell, by scores (B, N)."""
+    ids = torch.arange(math.prod(grid), device=scores.device).view(grid)
+    if selection == "cells":
+        high, wide = CELLS[ids.numel() // kept]
+        cells = ids.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).transpose(1, 2).flatten(0, 1).flatten(1)
+        best = scores[:, cells].argmax(dim=2, keepdim=True)  # (B, cells, 1)
+        return cells.expand(len(scores), -1, -1).gather(2, best).squeeze(2)
+    lines = ids if selection == "rows" else ids.T
+    chosen = scores[:, : len(lines)].topk(kept // lines.shape[1], dim=1).indices.sort(dim=1).values
+    whole = lines[chosen]  # (B, lines kept, tokens of a line)
+    return (whole if selection == "rows" else whole.mT).flatten(1)
+
+
+def square(num_tokens: int) -> tuple[int, int]:
+    return (math.isqrt(num_tokens),) * 2
 
 
 def gather_tokens(x: torch.Tensor, keep_ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ guidance: DiT-B/2 with random weights, at batch 4 in fp32; other ratios: eval.ga
 Classifier-free guidance runs both branches in one batch, sparse guidance in two.
 
 growth: multiply-adds, and the memory of a step beyond its state, as cost.py counts them: around DiT-B/2 in bf16, on 256
-tokens, at micro-batch 32, with one quantity changed at a time. Prints the slopes on logarithmic axes, and draws them.
+tokens, at micro-batch 32, with one quantity changed at a time, the tokens for other mixers too. Prints the slopes on
+logarithmic axes, and draws them.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_selec
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
 BASE = ["data=imagenet256", "model=tread", "model.size=DiT-B/2"]  # of guidance and growth
 VARIED = {  # quantity: (its values, the overrides that set one)
-    "tokens": ([64, 256, 1024, 4096], lambda n: [f"data.input_size={2 * math.isqrt(n)}"]),
+    "tokens": (TOKENS := [64, 256, 1024, 4096], lambda n: [f"data.input_size={2 * math.isqrt(n)}"]),
     "width": ([384, 768, 1152, 1536], lambda d: [f"model.hidden_size={d}", f"model.num_heads={d // 64}"]),
     "depth": ([8, 12, 24, 48], lambda n: [f"model.depth={n}"]),
     "micro-batch": ([8, 16, 32, 64], lambda n: [f"train.global_batch_size={n}"]),
@@ -84,6 +85,11 @@ VARIED = {  # quantity: (its values, the overrides that set one)
         lambda kept: [f"model.routes=[{{selection_ratio:{1 - kept},start_layer_idx:2,end_layer_idx:-4}}]"],
     ),
 }
+for _mixer in ("pom", "linear", "ssd", "rwkv"):
+    VARIED[f"tokens of {_mixer}"] = (
+        TOKENS,
+        partial(lambda mixer, n: [f"model={mixer}", *VARIED["tokens"][1](n)], _mixer),
+    )
 
 
 # The plain step: a reference that keeps its own copy of what it needs of DiT

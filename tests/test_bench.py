@@ -94,8 +94,12 @@ def test_the_cost_of_guidance_is_counted_and_measured(monkeypatch, capsys):
     assert f"{2 * net.macs() / 1e9:.2f} GMACs" in said and "counted 0." in said and "measured" in said
 
 
-def test_growth_prints_a_slope_for_each_quantity(tmp_path, capsys):
+def test_growth_prints_a_slope_for_each_quantity(tmp_path, capsys, monkeypatch):
+    few = {name: ([64, 256], keys) for name, (_, keys) in bench.VARIED.items() if name.startswith("tokens of")}
+    monkeypatch.setattr(bench, "VARIED", bench.VARIED | few)
     bench.main(["growth", str(tmp_path / "growth.png")])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]]
     assert [row[0] for row in rows] == list(bench.VARIED) and (tmp_path / "growth.png").is_file()
-    assert {row[0]: row[2] for row in rows}["micro-batch"] == "1.00"  # work is proportional to the batch
+    slopes = {row[0]: row[2] for row in rows}
+    assert slopes["micro-batch"] == "1.00"  # work is proportional to the batch
+    assert [slopes[f"tokens of {mixer}"] for mixer in ("pom", "linear", "rwkv")] == ["0.99"] * 3

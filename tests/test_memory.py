@@ -65,7 +65,13 @@ def assert_counted(settings, dense=False, device="cpu"):
 
 
 FAST = ["", "train.gradient_checkpointing=true", "train.precision=bf16", "objective=ddpm train.micro_batch_size=4"]
-FAST += ["model=sprint train.global_batch_size=4", "model=maskdit", "model=lightningdit_tread"]
+FAST += [
+    "model=sprint train.global_batch_size=4",
+    "model=maskdit",
+    "model=lightningdit_tread",
+    "model=ssd",
+    "model=rwkv",
+]
 FAST += [
     "optimizer=muon ema=power",
     "optimizer=muon train.global_batch_size=2",

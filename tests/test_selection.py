@@ -98,7 +98,7 @@ def test_what_no_cell_gives_is_refused_with_what_is_near(side, ratio, message):
 
 
 def test_an_unknown_selection_is_refused():
-    with pytest.raises(ValueError, match="selection=grid; needed: random or structured"):
+    with pytest.raises(ValueError, match="selection=grid; needed: random, structured, rows, columns or cells"):
         resolve_routes([Route(0.5, 1, 2, "grid")], 6)
     with pytest.raises(ValueError, match="selection_ratio, start_layer_idx and end_layer_idx"):
         resolve_routes([dict(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=2, select="random")], 6)
@@ -148,7 +148,7 @@ def test_sparse_guidance_by_a_structured_route_needs_ratios_it_has():
     with pytest.raises(UserError, match="nearest"):
         check_networks(Guidance(1.5, None, 0.2, 0.7, "same"), net, net)
     changing = Guidance(1.5, None, 0.25, 0.75, "same", gamma_weak_end=0.5)
-    with pytest.raises(UserError, match="gamma_weak changes from 0.75 to 0.5; structured selection needs one ratio"):
+    with pytest.raises(UserError, match="gamma_weak changes from 0.75 to 0.5; selection=structured needs one ratio"):
         check_networks(changing, net, net)
 
 
