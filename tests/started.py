@@ -2,7 +2,7 @@
 
 `run` and `Process` take a command of one Python process, [sys.executable, file or -m module or -c code, ...], as
 subprocess.run and Popen do. Nothing of this repository is imported before the fork, so a command may be that of another
-checkout. What libraries read from the environment as they are imported (OMP_NUM_THREADS, HF_HOME, CXX) is as in the tests:
+checkout. What libraries read from the environment on import (OMP_NUM_THREADS, HF_HOME, CXX) is as in the tests:
 commands that change it need a real start.
 """
 
