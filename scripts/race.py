@@ -68,6 +68,7 @@ class Race:
     metric: str = "fd_mnist"  # of metrics.json; lower is better
     cores: int = 1  # of each run
     save_every: int | None = None  # steps from one checkpoint to the next; None = keep_every
+    last: list[str] = dataclasses.field(default_factory=list)  # more overrides of `fid.py calc`, for the last step's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Command:
 
 
 def as_yaml(race: Race) -> str:
-    return OmegaConf.to_yaml(dataclasses.asdict(race))
+    rule = dataclasses.asdict(race)
+    return OmegaConf.to_yaml({key: value for key, value in rule.items() if value or key != "last"})
 
 
 def run_names(race: Race) -> dict[str, tuple[str, int]]:
@@ -148,7 +150,7 @@ def check(command: Command, race: Race) -> None:
         raise UserError(f"at_once={command.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
     for contestant in race.contestants:
         parse(Settings, cli.load_config("config", training_overrides(race, contestant)))
-        parse(Calc, cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant)]))
+        parse(Calc, cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant), *race.last]))
 
 
 def run(command: Command, race: Race, folder: Path) -> None:
@@ -255,14 +257,12 @@ def score(race: Race, contestant: str, run_folder: Path, scores: Path) -> None:
     """Scores every `keep_every`-th step and the last one, those that have no score yet."""
     done = {found["step"] for found in read_scores(scores)}
     saved = {step_of(path): path for path in complete_checkpoints(run_folder)}
-    wanted = {step for step in saved if step % race.keep_every == 0} | {max(saved)}
-    left = [saved[step] for step in sorted(wanted - done)]
-    if not left:
-        return
-    command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={','.join(map(str, left))}"]
-    command += [f"out={scores}", *scoring_overrides(race, contestant)]
-    if code := start(command, race.cores, run_folder).wait():
-        raise RuntimeError(f"the scores of {run_folder.name} ended with exit code {code}: {run_folder}.log")
+    before = {step for step in saved if step % race.keep_every == 0} - {max(saved)}
+    for part, steps, more in (("before", before, ()), ("last", {max(saved)}, race.last)):
+        if left := [str(saved[step]) for step in sorted(steps - done)]:
+            command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={','.join(left)}", f"out={scores / part}"]
+            if code := start([*command, *scoring_overrides(race, contestant), *more], race.cores, run_folder).wait():
+                raise RuntimeError(f"the scores of {run_folder.name} ended with exit code {code}: {run_folder}.log")
 
 
 def keep(run_folder: Path, scores: Path, record: Path) -> None:

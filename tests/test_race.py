@@ -194,3 +194,8 @@ def test_the_pages_quote_the_tests_of_the_records():
             assert any(f"{value:.{len(p) - 2}f}" == p for value in known), f"p = {p}: not in {sorted(names)}"
             found += 1
     assert found >= 10
+
+
+def test_the_last_step_is_scored_with_more_images(smoke):
+    for scores in smoke[0].glob("*/scores.jsonl"):
+        assert [(found["step"], found["n"]) for found in map(json.loads, scores.open())] == [(10, 50), (20, 60)]
