@@ -24,6 +24,14 @@ SHORT = {
     "fid.py calc": "steps=2 seeds=0-49",
     "bench.py": "model.depth=6 model.hidden_size=32 model.num_heads=2 train.compile=off",
 }
+LAUNCHERS = {
+    "python": [], "torchrun": ["-m", "torch.distributed.run"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+}  # fmt: skip
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+}
 
 
 def text_of(page: str) -> str:
@@ -62,11 +70,8 @@ def test_every_command_runs(tmp_path, digits):
     assert len(commands()) >= 10
     for command in commands():
         program, *arguments = shortened(command)
-        if program == "python":
-            done = started.run([sys.executable, *arguments], cwd=clone, env=environment, timeout=120)
-        else:
-            line = [program, *arguments]
-            done = subprocess.run(line, cwd=clone, env=environment, capture_output=True, text=True, timeout=120)
+        line = [sys.executable, *LAUNCHERS[program], *arguments]
+        done = started.run(line, cwd=clone, env=environment, timeout=120)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
