@@ -28,10 +28,6 @@ LAUNCHERS = {
     "python": [], "torchrun": ["-m", "torch.distributed.run"],
     "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
 }  # fmt: skip
-    "python": [],
-    "torchrun": ["-m", "torch.distributed.run"],
-    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
-}
 
 
 def text_of(page: str) -> str:
