@@ -34,7 +34,7 @@ from checkpoints.gallery import save_grid
 from checkpoints.generate import check_request, generate
 from checkpoints.load import Run, build_network
 from checkpoints.naming import run_name, sweep_name
-from checkpoints.resuming import find_resume, reserve_run_folder, resume
+from checkpoints.resuming import begin, find_resume, flat, lock_run_folder, resume
 from checkpoints.run_folder import START_AGAIN, is_complete, save
 from conditions import Condition
 from cost import cost_table, memory_table, out_of_memory
@@ -44,7 +44,7 @@ from evaluation.table import SCORES
 from randomness import BatchSlice, normal, seeded_generator
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
-from system.files import write_text_atomic
+from system.files import commit, write_text_atomic
 from system.launchers import own_process, set_determinism
 from system.processes import Preempted, agree, start_processes, together
 from system.settings import parse
@@ -60,7 +60,7 @@ from training.prepare import (
     settle_codec,
     settle_precision,
 )
-from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, PreemptionHandler
+from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Interrupted, PreemptionHandler
 from training.trackers import check_installed
 
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
@@ -97,48 +97,70 @@ def train(settings: Settings) -> int:
     plan, run_folder = batch_plan(settings, dist), Path(settings.results_dir) / settings.run_name
     if settings.train.dry_run:
         return dry_run(settle_precision(settings, dist), dist, plan)
-    resumed = find_resume(settings, run_folder)
-    settings = settle_precision(settings, dist, resumed)
-    loaded = open_data(settings, dist, plan)
+    processes = PreemptionHandler(dist, settings.train.max_hours)
+    with contextlib.closing(processes), contextlib.ExitStack() as locks:
+        try:
+            if dist.is_main_process and run_folder.is_dir():
+                locks.enter_context(lock_run_folder(run_folder))
+            dist.wait_for_everyone()
+            resumed = find_resume(settings, run_folder)
+            return start(settle_precision(settings, dist, resumed), processes, plan, run_folder, resumed, locks)
+        except Interrupted:
+            print(f"stopped by {processes.reason} before the first step was over: the same command starts again")
+            if dist.is_main_process and run_folder.is_dir():
+                write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} before the first step was over\n")
+            return EXIT_START_AGAIN
+
+
+def start(
+    settings: Settings, processes: PreemptionHandler, plan: data.BatchPlan, run_folder: Path, resumed: Path | None,
+    locks: contextlib.ExitStack,
+) -> int:  # fmt: skip
+    """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
+    dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
     settings = settle_codec(settings, loaded.train)
-    agree({
-        "run_name": settings.run_name, "train.precision": settings.train.precision,
-        "the checkpoint to resume from": resumed and resumed.name, "the data's fingerprint": loaded.train.fingerprint,
-    })  # fmt: skip
+    chosen = {"the checkpoint to resume from": resumed and resumed.name}
+    agree(flat(settings) | chosen | {"the data's fingerprint": loaded.train.fingerprint})
+    agree({"torch": torch.__version__, "commit": commit(), "device": dist.device.type}, settings.train.deterministic)
     state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
+    state.ema.preemption = processes
     check_sampling(settings, state.ema)
     if settings.eval.every or settings.preview.every and dist.is_main_process:
         state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.train.fingerprint)
-    lock = reserve_run_folder(run_folder, settings, state.step) if dist.is_main_process else contextlib.nullcontext()
-    processes = state.ema.preemption = PreemptionHandler(dist, settings.train.max_hours)
-    with lock, contextlib.closing(processes):
-        dist.wait_for_everyone()
-        torch.compiler.reset()  # a sweep trains several models in one process
-        compiled, why_not = decide_compile(settings.train.compile, dist.device)
-        if dist.num_processes > 1:
-            state.net = wrap(state)
-        compile_blocks(state.model.all_blocks, compiled)
-        compile_blocks(state.ema.model.all_blocks, compiled, dynamic=True)
-        state.ema.compile = compiled
-        log = Log(settings, run_folder, state.step, dist)
-        log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
-        if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
-            data.latents.warn(warning)
-        try:
-            return run_steps(settings, processes, loaded, state, run_folder, log)
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                limit = torch.cuda.get_device_properties(dist.device).total_memory
-                rows = plan.micro_batch_size * plan.accumulation
-                error = UserError(out_of_memory(settings, plan.micro_batch_size, rows, limit, plan.world_size))
-            if dist.num_processes == 1:
-                raise error
-            if processes.alone:  # the launcher is gone, and process 0 has saved
-                os._exit(EXIT_START_AGAIN)
-            cli.leave(error)
+    if dist.is_main_process:
+        if not run_folder.is_dir():  # nothing is written where something above is refused
+            run_folder.mkdir(parents=True)
+            locks.enter_context(lock_run_folder(run_folder))
+        begin(run_folder, settings, state.step)
+    dist.wait_for_everyone()
+    torch.compiler.reset()  # a sweep trains several models in one process
+    compiled, why_not = decide_compile(settings.train.compile, dist.device)
+    if dist.num_processes > 1:
+        state.net = wrap(state)
+    compile_blocks(state.model.all_blocks, compiled)
+    compile_blocks(state.ema.model.all_blocks, compiled, dynamic=True)
+    state.ema.compile = compiled
+    log = Log(settings, run_folder, state.step, dist)
+    log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
+    if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
+        data.latents.warn(warning)
+    try:
+        return run_steps(settings, processes, loaded, state, run_folder, log)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            limit = torch.cuda.get_device_properties(dist.device).total_memory
+            rows = plan.micro_batch_size * plan.accumulation
+            error = UserError(out_of_memory(settings, plan.micro_batch_size, rows, limit, plan.world_size))
+        elif isinstance(error, RuntimeError):
+            error = data.loader_died(error, settings.data.num_workers) or error
+        if dist.num_processes == 1:
+            raise error
+        if processes.alone:  # the launcher is gone, and process 0 has saved
+            os._exit(EXIT_START_AGAIN)
+        cli.leave(error)
 
 
 def check_sampling(settings: Settings, ema: Run) -> None:
@@ -181,9 +203,7 @@ def run_steps(
             check_replicas(state.model, state.step, dist)
         if trained and save_due:
             with log.pause(), nullcontext() if alone else together():
-                if dist.is_main_process and not is_complete(run_folder, state.step):
-                    fingerprint = loaded.train.fingerprint
-                    save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
+                save_state(settings, loaded, state, run_folder, dist)
         if state.step and not stop:
             try:
                 between_steps(settings, processes, loaded, state, run_folder, log)
@@ -193,7 +213,13 @@ def run_steps(
         if last:
             break
         state.step += 1
-        loss, grad_norm = train_step(settings, loaded, state, batches)
+        try:
+            loss, grad_norm = train_step(settings, loaded, state, batches)
+        except UserError:  # damaged data, or a loader process that died: nothing is updated yet
+            state.step -= 1
+            if trained:
+                save_state(settings, loaded, state, run_folder, dist)
+            raise
         update_averages(state.averages, state.model, state.step, cfg.ema_decay, cfg.ema_ramp)
         log.add(loss)
     if stop:
@@ -202,6 +228,15 @@ def run_steps(
     log.close(f"{run_folder}: trained to step {state.step}{past}")
     dist.wait_for_everyone()
     return 0
+
+
+def save_state(
+    settings: Settings, loaded: TrainingData, state: TrainState, run_folder: Path, dist: PartialState
+) -> None:
+    """The checkpoint of the present step, unless it is there."""
+    if dist.is_main_process and not is_complete(run_folder, state.step):
+        fingerprint = loaded.train.fingerprint
+        save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
 
 
 def train_step(
@@ -260,7 +295,7 @@ def between_steps(
         return bool(interval) and (every(interval, step) or at_end) and not log.has(step, name)
 
     if due(settings.train.val_every, "val/"):
-        with log.pause():
+        with log.pause(), log.survive("validation"), together():
             log.write(step, validation_losses(settings, processes, loaded, state))
     if due(settings.eval.every, "eval/"):
         with log.pause(), log.survive("evaluation"), together():
@@ -333,11 +368,11 @@ def end_early(processes: PreemptionHandler, step: int, run_folder: Path, log: Lo
 @torch.no_grad()
 def check_replicas(model: nn.Module, step: int, dist: PartialState) -> None:
     """Raises UserError where the processes' weights differ in any bit."""
-    own = torch.stack([p.view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])  # (parameters,)
-    first = own.clone()
-    torch.distributed.broadcast(first, 0)
-    differs = torch.zeros(dist.num_processes, device=own.device)
-    differs[dist.process_index] = (own != first).any()
+    differs = torch.zeros(dist.num_processes, device=dist.device)
+    for own in model.parameters():
+        first = own.clone()
+        torch.distributed.broadcast(first, 0)
+        differs[dist.process_index] += (own.view(torch.int32) != first.view(torch.int32)).any()
     torch.distributed.all_reduce(differs)
     ranks = differs.nonzero().flatten().tolist()
     if ranks:

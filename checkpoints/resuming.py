@@ -109,21 +109,23 @@ def resume(
     return step_of(path)
 
 
-def reserve_run_folder(run_folder: Path, settings: Settings, start_step: int) -> TextIO:
-    """Creates and locks the folder, sets aside what comes after `start_step`, and writes the resolved config.
+def lock_run_folder(run_folder: Path) -> TextIO:
+    """Locks a run's folder, before a checkpoint is chosen: a job that still saves would save newer ones meanwhile.
 
     Closing the returned file releases the lock. Raises UserError where another job holds it.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
     check_no_links(run_folder)
-    lock = reserve(run_folder)
+    return reserve(run_folder)
+
+
+def begin(run_folder: Path, settings: Settings, start_step: int) -> None:
+    """In a locked folder: sets aside what comes after `start_step`, and writes the resolved config."""
     folders.remove_temporaries(run_folder)
     (run_folder / folders.START_AGAIN).unlink(missing_ok=True)
     go_back(settings.resume, run_folder, start_step)
     write_text_atomic(run_folder / "config.yaml", to_yaml(settings))
     if (metrics := run_folder / "metrics.jsonl").exists():
         cut_log(metrics, start_step)
-    return lock
 
 
 def cut_log(metrics: Path, step: int) -> None:

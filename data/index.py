@@ -268,7 +268,7 @@ def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
 
 def _cache_paths(folder: Path, split: str) -> list[Path]:
     """Beside the shards, and in the user's cache folder under the path's hash; the first of them can be written."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tread"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tread"
     path_hash, split_hash = (hashlib.sha256(name.encode()).hexdigest() for name in (str(folder.resolve()), split))
     # Without the split's name: CompVis's loader takes every file with "train" in its name for a shard.
     beside, elsewhere = folder / f".{split_hash[:8]}.index.npz", user_cache / f"{path_hash[:16]}.{split}.index.npz"

@@ -10,6 +10,7 @@ the shards are sorted by class, while the disk can be read in whole runs, a wind
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,8 +69,15 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # for worker seeds, which are unused: the global stream is not advanced
     )
+
+
+def ignore_signals(worker: int) -> None:
+    """In a loader process: the process that trains answers those to a whole job, and needs batches until then."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Order:
@@ -160,13 +168,21 @@ class Loader(DataLoader):
             del batches  # ends the loader processes here, and not when the traceback is freed
 
     def _next(self, batches: Iterator) -> tuple | UserError | None:
-        """The next batch, None at the end. Raises UserError for a killed loader process, which shows in many ways."""
+        """The next batch, None at the end. Raises UserError for a killed loader process."""
         try:
             return next(batches, None)
         except (EOFError, ConnectionError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-                raise
-            raise UserError(
-                f"a loader process died ({error or type(error).__name__}), often for want of memory; "
-                f"needed: a smaller data.num_workers than {self.num_workers}, or the same command again"
-            ) from error
+            if died := loader_died(error, self.num_workers):
+                raise died from error
+            raise
+
+
+def loader_died(error: Exception, num_workers: int) -> UserError | None:
+    """What to say of a killed loader process, which shows in many ways: also by a RuntimeError wherever torch's handler
+    of SIGCHLD meets the main thread. None for other errors."""
+    if not isinstance(error, (EOFError, ConnectionError)) and "DataLoader worker (pid" not in str(error):
+        return None
+    return UserError(
+        f"a loader process died ({error or type(error).__name__}), often for want of memory; "
+        f"needed: a smaller data.num_workers than {num_workers}, or the same command again"
+    )

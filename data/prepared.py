@@ -5,6 +5,7 @@ fashion   Fashion-MNIST: 70,000 pictures of clothes, 10 classes, from its IDX fi
 idx       any other IDX files
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ MNIST_VAL_PER_CLASS, SHARD_SIZE = 50, {"mnist": 1500, "idx": 10_000}
 # Of Debian's package dataset-fashion-mnist, and where torchvision.datasets.FashionMNIST(root) puts the files.
 FASHION_FOLDERS = [
     Path("/usr/share/datasets/fashion-mnist"),
-    *(Path(root, "FashionMNIST/raw") for root in ("datasets", "data", Path.home() / "datasets", Path.home() / "data")),
+    *(Path(os.path.expanduser(root), "FashionMNIST/raw") for root in ("datasets", "data", "~/datasets", "~/data")),
 ]
 
 

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from system import UserError, printable
 from system.launchers import own_process
 from system.processes import claim_report, connection_lost, end_processes, roll_call
+from system.surroundings import settle_in
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -114,6 +115,7 @@ def user_errors() -> Iterator[None]:
 
     Every other exception is a bug, and keeps its traceback. Of several processes one reports it.
     """
+    settle_in()
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises its errors, instead of printing them and exiting 1
     try:

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -148,19 +150,20 @@ def once_per_machine(key: str, work: Callable[[], str], seconds: float) -> str:
     return found
 
 
-def agree(facts: dict[str, str]) -> None:
-    """Raises UserError, on all processes, where one of them found something else than the first."""
+def agree(facts: dict[str, Any], refuse: bool = True) -> None:
+    """Raises UserError, on all processes, where one of them found something else than the first; or says so once."""
     if not several():
         return
     found: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, facts)
     for rank, theirs in enumerate(found):
         for name, first in found[0].items():
-            if theirs[name] != first:
-                raise UserError(
-                    f"{name}: process 0 has {first}, process {rank} has {theirs[name]}; "
-                    f"needed: the same on all processes"
-                )
+            if theirs.get(name) != first:
+                differing = f"{name}: process 0 has {first}, process {rank} has {theirs.get(name)}"
+                if refuse:
+                    raise UserError(f"{differing}; needed: the same on all processes")
+                if is_main():
+                    print(f"warning: {differing}: bits may differ from those of equal processes", file=sys.stderr)
 
 
 def connection_lost(error: BaseException) -> bool:

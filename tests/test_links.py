@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoints.gallery import save_image
-from checkpoints.resuming import reserve_run_folder
+from checkpoints.resuming import lock_run_folder
 from checkpoints.run_folder import remove_temporaries, write_folder
 from data.index import _cache_paths
 from data.shards import open_latents
@@ -25,7 +25,6 @@ from system.files import (
     sha256_of,
     write_text_atomic,
 )
-from tests.made_runs import made_settings
 
 
 def enter(context):
@@ -88,7 +87,7 @@ def test_a_run_folder_with_a_link_is_refused(tmp_path, precious, tiny_overrides,
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(precious)
     with pytest.raises(UserError, match=f"{name} is a link"):
-        reserve_run_folder(tmp_path / "run", made_settings(tiny_overrides), 0)
+        lock_run_folder(tmp_path / "run")
 
 
 def test_a_linked_temporary_folder_of_a_checkpoint_goes_alone(tmp_path):

@@ -1,7 +1,8 @@
-"""Stopping early without losing a step: SIGTERM, SIGUSR1 (SLURM), SIGINT and max_hours.
+"""Stopping early without losing a step: SIGTERM, SIGUSR1 (SLURM), SIGINT, SIGHUP and max_hours.
 
 A signal to any process becomes "stop after step n", with the same n on every process: the first to see the signal
-writes n into the process group's key-value store, and all look it up after each step. This needs no collective.
+writes n into the process group's key-value store, and all look it up after each step. This needs no collective. Until
+the first step is over, which compiles, there is nothing to save, and a signal ends the process.
 """
 
 import os
@@ -21,20 +22,29 @@ KEY = "tread_stop_after_step"
 POLL_S = 0.2  # seconds between two looks into the store
 
 
+class Interrupted(BaseException):
+    """A signal before the first step was over. No Exception, of which a compiler or `together` would make another."""
+
+
 class PreemptionHandler:
-    """Turns signals and the time limit into an agreed last step. `close` restores the signal handlers."""
+    """Turns signals and the time limit into an agreed last step. `close` restores the signal handlers.
+
+    Raises Interrupted, wherever the process is, for signals before `stops_after` is first asked.
+    """
 
     def __init__(self, dist: PartialState, max_hours: float | None = None):
         self.dist, self.reason, self.announced = dist, None, False
         self.deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
         self.interrupted = None  # time of the first SIGINT
+        self.starting = True
         self.alone = False  # the launcher is gone, and nothing can be agreed on any more
         # The hosts of several GPUs may run ahead of one another, but never by more steps than this.
         self.ahead = 2 if dist.device.type == "cuda" else 0
         self.events: deque = deque()
         self.store = store() if several() else None
         self.step, self.polled = 0, 0.0  # the last step that is over, and when `poll` last looked
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP}
+        numbers -= {number for number in numbers if signal.getsignal(number) == signal.SIG_IGN}  # nohup
         self.before = {number: signal.signal(number, self.handle) for number in numbers}
 
     def handle(self, number: int, frame) -> None:
@@ -45,6 +55,9 @@ class PreemptionHandler:
             if now - self.interrupted > 1:
                 os._exit(EXIT_NOW)
         self.reason = self.reason or signal.Signals(number).name
+        if self.starting:
+            self.starting = False  # a second signal does not interrupt what the first one has begun
+            raise Interrupted
 
     def stops_after(self, step: int) -> bool:
         """As `should_stop`; where the launcher is gone, and with it the store that it held, True on process 0 alone."""
@@ -57,7 +70,7 @@ class PreemptionHandler:
 
     def should_stop(self, step: int) -> bool:
         """After step `step`, on every process: True on all of them after the same step."""
-        self.step = step
+        self.step, self.starting = step, False
         if self.dist.device.type == "cuda":  # waits for the step before the last: the host stays close to its GPU
             self.events.append(torch.cuda.Event())
             self.events[-1].record()
