@@ -9,6 +9,7 @@ Memory is that of one process in an uncompiled step, which is run on tensors wit
 import sys
 import weakref
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from checkpoints.load import build_network
 from contracts import Network, Objective, Routing, muon_matrices
 from system import cli
 from system.building import build
-from system.kernels import as_on_gpus
+from system.kernels import as_on_gpus, at_once
 from system.settings import parse
 
 BYTES_PER_PARAMETER = 20  # float32 weights, gradients, EMA and Adam's two moments
@@ -75,7 +76,7 @@ def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepM
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as made:
         net, objective = build_network(settings), build(settings.objective, Objective, "objective")
         state, update = count_update(net, settings, made)
-        update += ns_bytes * newton_schulz_numbers(net, processes) if settings.optimizer.name == "muon" else 0
+        update += ns_bytes * newton_schulz_numbers(net, processes, device) if settings.optimizer.name == "muon" else 0
     gradients = sum(p.nbytes for p in net.parameters() if p.requires_grad)
 
     @cache
@@ -110,11 +111,11 @@ def count_update(net: Network, settings: Settings, live: "LiveBytes") -> tuple[i
     return int(total[-1]), int(total.max() - total[-1])
 
 
-def newton_schulz_numbers(net: Network, processes: int) -> int:
+def newton_schulz_numbers(net: Network, processes: int, device: str) -> int:
     """What training/optimizer.py holds at once: matrices of one shape, before and after an iteration, and products."""
     own = sorted(muon_matrices(net), key=torch.Tensor.numel, reverse=True)[::processes]
     alike = Counter(tuple(sorted(p.shape)) for p in own).items()
-    return max(2 * n * rows * (rows + columns) for (rows, columns), n in alike)
+    return max(2 * min(n, at_once(r * c, device)) * r * (r + c) for (r, c), n in alike)
 
 
 def count_backward(net: Network, objective: Objective, dense: bool, bf16: bool, known: Iterable) -> np.ndarray:

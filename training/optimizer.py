@@ -12,6 +12,7 @@ from torch import nn
 
 from checkpoints.config import Optimizer
 from contracts import Network, muon_matrices
+from system.kernels import at_once, orthogonalize
 from system.processes import several
 
 
@@ -26,19 +27,6 @@ def adamw(parameters, settings: Optimizer, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameters, lr=lr, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay, fused=True
     )
-
-
-def orthogonalize(matrices: list[torch.Tensor], steps: int, dtype: torch.dtype) -> torch.Tensor:
-    """Jordan's quintic Newton-Schulz iteration, of matrices with rows <= columns in one chain -> (n, rows, columns).
-
-    Their singular values come to lie between about 0.7 and 1.2; their singular vectors stay.
-    """
-    x = torch.stack([matrix.to(dtype) for matrix in matrices])
-    x /= x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(steps):
-        gram = x @ x.mT  # (n, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -87,12 +75,17 @@ class MuonAdamW(torch.optim.Optimizer):
     def step_matrices(self, matrices: list[nn.Parameter]) -> None:
         """Adds the gradients, orthogonalized. Those of one shape, or its transpose, are multiplied together."""
         good, alike = (self.found_inf == 0).float(), defaultdict(list)
-        lr, dtype = self.param_groups[0]["lr"], torch.bfloat16 if self.settings.ns_precision == "bf16" else torch.float32
+        lr, dtype = (
+            self.param_groups[0]["lr"],
+            torch.bfloat16 if self.settings.ns_precision == "bf16" else torch.float32,
+        )
+        torch._foreach_mul_(matrices, 1 - lr * self.settings.weight_decay * good)  # by 1 in a bad step
         for p in matrices:
             alike[tuple(sorted(p.shape))].append(p)
-        torch._foreach_mul_(matrices, 1 - lr * self.settings.weight_decay * good)  # by 1 in a bad step
         for (rows, columns), group in alike.items():
-            wide = [p.grad if p.shape[0] == rows else p.grad.T for p in group]
             rate = -lr * 0.2 * columns**0.5 * good  # 0 in a bad step, and what it multiplies is finite
-            for p, update in zip(group, orthogonalize(wide, self.settings.ns_steps, dtype)):
-                p.addcmul_(update if p.shape[0] == rows else update.T, rate)
+            n = at_once(rows * columns, rate.device.type)
+            for some in (group[i : i + n] for i in range(0, len(group), n)):
+                wide = torch.stack([(p.grad if len(p) == rows else p.grad.T).to(dtype) for p in some])
+                for p, update in zip(some, orthogonalize(wide, self.settings.ns_steps)):
+                    p.addcmul_(update if len(p) == rows else update.T, rate)
