@@ -9,6 +9,7 @@ Memory is that of one process in an uncompiled step, which is run on tensors wit
 import sys
 import weakref
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from checkpoints.load import build_network
 from contracts import Network, Objective, Routing, muon_matrices
 from system import cli
 from system.building import build
-from system.kernels import as_on_gpus
+from system.kernels import as_on_gpus, at_once
 from system.settings import parse
 
 BYTES_PER_PARAMETER = 20  # float32 weights, gradients, EMA and Adam's two moments
@@ -70,10 +71,12 @@ class StepMemory(NamedTuple):
 
 def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepMemory:
     """Of an uncompiled step on "cuda" or "cpu". Both are counted on the CPU: CUDA would need a driver."""
-    bf16 = settings.train.precision in ("bf16", "auto" if device == "cuda" else "bf16")
+    fast = ("bf16", "auto" if device == "cuda" else "bf16")
+    bf16, ns_bytes = settings.train.precision in fast, 2 if settings.optimizer.ns_precision in fast else 4
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as made:
         net, objective = build_network(settings), build(settings.objective, Objective, "objective")
-        state, update = count_update(net, settings, processes, made)
+        state, update = count_update(net, settings, made)
+        update += ns_bytes * newton_schulz_numbers(net, processes, device) if settings.optimizer.name == "muon" else 0
     gradients = sum(p.nbytes for p in net.parameters() if p.requires_grad)
 
     @cache
@@ -92,22 +95,27 @@ def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepM
 
 
 @torch.no_grad()
-def count_update(net: Network, settings: Settings, processes: int, live: "LiveBytes") -> tuple[int, int]:
-    """Bytes between two steps, and those beyond them while optimizer and EMA work. `live` has counted the network."""
+def count_update(net: Network, settings: Settings, live: "LiveBytes") -> tuple[int, int]:
+    """Bytes between two steps, and those beyond them while AdamW and EMA work. `live` has counted the network."""
     parameters, averages = list(net.parameters()), 1 + len(settings.ema.widths or ())
     averaged = [p.clone() for p in parameters * averages]
-    matrices = muon_matrices(net) if settings.optimizer.name == "muon" else []
-    optimizers = [torch.optim.AdamW([p for p in parameters if p not in set(matrices)], fused=True)]
-    optimizers += [torch.optim.Muon(matrices, ns_steps=settings.optimizer.ns_steps)] if matrices else []
+    matrices = set(muon_matrices(net) if settings.optimizer.name == "muon" else ())
+    momenta = [torch.zeros_like(p) for p in matrices]  # noqa: F841 - alive until all is counted
+    optimizer = torch.optim.AdamW([p for p in parameters if p not in matrices], fused=True)
     for p in parameters:
         p.grad = torch.empty_like(p) if p.requires_grad else None
-    kept = sum(p.nbytes for p in matrices[::processes])  # by training/optimizer.py, in case the step is undone
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
     torch._foreach_lerp_(averaged, parameters * averages, 0.1)
     net.zero_grad()
     total = np.cumsum(live.events, axis=0) @ (1, COUNTED, 1)
-    return int(total[-1]), int(total.max() - total[-1]) + kept
+    return int(total[-1]), int(total.max() - total[-1])
+
+
+def newton_schulz_numbers(net: Network, processes: int, device: str) -> int:
+    """What training/optimizer.py holds at once: matrices of one shape, before and after an iteration, and products."""
+    own = sorted(muon_matrices(net), key=torch.Tensor.numel, reverse=True)[::processes]
+    alike = Counter(tuple(sorted(p.shape)) for p in own).items()
+    return max(2 * min(n, at_once(r * c, device)) * r * (r + c) for (r, c), n in alike)
 
 
 def count_backward(net: Network, objective: Objective, dense: bool, bf16: bool, known: Iterable) -> np.ndarray:

@@ -115,7 +115,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """momentum and the rest are Muon's."""
+    """momentum and the rest are Muon's. ns_precision: bf16 in files of before there was a choice."""
 
     name: Literal["adamw", "muon"] = "adamw"
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -124,6 +124,7 @@ class Optimizer:
     momentum: Share = 0.95
     nesterov: bool = True
     ns_steps: Annotated[int, at_least(1), at_most(99)] = 5
+    ns_precision: Precision = "bf16"
 
 
 @dataclass(frozen=True)

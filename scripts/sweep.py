@@ -35,7 +35,7 @@ from system.settings import parse
 from training.stopping import EXIT_START_AGAIN
 
 SLURM_JOB = "slurm_job"  # in the run folder: the id of the job that trains it
-CHOSEN_BY_MACHINE = (*HARMLESS, "train.precision", "train.compile")
+CHOSEN_BY_MACHINE = (*HARMLESS, "train.precision", "optimizer.ns_precision", "train.compile")
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

@@ -21,7 +21,7 @@ def decide_precision(wanted: str, device: torch.device) -> str:
     word that is neither.
     """
     if wanted == "auto":
-        wanted = launched_precision() or from_first(lambda: choose(device))
+        wanted = launched_precision() or choose_precision(device)
     if wanted not in ("bf16", "fp32"):
         raise UserError(f"precision {wanted!r}; needed: bf16 or fp32 (fp16 overflows in long runs and is not offered)")
     return wanted
@@ -35,14 +35,19 @@ def launched_precision() -> str | None:
     return "fp32" if "--mixed_precision" in launcher_arguments() else None
 
 
-def choose(device: torch.device) -> str:
+def choose_precision(device: torch.device, of: str = "precision") -> str:
+    """bf16 or fp32, as suits the first process's machine, and a line on it. All processes must call this."""
+    return from_first(lambda: choose(device, of))
+
+
+def choose(device: torch.device, of: str) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type != "cpu":
         return "fp32"
     chosen, reason = cpu_precision(cpu_flags(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
     if is_main():
-        print(f"precision  auto is {chosen}: {reason}")
+        print(f"{of:<10} auto is {chosen}: {reason}")
     return chosen
 
 

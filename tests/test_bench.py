@@ -69,7 +69,6 @@ def test_the_time_of_the_products_is_each_shapes_time_as_often_as_it_occurs(monk
     assert bench.product_seconds(counter.products, torch.device("cpu")) == 2 + 2 + 2 + 2 + 5
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 def test_the_cost_of_muon_is_printed():
     report = bench.bench(bench.load(*TINY, "optimizer=muon"), compare=False, rounds=2)
     assert report["optimizer"] == "muon" and report["kinds"]["ours routed"]["host_waits"] == 0

@@ -231,7 +231,6 @@ def test_resuming_and_checkpointing_change_no_bit(run, golden):
 
 
 @inside
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 def test_muon_takes_its_matrices_but_not_what_the_text_feeds(run):
     assert run("muon", "optimizer=muon", "train.max_steps=2", stop_after=1)[0] != 0
     code, folder = run("muon", "optimizer=muon", "train.max_steps=2")

@@ -89,7 +89,7 @@ def test_the_launchers_word_comes_first(monkeypatch, handed_on, flags, expected)
     if handed_on is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", handed_on)
     monkeypatch.setattr(precision, "launcher_arguments", lambda: flags)
-    monkeypatch.setattr(precision, "choose", lambda device: "bf16")
+    monkeypatch.setattr(precision, "choose", lambda device, of: "bf16")
     decide = lambda wanted="auto": precision.decide_precision(wanted, CPU)
     assert (decide(), decide("fp32"), decide("bf16")) == (expected, "fp32", "bf16")
     if handed_on == "bf16":

@@ -289,7 +289,6 @@ def test_sweeps_give_a_complete_run_a_job(settings):
     assert [f.name for f in folders] == ["model-dit", "model-tread"]
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 def test_muon_averages_and_contrasts_on_two_processes_are_those_of_one(settings):
     """Each process orthogonalizes half of the matrices; the weights are compared bit for bit after each step."""
     keys = ["optimizer=muon", "ema=power", "objective=rf", "objective.contrastive=0.05", "train.max_steps=12"]

@@ -228,18 +228,23 @@ def test_what_is_open_takes_nothing(root):
 # Runs
 
 
+MUONS = {"momentum", "nesterov", "ns_steps", "ns_precision"}
+
+
 def test_the_defaults_are_those_of_the_configs(composed, default):
     values = composed()
     for section in ("train", "ema", "preview", "eval", "hardware", "optimizer", "wandb"):
         cls = type(getattr(default, section))
         assert getattr(default, section) == cls(), section
-        assert set(values[section]) == set(asdict(cls())) - {"momentum", "nesterov", "ns_steps"}, section
+        assert set(values[section]) == set(asdict(cls())) - MUONS, section
     for field in fields(Settings):
         if field.name not in ("model", "data", "objective", "sampler"):
             assert getattr(default, field.name) == field.default, field.name
     assert set(values) == {field.name for field in fields(Settings)}
     muon = composed("optimizer=muon")["optimizer"]
-    assert parse(config.Optimizer, muon) == config.Optimizer("muon") and set(muon) == set(asdict(config.Optimizer()))
+    assert parse(config.Optimizer, muon) == config.Optimizer("muon", ns_precision="auto") and set(muon) == set(
+        asdict(config.Optimizer())
+    )
 
 
 EXPERIMENTS = sorted(p.stem for p in (cli.CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -263,8 +268,7 @@ def test_every_config_parses_and_comes_back_from_its_yaml(composed, overrides):
     text = to_yaml(settings)
     assert text.startswith("format: 1\n")
     assert from_file(read_yaml(text, "config.yaml"), "config.yaml") == settings
-    muon = {"momentum", "nesterov", "ns_steps"}
-    assert (muon <= set(yaml.safe_load(text)["optimizer"])) == (settings.optimizer.name == "muon")
+    assert (MUONS <= set(yaml.safe_load(text)["optimizer"])) == (settings.optimizer.name == "muon")
 
 
 def test_an_objective_and_a_data_set_bring_their_defaults(composed):

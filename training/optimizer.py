@@ -4,22 +4,22 @@ Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum b
 0.2 sqrt(max(rows, columns)) its update is as large as AdamW's (arXiv 2502.16982), so they share one learning rate.
 """
 
+from collections import defaultdict
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from checkpoints.config import Optimizer
 from contracts import Network, muon_matrices
-from system import UserError
+from system.kernels import at_once, orthogonalize
 from system.processes import several
 
 
 def make_optimizer(net: Network, settings: Optimizer, lr: float) -> torch.optim.Optimizer:
-    """The optimizer of a run; lr is the first step's. Raises UserError where this torch lacks it."""
+    """The optimizer of a run; lr is the first step's. Muon's settings.ns_precision is fp32 or bf16, no longer auto."""
     if settings.name == "adamw":
         return adamw(net.parameters(), settings, lr)
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}; or optimizer=adamw")
     return MuonAdamW(net, settings, lr)
 
 
@@ -30,7 +30,7 @@ def adamw(parameters, settings: Optimizer, lr: float) -> torch.optim.AdamW:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for the matrices of the blocks, fused AdamW for all other parameters.
+    """Muon, with Nesterov's momentum, for the matrices of the blocks, fused AdamW for all other parameters.
 
     Like fused AdamW, `step` divides the gradients by `grad_scale` and changes nothing where `found_inf` is 1, and the
     host waits for neither. Each process orthogonalizes some of the matrices and sends the others the new weights.
@@ -40,12 +40,8 @@ class MuonAdamW(torch.optim.Optimizer):
         matrices = muon_matrices(net)
         chosen = set(map(id, matrices))
         others = [p for p in net.parameters() if id(p) not in chosen]
-        self.muon = torch.optim.Muon(
-            matrices, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum, nesterov=settings.nesterov,
-            ns_steps=settings.ns_steps, adjust_lr_fn="match_rms_adamw",
-        )  # fmt: skip
-        self.adamw = adamw(others, settings, lr)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], defaults={})
+        self.settings, self.adamw = settings, adamw(others, settings, lr)
+        super().__init__([{"params": matrices, "lr": lr}, *self.adamw.param_groups], defaults={})
         for matrix in matrices:
             self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         self.grad_scale = torch.ones((), device=matrices[0].device)
@@ -56,25 +52,40 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        self.muon.state = self.adamw.state = self.state  # loading replaces the state and the groups
-        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]  # loading replaces both
         self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
         self.adamw.step()
-        self.step_matrices([p for p in self.param_groups[0]["params"] if p.grad is not None])
-
-    def step_matrices(self, matrices: list[nn.Parameter]) -> None:
-        bad, own = self.found_inf > 0, [p for p in matrices if self.owner[p] == self.rank]
-        torch._foreach_div_([p.grad for p in matrices], self.grad_scale)
-        for p in matrices:
-            momentum = self.state[p]["momentum_buffer"]
-            torch.where(bad, momentum, p.grad, out=p.grad)  # which leaves the momentum as it is, to the bit
-            if self.owner[p] != self.rank:
-                momentum.lerp_(p.grad, 1 - self.param_groups[0]["momentum"])
-                p.grad = None  # Muon passes over it
-        before = [p.clone() for p in own]
-        self.muon.step()
-        for p, old in zip(own, before):
-            torch.where(bad, old, p, out=p)
+        matrices = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        self.average_gradients(matrices)
+        self.step_matrices([p for p in matrices if self.owner[p] == self.rank])
         if several():
             for work in [dist.broadcast(p, self.owner[p], async_op=True) for p in matrices]:
                 work.wait()
+
+    def average_gradients(self, matrices: list[nn.Parameter]) -> None:
+        """Updates the momenta, and puts what is to be orthogonalized into the gradients."""
+        bad, momentum = self.found_inf > 0, self.settings.momentum
+        gradients, averages = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
+        torch._foreach_div_(gradients, self.grad_scale)
+        for gradient, average in zip(gradients, averages):
+            torch.where(bad, average, gradient, out=gradient)  # which leaves the average as it is, to the bit
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, averages, momentum if self.settings.nesterov else 1.0)
+
+    def step_matrices(self, matrices: list[nn.Parameter]) -> None:
+        """Adds the gradients, orthogonalized. Those of one shape, or its transpose, are multiplied together."""
+        good, alike = (self.found_inf == 0).float(), defaultdict(list)
+        lr, dtype = (
+            self.param_groups[0]["lr"],
+            torch.bfloat16 if self.settings.ns_precision == "bf16" else torch.float32,
+        )
+        torch._foreach_mul_(matrices, 1 - lr * self.settings.weight_decay * good)  # by 1 in a bad step
+        for p in matrices:
+            alike[tuple(sorted(p.shape))].append(p)
+        for (rows, columns), group in alike.items():
+            rate = -lr * 0.2 * columns**0.5 * good  # 0 in a bad step, and what it multiplies is finite
+            n = at_once(rows * columns, rate.device.type)
+            for some in (group[i : i + n] for i in range(0, len(group), n)):
+                wide = torch.stack([(p.grad if len(p) == rows else p.grad.T).to(dtype) for p in some])
+                for p, update in zip(some, orthogonalize(wide, self.settings.ns_steps)):
+                    p.addcmul_(update if len(p) == rows else update.T, rate)

@@ -17,7 +17,7 @@ from cost import cost_table, memory_table
 from data import BatchPlan
 from system import UserError, hub
 from system.building import build
-from system.precision import decide_precision, launched_precision
+from system.precision import choose_precision, decide_precision, launched_precision
 from system.settings import refuse_interpolations
 from training.ema import make_averages
 from training.guard import FiniteGuard
@@ -73,12 +73,20 @@ class TrainingData:
 
 
 def settle_precision(settings: Settings, dist: PartialState, resumed: Path | None = None) -> Settings:
-    """auto becomes bf16 or fp32, a resumed run's own where the launcher does not say. All processes must call this."""
-    wanted = settings.train.precision
-    if wanted == "auto" and resumed is not None and launched_precision() is None:
-        wanted = read_config(resumed).train.precision
+    """auto becomes bf16 or fp32, a resumed run's own; of train.precision, first what the launcher says.
+
+    All processes must call this.
+    """
+    wanted, of_muon = settings.train.precision, settings.optimizer.ns_precision
+    kept = None if resumed is None else read_config(resumed)
+    if wanted == "auto" and kept is not None and launched_precision() is None:
+        wanted = kept.train.precision
+    if of_muon == "auto":
+        of_muon = choose_precision(dist.device, "Muon") if kept is None else kept.optimizer.ns_precision
     train = replace(settings.train, precision=decide_precision(wanted, dist.device))
-    return replace(settings, train=train, eval=replace(settings.eval, precision="auto"))  # which follows train's
+    optimizer = replace(settings.optimizer, ns_precision=of_muon)
+    evaluation = replace(settings.eval, precision="auto")  # which follows train's
+    return replace(settings, train=train, optimizer=optimizer, eval=evaluation)
 
 
 def batch_plan(settings: Settings, dist: PartialState) -> BatchPlan:
