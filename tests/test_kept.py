@@ -1,11 +1,18 @@
 """What interrupted work leaves behind: used only where it is whole, and removed where nothing needs it."""
 
+import errno
+import os
+
+import numpy as np
 import pytest
 import torch
 
 from checkpoints.run_folder import MANIFEST, prune_checkpoints
+from data.index import refuse_low_limit
+from data.latents import Latents
 from evaluation.features import Features
 from evaluation.score import is_whole_part, read_part, write_part
+from system import UserError
 
 
 @pytest.mark.parametrize(
@@ -39,3 +46,24 @@ def test_damaged_parts_of_a_scoring_are_made_again(tmp_path, damage):
     assert is_whole_part(path) and torch.equal(read_part(path, torch.device("cpu")).pool, rows)
     path.write_bytes(damage(path.read_bytes()))
     assert not is_whole_part(path)
+
+
+def test_a_low_limit_of_open_files_closes_others_and_is_no_damage(tmp_path, monkeypatch):
+    for shard in "abc":
+        (tmp_path / shard).write_bytes(shard.encode())
+    latents = object.__new__(Latents)
+    latents.folder, latents._files = tmp_path, {}
+    latents._index = type("Shards", (), {"shards": ["a", "b", "c"]})
+    usual = os.open
+
+    def open_two(path, flags):
+        if len(latents._files) >= 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return usual(path, flags)
+
+    monkeypatch.setattr(os, "open", open_two)
+    read = [os.pread(latents._file(shard), 1, 0) for shard in np.array([0, 1, 2, 0, 1])]
+    assert read == [b"a", b"b", b"c", b"a", b"b"]
+    refuse_low_limit(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(UserError, match="ulimit -n"):
+        refuse_low_limit(OSError(errno.EMFILE, "Too many open files"))
