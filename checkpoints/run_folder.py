@@ -180,7 +180,13 @@ def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) 
 
     Power averages stay, as snapshots in float16. A checkpoint whose snapshot cannot be written stays whole.
     """
-    for path in complete_checkpoints(run_folder)[:-keep_last]:
+    complete = complete_checkpoints(run_folder)
+    oldest = step_of(complete[-keep_last:][0]) if complete else 0
+    for path in {*(run_folder / "checkpoints").glob("step_*")} - {*complete}:  # what a killed deletion left
+        older = STEP_NAME.fullmatch(path.name) and step_of(path) < oldest
+        if older and not (keep_every and step_of(path) % keep_every == 0):
+            remove(path)
+    for path in complete[:-keep_last]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
         try:  # 4 bytes a parameter of the checkpoint's 24

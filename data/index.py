@@ -33,6 +33,7 @@ from system.limits import MEMBER_BYTES
 from system.settings import Check, Positive, between
 
 DTYPES = ("float16", "float32")
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
 PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
 # A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
@@ -140,6 +141,7 @@ def validate_shard(
                 return entries, faults
             break
         except OSError as error:
+            refuse_low_limit(error)
             if attempt == 2:
                 return [], [error.strerror]
     if before is not None and before.dtype == entries.dtype and len(before) == len(entries):
@@ -148,6 +150,12 @@ def validate_shard(
             return entries[~changed], [f"{describe_sample(path, at)} has changed" for at in entries["offset"][changed]]
     counts = "" if len(entries) == described["n"] else f": {len(entries)} samples, needed {described['n']}"
     return [], [f"its sha256 is not the one in meta.json{counts}"]
+
+
+def refuse_low_limit(error: OSError) -> None:
+    """Raises UserError where the system, not the data, is at fault: on_error=skip would leave out sound samples."""
+    if error.errno in NO_MORE_FILES:
+        raise UserError(f"{error.strerror}: no shard can be opened; needed: a higher limit, such as `ulimit -n 4096`")
 
 
 def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:

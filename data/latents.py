@@ -17,7 +17,7 @@ import torch
 from conditions import Condition, Text
 from data.archives import sample_key
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
-from data.index import Index, describe_sample
+from data.index import NO_MORE_FILES, Index, describe_sample, refuse_low_limit
 from randomness import Generators, seeded_generator
 from system import UserError, printable
 
@@ -140,6 +140,7 @@ class Latents:
             try:
                 count = os.preadv(self._file(shard), [numbers], int(start))
             except OSError as error:
+                refuse_low_limit(error)
                 return f"{self._index.shards[shard]}: {error.strerror}"
             if count < len(numbers) or zlib.crc32(numbers) != crc:
                 what = "is cut off" if count < len(numbers) else "has changed since it was indexed"
@@ -155,7 +156,14 @@ class Latents:
         if shard not in self._files:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.folder / self._index.shards[shard], os.O_RDONLY)
+            try:
+                self._files[shard] = os.open(self.folder / self._index.shards[shard], os.O_RDONLY)
+            except OSError as error:
+                if error.errno not in NO_MORE_FILES or not self._files:
+                    raise
+                while self._files:  # a low `ulimit -n` leaves room for fewer
+                    os.close(self._files.popitem()[1])
+                return self._file(shard)
         return self._files[shard]
 
     def __getstate__(self) -> dict:

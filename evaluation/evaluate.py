@@ -16,7 +16,16 @@ from checkpoints.naming import settings_name
 from conditions import Condition
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
-from evaluation.score import describe_scoring, distance_name, read_part, score, shard_range, with_progress, write_part
+from evaluation.score import (
+    describe_scoring,
+    distance_name,
+    is_whole_part,
+    read_part,
+    score,
+    shard_range,
+    with_progress,
+    write_part,
+)  # fmt: skip
 from system import UserError
 from system.processes import start_processes
 
@@ -84,7 +93,7 @@ def generate_features(
     seeds, size = settings.all_seeds, settings.batch_size
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     files = [parts and parts / f"{batch.start:07d}-{batch.stop:07d}.safetensors" for batch in batches]
-    there = [bool(file) and file.is_file() for file in files]
+    there = [bool(file) and is_whole_part(file) for file in files]
     chosen = [i for batch, made in zip(batches, there) if not made for i in batch]
     some = conditions.rows(condition, chosen)
     images = generate(run, settings, [seeds[i] for i in chosen], some, size, steps=settings.steps)

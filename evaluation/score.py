@@ -4,6 +4,7 @@ On several processes each takes one block of the images (`shard_range`), one mes
 process computes the scores.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from tqdm import tqdm
 
 from checkpoints.config import Metrics
@@ -146,15 +147,22 @@ def distance_name(extractor: Extractor, n: int) -> str:
 
 
 def write_part(path: Path, features: Features) -> None:
-    """Keeps one batch's features."""
+    """Keeps one batch's features: a safetensors file's bytes, then their sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = save({key: part.contiguous().cpu() for key, part in features._asdict().items() if part is not None})
     with atomic_file(path) as file:
-        file.write(save({key: part.contiguous().cpu() for key, part in features._asdict().items() if part is not None}))
+        file.write(kept + hashlib.sha256(kept).digest())
+
+
+def is_whole_part(path: Path) -> bool:
+    """Whether a part is there and as `write_part` wrote it; any other is made again."""
+    held = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(held[:-32]).digest() == held[-32:]
 
 
 def read_part(path: Path, device: torch.device) -> Features:
     """What `write_part` has kept."""
-    return Features(**load_file(path, str(device)))
+    return Features(**{key: part.to(device) for key, part in load(path.read_bytes()[:-32]).items()})
 
 
 def describe_scoring(extractor: Extractor, reference: Reference) -> dict:
