@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_tensors
 from system import UserError
