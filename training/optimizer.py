@@ -74,18 +74,18 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def step_matrices(self, matrices: list[nn.Parameter]) -> None:
         """Adds the gradients, orthogonalized. Those of one shape, or its transpose, are multiplied together."""
-        good, alike = (self.found_inf == 0).float(), defaultdict(list)
-        lr, dtype = (
-            self.param_groups[0]["lr"],
-            torch.bfloat16 if self.settings.ns_precision == "bf16" else torch.float32,
-        )
+        good, alike, lr = (self.found_inf == 0).float(), defaultdict(list), self.param_groups[0]["lr"]
         torch._foreach_mul_(matrices, 1 - lr * self.settings.weight_decay * good)  # by 1 in a bad step
         for p in matrices:
             alike[tuple(sorted(p.shape))].append(p)
         for (rows, columns), group in alike.items():
             rate = -lr * 0.2 * columns**0.5 * good  # 0 in a bad step, and what it multiplies is finite
             n = at_once(rows * columns, rate.device.type)
-            for some in (group[i : i + n] for i in range(0, len(group), n)):
-                wide = torch.stack([(p.grad if len(p) == rows else p.grad.T).to(dtype) for p in some])
-                for p, update in zip(some, orthogonalize(wide, self.settings.ns_steps)):
-                    p.addcmul_(update if len(p) == rows else update.T, rate)
+            for i in range(0, len(group), n):
+                self.add_updates(group[i : i + n], rows, rate)
+
+    def add_updates(self, matrices: list[nn.Parameter], rows: int, rate: torch.Tensor) -> None:
+        dtype = torch.bfloat16 if self.settings.ns_precision == "bf16" else torch.float32
+        wide = torch.stack([(p.grad if len(p) == rows else p.grad.T).to(dtype) for p in matrices])
+        for p, update in zip(matrices, orthogonalize(wide, self.settings.ns_steps)):
+            p.addcmul_(update if len(p) == rows else update.T, rate)
