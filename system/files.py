@@ -134,10 +134,16 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or a folder's names, to disk: what a rename shows is then what a power cut leaves."""
+    """Flushes a file, or a folder's names, to disk: what a rename shows is then what a power cut leaves.
+
+    Some network file systems cannot do it with folders, and need not.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,6 @@
 """No work is lost to a run's surroundings: standard output, locale, home, signals, damage under way."""
 
+import errno
 import os
 import select
 import signal
@@ -143,3 +144,21 @@ def test_a_validation_that_fails_is_survived(run, monkeypatch, capsys):
     monkeypatch.setattr(train, "validation_losses", fail)
     code, _ = run("blind", "train.val_every=3")
     assert code == 0 and "validation failed" in "".join(capsys.readouterr())
+
+
+def test_folders_that_cannot_be_flushed(tmp_path, monkeypatch):
+    from system.files import atomic_file, sync
+
+    real = os.fsync
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_file(tmp_path / "a") as file:
+        file.write(b"whole")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument")))
+    with pytest.raises(OSError):
+        sync(tmp_path / "a")
