@@ -63,6 +63,7 @@ from training.prepare import (
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Interrupted, PreemptionHandler
 from training.trackers import check_installed
 
+PATHS = ("results_dir", "data.path", "data.source")  # which may differ between machines
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
 
 
@@ -107,7 +108,8 @@ def train(settings: Settings) -> int:
             return start(settle_precision(settings, dist, resumed), processes, plan, run_folder, resumed, locks)
         except Interrupted:
             print(f"stopped by {processes.reason} before the first step was over: the same command starts again")
-            if dist.is_main_process and run_folder.is_dir():
+            if dist.is_main_process:
+                run_folder.mkdir(parents=True, exist_ok=True)
                 write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} before the first step was over\n")
             return EXIT_START_AGAIN
 
@@ -120,7 +122,8 @@ def start(
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
     settings = settle_codec(settings, loaded.train)
     chosen = {"the checkpoint to resume from": resumed and resumed.name}
-    agree(flat(settings) | chosen | {"the data's fingerprint": loaded.train.fingerprint})
+    same = {key: value for key, value in flat(settings).items() if key not in PATHS}
+    agree(chosen | {"the data's fingerprint": loaded.train.fingerprint} | same)
     agree({"torch": torch.__version__, "commit": commit(), "device": dist.device.type}, settings.train.deterministic)
     state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)

@@ -1,6 +1,6 @@
 """Commands in processes that are forked from one which has imported torch: each saves its start, 4 seconds of CPU.
 
-`run` and `Process` take a command of one Python process, [sys.executable, file or -m module or -c code, ...], as
+`run` and `Process` take a command of one Python process, [sys.executable, file or -m module, ...], as
 subprocess.run and Popen do. Nothing of this repository is imported before the fork, so a command may be that of another
 checkout. What libraries read from the environment on import (OMP_NUM_THREADS, HF_HOME, CXX) is as in the tests:
 commands that change it need a real start.
@@ -141,10 +141,7 @@ if __name__ == "__main__":
     gc.freeze()  # what was imported is neither searched for garbage nor copied
     kind, *arguments = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.path[0] = os.getcwd() if kind.startswith("-") else str(Path(kind).resolve().parent)
-    if kind == "-c":
-        sys.argv = ["-c", *arguments[1:]]
-        exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
-    elif kind == "-m":
+    if kind == "-m":
         sys.argv = ["-m", *arguments[1:]]
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
