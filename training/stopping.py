@@ -2,7 +2,7 @@
 
 A signal to any process becomes "stop after step n", with the same n on every process: the first to see the signal
 writes n into the process group's key-value store, and all look it up after each step. This needs no collective. Until
-the first step is over, which compiles, there is nothing to save, and a signal ends the process.
+the first step is over, which compiles, there is nothing to save, and a signal ends a process that is alone.
 """
 
 import os
@@ -55,7 +55,7 @@ class PreemptionHandler:
             if now - self.interrupted > 1:
                 os._exit(EXIT_NOW)
         self.reason = self.reason or signal.Signals(number).name
-        if self.starting:
+        if self.starting and self.store is None:  # several processes agree on a step first
             self.starting = False  # a second signal does not interrupt what the first one has begun
             raise Interrupted
 
