@@ -44,7 +44,8 @@ class PreemptionHandler:
         self.store = store() if several() else None
         self.step, self.polled = 0, 0.0  # the last step that is over, and when `poll` last looked
         numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP}
-        numbers -= {number for number in numbers if signal.getsignal(number) == signal.SIG_IGN}  # nohup
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup; under SLURM SIGUSR1 is, too
+            numbers.discard(signal.SIGHUP)
         self.before = {number: signal.signal(number, self.handle) for number in numbers}
 
     def handle(self, number: int, frame) -> None:
