@@ -110,7 +110,7 @@ def test_a_sweep_that_is_killed_in_its_second_run_goes_on_with_it(run, tiny_over
 def wait_for(path, job):
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert job.poll() is None and time.monotonic() < deadline
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
         time.sleep(0.02)
 
 
