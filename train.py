@@ -106,11 +106,10 @@ def train(settings: Settings) -> int:
             dist.wait_for_everyone()
             resumed = find_resume(settings, run_folder)
             return start(settle_precision(settings, dist, resumed), processes, plan, run_folder, resumed, locks)
-        except Interrupted:
+        except Interrupted:  # of a process that is alone
             print(f"stopped by {processes.reason} before the first step was over: the same command starts again")
-            if dist.is_main_process:
-                run_folder.mkdir(parents=True, exist_ok=True)
-                write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} before the first step was over\n")
+            run_folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(run_folder / START_AGAIN, f"{processes.reason} before the first step was over\n")
             return EXIT_START_AGAIN
 
 
@@ -220,7 +219,7 @@ def run_steps(
             loss, grad_norm = train_step(settings, loaded, state, batches)
         except UserError:  # damaged data, or a loader process that died: nothing is updated yet
             state.step -= 1
-            if trained:
+            if trained and not (state.guard.mode == "stop" and state.guard.count):
                 save_state(settings, loaded, state, run_folder, dist)
             raise
         update_averages(state.averages, state.model, state.step, cfg.ema_decay, cfg.ema_ramp)

@@ -25,7 +25,7 @@ from evaluation.score import (
     shard_range,
     with_progress,
     write_part,
-)  # fmt: skip
+)
 from system import UserError
 from system.processes import start_processes
 

@@ -75,8 +75,15 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount")
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
 BASE = ["data=imagenet256", "model=tread", "model.size=DiT-B/2"]  # of guidance and growth
+TOKENS = [64, 256, 1024, 4096]
+
+
+def tokens_of(model: str, n: int) -> list[str]:
+    return [f"model={model}", f"data.input_size={2 * math.isqrt(n)}"]
+
+
 VARIED = {  # quantity: (its values, the overrides that set one)
-    "tokens": (TOKENS := [64, 256, 1024, 4096], lambda n: [f"data.input_size={2 * math.isqrt(n)}"]),
+    "tokens": (TOKENS, partial(tokens_of, "tread")),
     "width": ([384, 768, 1152, 1536], lambda d: [f"model.hidden_size={d}", f"model.num_heads={d // 64}"]),
     "depth": ([8, 12, 24, 48], lambda n: [f"model.depth={n}"]),
     "micro-batch": ([8, 16, 32, 64], lambda n: [f"train.global_batch_size={n}"]),
@@ -85,11 +92,8 @@ VARIED = {  # quantity: (its values, the overrides that set one)
         lambda kept: [f"model.routes=[{{selection_ratio:{1 - kept},start_layer_idx:2,end_layer_idx:-4}}]"],
     ),
 }
-for _mixer in ("pom", "linear", "ssd", "rwkv"):
-    VARIED[f"tokens of {_mixer}"] = (
-        TOKENS,
-        partial(lambda mixer, n: [f"model={mixer}", *VARIED["tokens"][1](n)], _mixer),
-    )
+MIXERS = ("pom", "linear", "ssd", "rwkv")
+VARIED |= {f"tokens of {mixer}": (TOKENS, partial(tokens_of, mixer)) for mixer in MIXERS}
 
 
 # The plain step: a reference that keeps its own copy of what it needs of DiT

@@ -157,9 +157,10 @@ def agree(facts: dict[str, Any], refuse: bool = True) -> None:
     found: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, facts)
     for rank, theirs in enumerate(found):
-        for name, first in found[0].items():
-            if theirs.get(name) != first:
-                differing = f"{name}: process 0 has {first}, process {rank} has {theirs.get(name)}"
+        for name in found[0] | theirs:
+            first, other = found[0].get(name), theirs.get(name)
+            if other != first:
+                differing = f"{name}: process 0 has {first}, process {rank} has {other}"
                 if refuse:
                     raise UserError(f"{differing}; needed: the same on all processes")
                 if is_main():

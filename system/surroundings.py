@@ -27,8 +27,8 @@ def settle_in() -> None:
     except (KeyError, OSError):  # a container's user, who is in no passwd
         os.environ["LOGNAME"] = f"user{os.getuid()}"
     home = os.path.expanduser("~")
-    if not os.access(home, os.W_OK):
-        os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="tread-cache-"))
+    if not os.access(home, os.W_OK) and "XDG_CACHE_HOME" not in os.environ:
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tread-cache-")
     if not os.path.isabs(home):  # nobody knows it
         os.environ["HOME"] = os.environ["XDG_CACHE_HOME"]
 

@@ -1,4 +1,4 @@
-"""What interrupted work leaves behind: used only where it is whole, and removed where nothing needs it."""
+"""Leftovers of interrupted work: parts of scores, half-deleted checkpoints; and a low limit of open files."""
 
 import errno
 import os

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from system import surroundings
 from tests import started
@@ -67,7 +68,7 @@ def test_without_a_home_a_name_a_locale_or_an_output(tmp_path, closed):
 
 
 class Dist:
-    device, is_main_process = __import__("torch").device("cpu"), True
+    device, is_main_process = torch.device("cpu"), True
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])

@@ -23,13 +23,13 @@ POLL_S = 0.2  # seconds between two looks into the store
 
 
 class Interrupted(BaseException):
-    """A signal before the first step was over. No Exception, of which a compiler or `together` would make another."""
+    """A signal to a lone process before its first step was over. No Exception: compilers would make another of it."""
 
 
 class PreemptionHandler:
     """Turns signals and the time limit into an agreed last step. `close` restores the signal handlers.
 
-    Raises Interrupted, wherever the process is, for signals before `stops_after` is first asked.
+    Raises Interrupted, wherever a lone process is, for signals before `stops_after` is first asked.
     """
 
     def __init__(self, dist: PartialState, max_hours: float | None = None):
