@@ -122,7 +122,7 @@ def start(
     settings = settle_codec(settings, loaded.train)
     chosen = {"the checkpoint to resume from": resumed and resumed.name}
     same = {key: value for key, value in flat(settings).items() if key not in PATHS}
-    agree(chosen | {"the data's fingerprint": loaded.train.fingerprint} | same)
+    agree(chosen | {f"the {name}'s fingerprint": found for name, found in loaded.fingerprints.items()} | same)
     agree({"torch": torch.__version__, "commit": commit(), "device": dist.device.type}, settings.train.deterministic)
     state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
@@ -131,7 +131,7 @@ def start(
     if settings.eval.every or settings.preview.every and dist.is_main_process:
         state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now
     if resumed is not None:
-        state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.train.fingerprint)
+        state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.fingerprints)
     if dist.is_main_process:
         if not run_folder.is_dir():  # nothing is written where something above is refused
             run_folder.mkdir(parents=True)
@@ -237,8 +237,7 @@ def save_state(
 ) -> None:
     """The checkpoint of the present step, unless it is there."""
     if dist.is_main_process and not is_complete(run_folder, state.step):
-        fingerprint = loaded.train.fingerprint
-        save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
+        save(run_folder, state.step, settings, state.modules, state.optimizer, loaded.fingerprints, loaded.kept)
 
 
 def train_step(

@@ -73,25 +73,27 @@ class Manifest:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """trainer_state.json; data: the fingerprint of what the run is trained on."""
+    """trainer_state.json; data and validation: the fingerprints of what the run is trained and validated on."""
 
     step: Count
     data: str
+    validation: str | None = None
 
 
 def save(
     run_folder: Path, step: int, settings: Settings, modules: dict[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer, fingerprint: str, kept: Condition = None,
+    optimizer: torch.optim.Optimizer, fingerprints: dict[str, str], kept: Condition = None,
 ) -> None:  # fmt: skip
     """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts.
 
-    modules: by file, "model", "ema" and averages. fingerprint: the data's. kept: texts to sample without the data.
+    modules: by file, "model", "ema" and averages. fingerprints: of the data, as in
+    `TrainerState`. kept: texts to sample without the data.
     """
     texts = {} if kept is None else {CONDITIONS_FILE: conditions.save(kept)}
     tensors = checkpoint_tensors(modules, optimizer) | texts
     for pause in (*PAUSES_S, None):
         try:
-            write_checkpoint(run_folder, step, tensors, {"data": fingerprint}, to_yaml(settings))
+            write_checkpoint(run_folder, step, tensors, fingerprints, to_yaml(settings))
             break
         except OSError as error:
             if pause is None:

@@ -10,6 +10,7 @@ interruption the same command resumes, to the same bytes as an undisturbed run. 
 
 import contextlib
 import hashlib
+import json
 import os
 import shlex
 import sys
@@ -73,7 +74,9 @@ def main(arguments: list[str]) -> None:
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
+    held = json.dumps([images.names, images.labels]).encode()  # a class folder renamed moves the labels of all
     recipe = {"images": os.path.realpath(path), "count": len(images), "vae": vae_sha256}
+    recipe["names_and_labels"] = hashlib.sha256(held).hexdigest()
     recipe = {key: value for key, value in asdict(cfg).items() if key not in UNRECORDED} | recipe
     reserve(folder, recipe)
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}

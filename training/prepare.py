@@ -67,6 +67,10 @@ class TrainingData:
     plan: BatchPlan
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.train.fingerprint, "validation": self.val.fingerprint}
+
+    @property
     def kept(self) -> Condition:
         """The texts that a run keeps; None = the condition is none, or classes, which need no keeping."""
         return self.val.conditions(KEPT) if self.val.condition == "text" else None
