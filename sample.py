@@ -45,7 +45,7 @@ class Sampling(Generation):
     ckpt: str | None = None
     seeds: Seeds = "0-19"
     labels: Literal["balanced", "random"] | Count = "balanced"
-    class_idx: Count | None = None
+    class_idx: Count | str | None = None
     compile: Literal["blocks", "off"] = "off"
     out: str | None = None
     npz: bool = False
@@ -89,6 +89,15 @@ def adjust(run: Run, settings: Any) -> None:
         run.pool = conditions.pool(run.model.null_condition, kept)
 
 
+def class_number(run: Run, name: str) -> int:
+    """The number of a class that the run's settings name. Raises UserError for other names."""
+    names = run.settings.data.classes or ()
+    if name not in names:
+        told = f"one of {', '.join(names)}"[:300] if names else f"a number: {run.checkpoint} names no classes"
+        raise UserError(f"class_idx={name}; needed: {told}")
+    return names.index(name)
+
+
 def settings_of(run: Run, settings: Sampling) -> dict:
     """Everything that an image depends on besides its seed."""
     given = {f"codec_{key}": value for key, value in asdict(settings.codec).items() if value is not None}
@@ -116,6 +125,8 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     adjust(run, settings)
     if settings.steps is not None:
         run.settings = replace(run.settings, sampler=run.settings.sampler | {"num_steps": settings.steps})
+    if isinstance(settings.class_idx, str):
+        settings = replace(settings, class_idx=class_number(run, settings.class_idx))
     if settings.class_idx is not None and (kind := conditions.kind_of(run.model.null_condition)) != "class":
         found = f"class_idx={settings.class_idx}, and the network takes {conditions.KINDS[kind]}"
         raise UserError(f"{found}; needed: labels=balanced, random or, of a text, its number")

@@ -57,7 +57,7 @@ from training.prepare import (
     build_state,
     describe,
     open_data,
-    settle_codec,
+    settle_data,
     settle_precision,
 )
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Interrupted, PreemptionHandler
@@ -119,7 +119,7 @@ def start(
 ) -> int:  # fmt: skip
     """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
-    settings = settle_codec(settings, loaded.train)
+    settings = settle_data(settings, loaded.train)
     chosen = {"the checkpoint to resume from": resumed and resumed.name}
     same = {key: value for key, value in flat(settings).items() if key not in PATHS}
     agree(chosen | {f"the {name}'s fingerprint": found for name, found in loaded.fingerprints.items()} | same)

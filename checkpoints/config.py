@@ -16,6 +16,7 @@ from system.settings import (
     Check,
     Count,
     Kind,
+    Names,
     PerChannel,
     Positive,
     above,
@@ -83,7 +84,8 @@ class Train:
 class Data:
     """input_size: of square latents, or their [height, width]. path: None = not given, and not needed by a dry run.
 
-    usual_codec: where neither codec nor meta.json says one.
+    classes: their names; None = those of meta.json, if it has any. usual_codec: where neither codec nor meta.json says
+    one.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Data:
     path: str | None = None
     condition: Literal["class", "text", "none"] = "class"
     num_classes: Positive | None = None
+    classes: Names | None = None
     text_width: Positive | None = None
     num_workers: Count = 0
     prepare: Literal["mnist", "fashion", "idx"] | None = None

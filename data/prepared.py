@@ -22,6 +22,7 @@ from system.files import locked, sha256_of
 
 MNIST_VAL_PER_CLASS, SHARD_SIZE = 50, {"mnist": 1500, "idx": 10_000}
 # Of Debian's package dataset-fashion-mnist, and where torchvision.datasets.FashionMNIST(root) puts the files.
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 FASHION_FOLDERS = [
     Path("/usr/share/datasets/fashion-mnist"),
     *(Path(os.path.expanduser(root), "FashionMNIST/raw") for root in ("datasets", "data", "~/datasets", "~/data")),
@@ -63,8 +64,10 @@ def prepare_mnist(folder: Path) -> None:
             _write(folder, "mnist", pixels.reshape(-1, 28, 28), labels, splits)
 
 
-def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
-    """The pictures of IDX files, the test split as val, both shuffled. source: as in find_idx.
+def prepare_idx(
+    folder: Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10, names: Sequence[str] = ()
+) -> None:
+    """The pictures of IDX files, the test split as val, both shuffled. source: as in find_idx. names: of the classes.
 
     Raises UserError, before anything is written, for files that are missing or damaged, pictures of another size,
     labels that are not below num_classes, and a folder of other shards.
@@ -92,7 +95,7 @@ def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28
         if not _is_intact(folder):
             images, labels = map(np.concatenate, zip(*parts))
             splits = dict(zip(pairs, np.split(np.arange(len(labels)), [len(parts[0][1])])))
-            _write(folder, "idx", images, labels, splits)
+            _write(folder, "idx", images, labels, splits, names)
 
 
 def prepare_fashion(path: str | Path, source: str | Path | None = None) -> None:
@@ -104,7 +107,7 @@ def prepare_fashion(path: str | Path, source: str | Path | None = None) -> None:
     if source is None:
         cure = "apt-get install dataset-fashion-mnist, or data.source=<the folder of its four IDX files>"
         raise UserError(f"Fashion-MNIST is not on this machine; needed: {cure}")
-    prepare_idx(folder, source)
+    prepare_idx(folder, source, names=FASHION)
 
 
 def _check_own(folder: Path) -> None:
@@ -125,8 +128,12 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def _write(folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray, splits: dict[str, np.ndarray]) -> None:
-    """pixels (N, h, w) in 0..255, labels (N,); splits: the numbers of each split's pictures, which are their keys."""
+def _write(
+    folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray, splits: dict[str, np.ndarray],
+    names: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """pixels (N, h, w) in 0..255, labels (N,); splits: the numbers of each split's pictures, which are their keys.
+    names: of the classes."""
     (folder / FILE_NAME).unlink(missing_ok=True)
     for split, chosen in splits.items():
         shuffled = chosen[torch.randperm(len(chosen), generator=seeded_generator(name, split)).numpy()]
@@ -134,4 +141,5 @@ def _write(folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray, spli
             shard = shuffled[start : start + SHARD_SIZE[name]]
             samples = ((f"{i:07d}", (pixels[i, None] / 127.5 - 1).astype(np.float16), labels[i]) for i in shard)
             write_shard(folder / shard_name(split, number), samples)
-    finalize(folder, LatentEncoding("sample_scaled"), codec={"_target_": "autoencoder.PixelCodec"})
+    codec = {"_target_": "autoencoder.PixelCodec"}
+    finalize(folder, LatentEncoding("sample_scaled"), codec=codec, num_classes=names or None)

@@ -35,7 +35,7 @@ from data.latents import warn
 from data.shards import finalize, reserve, write_shard
 from randomness import seeded_generator
 from system import UserError, cli, hub
-from system.settings import Count, Positive, above, parse
+from system.settings import Count, Names, Positive, above, parse
 
 UNRECORDED = ("out", "num_threads", "timeout_s")  # which change no byte
 
@@ -51,6 +51,7 @@ class Encoding:
     scale: Annotated[float, above(0)] = 0.18215
     size: Positive = 256
     kind: Literal["sample", "moments"] = "sample"
+    classes: Names | None = None
     flip: Literal["none", "both"] = "none"
     dtype: Literal["float16", "float32"] = "float16"
     val: Count = 0
@@ -70,6 +71,10 @@ def main(arguments: list[str]) -> None:
         counts = Counter(Path(name).suffix for name in images.others)
         what = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in counts.most_common())
         warn(f"{cfg.images}: files that are not pictures are left out: {what}")
+    if cfg.classes and any(images.classes):
+        raise UserError(f"classes=, and the folders of {cfg.images} name them; needed: one of the two")
+    if cfg.classes and max(images.labels) >= len(cfg.classes):
+        raise UserError(f"classes= has {len(cfg.classes)} names, and {cfg.images} a label {max(images.labels)}")
     shards = plan_shards(len(images.labels), cfg.shard_size, cfg.val)
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
@@ -141,7 +146,7 @@ def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str) -> None
     """Process 0, when all shards exist: meta.json, and what to do next."""
     moments, codec = cfg.kind == "moments", {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
     encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")
-    classes = images.classes if any(images.classes) else None
+    classes = cfg.classes or (images.classes if any(images.classes) else None)
     manifest = finalize(folder, encoding, codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes)
     found = f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes"
     print(f"{found}; look: python -m data inspect {shlex.quote(str(folder))}")

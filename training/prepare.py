@@ -131,10 +131,10 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     return TrainingData(train, val, plan)
 
 
-def settle_codec(settings: Settings, latents: data.Latents) -> Settings:
-    """data.codec, completed with what meta.json says of the latents.
+def settle_data(settings: Settings, latents: data.Latents) -> Settings:
+    """data.codec and the names of the classes, completed with what meta.json says of them.
 
-    Raises UserError where the two differ, and where previews or scores are due and nobody says which VAE it is.
+    Raises UserError where they differ, and where previews or scores are due and nobody says which VAE it is.
     """
     vae, meta = "autoencoder.VAECodec", f"{settings.data.path}/meta.json"
     given = {key: value for key, value in settings.data.codec.items() if value is not None}
@@ -157,7 +157,13 @@ def settle_codec(settings: Settings, latents: data.Latents) -> Settings:
     if (settings.preview.every or settings.eval.every) and None in (codec.get("path", ""), codec.get("scale", "")):
         what = f"{settings.data.path} does not say which VAE decodes its latents for previews and scores"
         raise UserError(f"{what}; needed: data.codec.path=, data.codec.scale= and data.codec.bias=, or preview.every=0")
-    return replace(settings, data=replace(settings.data, codec=codec, usual_codec=None))
+    named, names = settings.data.classes, tuple(latents.meta.get("classes") or ()) or None
+    if named and (names or named) != named:
+        raise UserError(f"data.classes names other classes than {meta}; needed: without data.classes")
+    classes = (named or names) if settings.data.condition == "class" else None
+    if classes and len(classes) > settings.data.num_classes:
+        raise UserError(f"{len(classes)} classes have names, and data.num_classes={settings.data.num_classes}")
+    return replace(settings, data=replace(settings.data, codec=codec, classes=classes, usual_codec=None))
 
 
 def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState:
