@@ -35,7 +35,7 @@ from checkpoints.generate import check_request, generate
 from checkpoints.load import Run, build_network
 from checkpoints.naming import run_name, sweep_name
 from checkpoints.resuming import begin, find_resume, flat, lock_run_folder, resume
-from checkpoints.run_folder import START_AGAIN, is_complete, save
+from checkpoints.run_folder import START_AGAIN, check_space, is_complete, save
 from conditions import Condition
 from cost import cost_table, memory_table, out_of_memory
 from evaluation.evaluate import evaluate, extractor_and_reference, score_name
@@ -136,6 +136,8 @@ def start(
         if not run_folder.is_dir():  # nothing is written where something above is refused
             run_folder.mkdir(parents=True)
             locks.enter_context(lock_run_folder(run_folder))
+        if state.step < settings.train.max_steps:
+            check_space(run_folder, state.checkpoint_bytes)
         begin(run_folder, settings, state.step)
     dist.wait_for_everyone()
     torch.compiler.reset()  # a sweep trains several models in one process
@@ -146,7 +148,7 @@ def start(
     compile_blocks(state.ema.model.all_blocks, compiled, dynamic=True)
     state.ema.compile = compiled
     log = Log(settings, run_folder, state.step, dist)
-    log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
+    log.say(describe(settings, state, loaded, resumed, compiled, why_not))
     if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
         data.latents.warn(warning)
     try:

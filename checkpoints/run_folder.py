@@ -119,15 +119,19 @@ def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: 
     """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
-    needed = sum(t.nbytes for named in tensors.values() for t in named.values()) * 1.02
-    free = shutil.disk_usage(next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())).free
-    if free < needed:
-        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
-        raise OSError(errno.ENOSPC, reason, str(run_folder))
+    check_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
     write_folder(target, tensors, texts)
     write_text_atomic(target.parent / "latest", target.name + "\n")
     remove_temporaries(run_folder)
     return target
+
+
+def check_space(run_folder: Path, needed: int) -> None:
+    """Raises OSError where a checkpoint of so many bytes of tensors does not fit on the run folder's disk."""
+    free = shutil.disk_usage(next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())).free
+    if free < 1.02 * needed:
+        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {1.02 * needed / 1e9:.2f} GB"
+        raise OSError(errno.ENOSPC, reason, str(run_folder))
 
 
 def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> None:

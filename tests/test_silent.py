@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ from PIL import Image
 import data
 import data.prepared
 import sample
-from checkpoints import generate
+from checkpoints import generate, run_folder
 from checkpoints.config import Train
 from checkpoints.run_folder import latest_checkpoint, read_config
 from data.convert import Conversion, convert
@@ -254,6 +256,14 @@ def test_tars_joined_by_cat_are_refused(tmp_path):
     assert len(open_latents(folder)) == 20
 
 
+def test_pixels_of_0_to_1_are_said(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=np.random.default_rng(0).integers(0, 2, (6, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "b.npz", arr_0=np.full((6, 8, 8, 3), 2, np.uint8))
+    for name, warned in (("a", True), ("b", False)):
+        list(open_images(tmp_path / f"{name}.npz").batches(4, range(6)))
+        assert ("the first 4 pictures" in capsys.readouterr().err) == warned
+
+
 def test_names_of_classes_go_from_folders_to_a_drawn_class(run, tmp_path):
     for i, name in enumerate(["cat", "dog", "owl"] * 6):
         (tmp_path / "npy" / name).mkdir(parents=True, exist_ok=True)
@@ -275,3 +285,16 @@ def test_names_of_classes_go_from_folders_to_a_drawn_class(run, tmp_path):
     assert convert(str(tmp_path / "npy"), str(tmp_path / "given"), named)["classes"] == ["x", "y", "z"]
     with pytest.raises(UserError, match="3 classes, and num_classes=4"):
         convert(str(tmp_path / "npy"), str(tmp_path / "x"), replace(named, num_classes=4))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_start_says_how_large_checkpoints_are_and_refuses_where_none_fits(run, monkeypatch, capsys, optimizer):
+    keys = [f"optimizer={optimizer}", "train.max_steps=1", "ema.widths=[0.1]", "train.keep_every=4"]
+    code, folder = run("said", *keys)
+    size = sum(path.stat().st_size for path in latest_checkpoint(folder).glob("*.safetensors"))
+    told = re.search(r"checkpoint (\S+) MB; the last 20 are kept, and every 4 steps one", capsys.readouterr().out)
+    assert code == 0 and abs(float(told[1]) * 1e6 / size - 1) < 0.1  # headers are a large part of small files
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="0.00 GB free, and a checkpoint needs 0.00 GB"):
+        run("full", *keys)
+    assert run("said", *keys)[0] == 0  # nothing is left to do
