@@ -147,8 +147,10 @@ def start(
     compile_blocks(state.model.all_blocks, compiled)
     compile_blocks(state.ema.model.all_blocks, compiled, dynamic=True)
     state.ema.compile = compiled
-    log = Log(settings, run_folder, state.step, dist)
+    log = Log(settings, run_folder, state.step, dist, compiled)
     log.say(describe(settings, state, loaded, resumed, compiled, why_not))
+    if log.compiling:
+        log.say("compiling  the blocks, once: the first step waits for it")
     if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
         data.latents.warn(warning)
     try:
