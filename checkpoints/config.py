@@ -94,6 +94,7 @@ class Data:
     condition: Literal["class", "text", "none"] = "class"
     num_classes: Positive | None = None
     text_width: Positive | None = None
+    text_length: Positive | None = None
     num_workers: Count = 0
     prepare: Literal["mnist", "fashion", "idx"] | None = None
     source: str | None = None
@@ -103,7 +104,7 @@ class Data:
 
     def __post_init__(self):
         object.__setattr__(self, "codec", {k: None if v == "auto" else v for k, v in self.codec.items()})
-        for condition, key in (("class", "num_classes"), ("text", "text_width")):
+        for condition, key in (("class", "num_classes"), ("text", "text_width"), ("text", "text_length")):
             if self.condition == condition and getattr(self, key) is None:
                 raise UserError(f"condition={condition} needs {key}, a whole number of at least 1")
 
