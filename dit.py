@@ -52,7 +52,7 @@ class DiT(Network):
     input_size: of x, h = w or (h, w). size: names patch_size, hidden_size, depth and num_heads, where they are None.
     learn_sigma: True = 2 * in_channels outputs, as in official DiT and SiT.
     fp32_after_route: the block after an active route runs without autocast, as in TREAD's own code.
-    condition: "class", "text" or "none". text_width, text_length: of a text's states, and the most tokens of one.
+    condition: "class", "text" or "none". text_width: of a text's states. text_length: of its tokens, as `macs` counts.
     pooled_text: the mean of a text's states modulates the blocks too; PRX's do not.
     block: builds a block from (hidden_size, num_heads, mlp_ratio) and, for texts, `text`; None = `Block`.
     Raises UserError for sizes that do not divide, ValueError for routes that do not fit.
@@ -101,12 +101,12 @@ class DiT(Network):
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = condition_embedder(condition, num_classes, text_width, text_length, hidden_size)
-        self.text_length, self.reads_text = text_length, condition == "text" and self.attends
+        self.y_embedder = condition_embedder(condition, num_classes, text_width, hidden_size)
+        self.text_length, self.reads_text = text_length or 1, condition == "text" and self.attends
         if pooled_text and not self.reads_text:
             raise UserError("pooled_text=true is for networks that attend to texts; needed: pooled_text=false")
         self.modulated = condition != "none" and (pooled_text or not self.reads_text)  # the blocks, by the condition
-        text = {"text": (hidden_size, text_length)} if self.reads_text else {}
+        text = {"text": (hidden_size, self.text_length)} if self.reads_text else {}
         self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid)[None])  # (1, N, D)
         self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio, **text) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
@@ -325,7 +325,7 @@ def time_frequencies(device: torch.device | str | None = None) -> torch.Tensor:
 
 
 def condition_embedder(
-    condition: str, num_classes: int | None, text_width: int | None, text_length: int | None, hidden_size: int
+    condition: str, num_classes: int | None, text_width: int | None, hidden_size: int
 ) -> nn.Module | None:
     """What turns a condition into (B, D); None = there is none. Raises UserError for sizes that are missing."""
     if condition not in ("class", "text", "none"):
@@ -334,8 +334,6 @@ def condition_embedder(
         raise UserError(f"num_classes={num_classes}; needed: at least 1, or another condition than class")
     if condition == "text" and not (text_width or 0) > 0:
         raise UserError(f"text_width={text_width}; needed: the width of the texts' states (data.text_width)")
-    if condition == "text" and not (text_length or 0) > 0:
-        raise UserError(f"text_length={text_length}; needed: the most tokens of a text (data.text_length)")
     if condition == "class":
         return LabelEmbedder(num_classes, hidden_size)
     return TextEmbedder(text_width, hidden_size) if condition == "text" else None

@@ -70,7 +70,7 @@ class MaskDiT(DiT):
         if isinstance(self.y_embedder, LabelEmbedder):
             self.y_embedder = OneHotEmbedder(num_classes, D)
         self.decoder_layer = DecoderLayer(D, width)
-        text = (D, text_length) if self.reads_text else None
+        text = (D, self.text_length) if self.reads_text else None
         blocks = [conditioned(Block(width, heads, mlp_ratio, text), D) for _ in range(depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
         self.final_layer = conditioned(FinalLayer(width, self.patch_size, in_channels), D)

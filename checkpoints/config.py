@@ -104,7 +104,7 @@ class Data:
 
     def __post_init__(self):
         object.__setattr__(self, "codec", {k: None if v == "auto" else v for k, v in self.codec.items()})
-        for condition, key in (("class", "num_classes"), ("text", "text_width"), ("text", "text_length")):
+        for condition, key in (("class", "num_classes"), ("text", "text_width")):
             if self.condition == condition and getattr(self, key) is None:
                 raise UserError(f"condition={condition} needs {key}, a whole number of at least 1")
 

@@ -544,7 +544,6 @@ def test_an_export_of_any_class_comes_back(other, tmp_path):
 def test_the_texts_of_a_run_go_with_its_export(tmp_path):
     keys = ["data.condition=text", "data.num_classes=null", "data.text_width=5", "model.condition=text"]
     keys += ["model.text_width=5", "model.num_classes=null", "data.input_size=8", "data.path=nowhere"]
-    keys += ["data.text_length=4", "model.text_length=4"]
     small = ["model.size=DiT-XS/2", "model.depth=6", "model.hidden_size=32", "model.num_heads=2"]
     kept = Text(torch.randn(3, 4, 5), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool())
     run = make_run(tmp_path / "run", [*keys, *small, "objective=rf"], kept=kept)

@@ -76,11 +76,10 @@ def keys(sets, vae):
     """keys(kind): what a data config of that kind says."""
 
     def keys(kind):
-        classes, width, length = (3, "null", "null") if kind == "class" else ("null", WIDTH, 5)
+        classes, width = 3 if kind == "class" else "null", WIDTH if kind == "text" else "null"
         return [
             "data=folder", f"data.path={sets[kind]}", "data.num_workers=0", "data.channels=4", "data.input_size=[8,16]",
             f"data.condition={kind}", f"data.num_classes={classes}", f"data.text_width={width}",
-            f"data.text_length={length}",
             f"data.codec.path={vae}", "data.codec.scale=1",
         ]  # fmt: skip
 

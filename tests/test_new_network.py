@@ -137,7 +137,7 @@ def overrides(tmp_path_factory):
     folder = write_latents(tmp_path_factory.mktemp("texts") / "set", "text", (3, 6, 10))
     return [
         "model=pooling", "data=folder", f"data.path={folder}", "data.channels=3", "data.input_size=[6,10]",
-        "data.condition=text", "data.text_width=8", "data.text_length=5", "data.num_classes=null", "data.num_workers=0",
+        "data.condition=text", "data.text_width=8", "data.num_classes=null", "data.num_workers=0",
         "data.codec._target_=autoencoder.PixelCodec", "~data.codec.path", "~data.codec.scale", "~data.codec.bias",
         "train.global_batch_size=8", "train.max_steps=4", "train.warmup_steps=0", "train.decay_steps=0",
         "train.compile=off", "train.precision=fp32", "train.log_every=1", "train.save_every=0", "train.val_every=2",

@@ -174,8 +174,6 @@ def test_pooled_text_modulates_too(name):
     assert pooled.macs() - net.macs() == WIDTH * 32
     with pytest.raises(UserError, match="pooled_text=true is for networks that attend to texts"):
         DiT(size="DiT-XS/2", pooled_text=True)
-    with pytest.raises(UserError, match="text_length=None; needed: the most tokens of a text"):
-        DiT(size="DiT-XS/2", condition="text", text_width=4)
 
 
 def test_networks_for_classes_have_nothing_of_texts():

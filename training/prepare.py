@@ -123,9 +123,6 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
         raise UserError(f"{wanted.path} has {n} classes, the model has data.num_classes={wanted.num_classes}")
     if wanted.condition == "text" and train.text_width != wanted.text_width:
         raise UserError(f"{wanted.path} has texts of width {train.text_width}, not data.text_width={wanted.text_width}")
-    if wanted.condition == "text" and train.text_length > wanted.text_length:
-        found = f"{wanted.path} has texts of {train.text_length} tokens"
-        raise UserError(f"{found}, and data.text_length={wanted.text_length}; needed: at least as many")
     val = data.open_latents(folder, split="val", **how) if data.has_split(folder, "val") else train
     return TrainingData(train, val, plan)
 
