@@ -127,6 +127,20 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     return TrainingData(train, val, plan)
 
 
+def settle_texts(settings: Settings, latents: data.Latents) -> Settings:
+    """data.text_encoder, its hash and its length, as meta.json says. Raises UserError where another is given."""
+    given, meta = settings.data, f"{settings.data.path}/meta.json"
+    used = latents.meta if latents.condition == "text" else {}
+    made = {key: used.get(key) for key in ("text_encoder", "text_sha256")}
+    for key, value in made.items():
+        if getattr(given, key) not in (None, value):
+            found = f"data.{key}={getattr(given, key)}, and {meta} says {value}"
+            raise UserError(f"{found}; needed: without data.{key}, or another data.path for new texts")
+    if made["text_encoder"] and given.text_length is None:
+        made["text_length"] = latents.text_length
+    return replace(settings, data=replace(given, **made))
+
+
 def settle_codec(settings: Settings, latents: data.Latents) -> Settings:
     """data.codec, completed with what meta.json says of the latents.
 
