@@ -106,6 +106,7 @@ class DiT(Network):
         if pooled_text and not self.reads_text:
             raise UserError("pooled_text=true is for networks that attend to texts; needed: pooled_text=false")
         self.modulated = condition != "none" and (pooled_text or not self.reads_text)  # the blocks, by the condition
+        self.null_condition = null_of(condition, num_classes, self.text_length, text_width)
         text = {"text": (hidden_size, self.text_length)} if self.reads_text else {}
         self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid)[None])  # (1, N, D)
         self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio, **text) for _ in range(depth)])
@@ -166,13 +167,6 @@ class DiT(Network):
     @property
     def all_blocks(self) -> tuple[nn.Module, ...]:
         return (*self.blocks, self.final_layer)
-
-    @property
-    def null_condition(self) -> Condition:
-        if isinstance(self.y_embedder, TextEmbedder):  # a text without tokens, as long as the others: one shape
-            states = torch.zeros(1, self.text_length, self.y_embedder.proj.in_features)
-            return Text(states, torch.zeros(states.shape[:2], dtype=torch.bool))
-        return None if self.y_embedder is None else torch.tensor([self.num_classes])
 
     def macs(self, routing: Routing | None = None) -> int:
         """By formula: matrix products and attention (DiT's "Gflops")."""
@@ -337,6 +331,14 @@ def condition_embedder(
     if condition == "class":
         return LabelEmbedder(num_classes, hidden_size)
     return TextEmbedder(text_width, hidden_size) if condition == "text" else None
+
+
+def null_of(condition: str, num_classes: int | None, text_length: int, text_width: int | None) -> Condition:
+    """The number of classes, or a text without tokens, which is as long as others; on the CPU, as `conditions` says."""
+    if condition != "text":
+        return torch.tensor([num_classes], device="cpu") if condition == "class" else None
+    states = torch.zeros(1, text_length, text_width, device="cpu")
+    return Text(states, torch.zeros(1, text_length, dtype=torch.bool, device="cpu"))
 
 
 class LabelEmbedder(nn.Module):

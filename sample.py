@@ -99,6 +99,9 @@ def adjust(run: Run, settings: Any) -> None:
     if settings.data.path is not None:
         split = "val" if data.has_split(settings.data.path, "val") else "train"
         latents = data.open_latents(settings.data.path, split=split, condition=run.settings.data.condition)
+        if (found := latents.meta.get("text_sha256")) != (wanted := run.settings.data.text_sha256):
+            raise UserError(f"{settings.data.path} has texts of an encoder with the sha256 {found}; needed: {wanted}")
+        latents.text_stats = run.text_stats  # the network knows no others
         kept = latents.conditions(KEPT)
         conditions.check(kept, run.model.null_condition)
         run.pool = conditions.pool(run.model.null_condition, kept)

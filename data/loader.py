@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from conditions import Condition
 from data.latents import Latents
-from randomness import BatchSlice, seeded_generator
+from randomness import BatchSlice, seeded_generator, uniform
 from system import UserError
 
 RUN = 32  # samples
@@ -146,8 +146,13 @@ class MicroBatches(Dataset):
                 self.latents.will_need(self.order.window(*window))
             self._requested = windows
         faults: list[str] = []
+        draws = None
+        if self.latents.text_count > 1:  # a text of each sample, for the whole global batch as all draws are
+            step, micro = divmod(i, self.plan.accumulation)
+            rows = self.plan.slice(seeded_generator("captions", self.order.seed, step), micro)
+            draws = uniform((self.plan.micro_batch_size,), rows).tolist()
         try:
-            return *self.latents.read(self.order(positions), faults), faults
+            return *self.latents.read(self.order(positions), faults, draws), faults
         except UserError as error:
             return error  # raised in a worker, it would arrive with its traceback in its message
 

@@ -9,7 +9,6 @@ interruption the same command resumes, to the same bytes as an undisturbed run. 
 """
 
 import contextlib
-import hashlib
 import os
 import shlex
 import sys
@@ -35,6 +34,7 @@ from data.shards import finalize, reserve, write_shard
 from randomness import seeded_generator
 from system import UserError, cli, hub
 from system.settings import Count, Positive, above, parse
+from system.tensors import weights_sha256
 
 UNRECORDED = ("out", "num_threads", "timeout_s")  # which change no byte
 
@@ -146,14 +146,6 @@ def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str) -> None
 
 def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def weights_sha256(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":
