@@ -171,7 +171,7 @@ def _write(
     folder: Path, name: str, pixels: np.ndarray, told: np.ndarray | dict[int, Captions], splits: dict[str, np.ndarray],
     texts: TextSource | None = None,
 ) -> None:  # fmt: skip
-    """pixels (N, C, h, w) in 0..255, labels (N,) or captions; splits: the numbers of each split's pictures, the keys."""
+    """pixels (N, C, h, w) in 0..255, labels (N,) or captions; splits: each split's pictures, their keys."""
     (folder / FILE_NAME).unlink(missing_ok=True)
     for split, chosen in splits.items():
         shuffled = chosen[torch.randperm(len(chosen), generator=seeded_generator(name, split)).numpy()]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from conditions import Text
 from data.shards import Captions, TextSource
@@ -56,14 +55,13 @@ class Encoder:
             self._told, first = True, f"{len(ids[long[0]])}: {captions[long[0]]:.60}"
             told = f"captions longer than {self.length} tokens are cut, as this one of {first}"
             print(f"warning: {printable(told)}", file=sys.stderr)
-        short = {"padding": True, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        tokens = self.tokenizer(captions, **short).to(self.model.device)
+        # Always to this length: rounding, and so a caption's states, would else depend on those beside it.
+        padded = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        tokens = self.tokenizer(captions, **padded).to(self.model.device)
         mask = tokens["attention_mask"].bool()  # (B, T)
         mask[:, 0] = True  # an empty caption, of which some tokenizers make no token at all
         states = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long()).last_hidden_state  # (B, T, D)
-        missing = self.length - mask.shape[1]
-        states = states.masked_fill(~mask[..., None], 0).half()
-        return Text(pad(states, (0, 0, 0, missing)).cpu(), pad(mask, (0, missing)).cpu())
+        return Text(states.masked_fill(~mask[..., None], 0).half().cpu(), mask.cpu())
 
 
 def captioned(encoder: Encoder, captions: dict[int, Sequence[str]]) -> dict[int, Captions]:
