@@ -294,7 +294,7 @@ def finalize(
     if source is not None:
         manifest |= {"text_encoder": source.encoder, "text_sha256": source.sha256}
         texts = Latents(folder, manifest, next(iter(indices.values())), encoding, "stop", "text")
-        stats = TextStats(*text_stats(texts), torch.from_numpy(source.null))
+        stats = TextStats(*text_stats(texts), torch.tensor(source.null))
         with atomic_file(folder / STATS_NAME) as file:
             file.write(save(stats._asdict()))
         manifest["text_stats"] = sha256_of(folder / STATS_NAME)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from conditions import Text
+from data.shards import Captions, TextSource
 from system import UserError, hub, printable
 from system.tensors import weights_sha256
 
@@ -41,6 +42,12 @@ class Encoder:
         texts = [self._encode(list(captions[i : i + AT_ONCE])) for i in range(0, len(captions), AT_ONCE)]
         return Text(*map(torch.cat, zip(*texts)))
 
+    @property
+    def source(self) -> TextSource:
+        """What a data set of these texts records."""
+        empty = self([""])
+        return TextSource(empty.states[empty.mask].numpy(), self.name, self.sha256, self.length)
+
     def _encode(self, captions: list[str]) -> Text:
         ids = self.tokenizer(captions, verbose=False)["input_ids"]
         long = [i for i, tokens in enumerate(ids) if len(tokens) > self.length]
@@ -48,12 +55,20 @@ class Encoder:
             self._told, first = True, f"{len(ids[long[0]])}: {captions[long[0]]:.60}"
             told = f"captions longer than {self.length} tokens are cut, as this one of {first}"
             print(f"warning: {printable(told)}", file=sys.stderr)
+        # Always to this length: rounding, and so a caption's states, would else depend on those beside it.
         padded = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         tokens = self.tokenizer(captions, **padded).to(self.model.device)
         mask = tokens["attention_mask"].bool()  # (B, T)
         mask[:, 0] = True  # an empty caption, of which some tokenizers make no token at all
         states = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long()).last_hidden_state  # (B, T, D)
         return Text(states.masked_fill(~mask[..., None], 0).half().cpu(), mask.cpu())
+
+
+def captioned(encoder: Encoder, captions: dict[int, Sequence[str]]) -> dict[int, Captions]:
+    """For each number the texts of its captions, as `write_shard` takes them: half precision, true lengths."""
+    texts = encoder([caption for several in captions.values() for caption in several])
+    states = (states[mask].numpy() for states, mask in zip(*texts))
+    return {i: Captions(several, [next(states) for _ in several]) for i, several in captions.items()}
 
 
 def load_encoder(

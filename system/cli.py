@@ -83,7 +83,7 @@ def swept_keys(argv: Sequence[str]) -> set[str]:
 def _literal_path(override: str, sweep: bool) -> str:
     key, _, value = override.partition("=")
     if key.lstrip("+") == "prompt" and value not in ("", "null"):  # words, whatever they hold
-        return f"{key}={_quoted(value)}"
+        return f"{key}=" + _quoted(value.replace("${", r"\${"))
     if key.lstrip("+").rpartition(".")[2] not in LITERAL or value in ("", "null", "???") or value[0] in "'\"":
         return override
     value = re.sub(r"(^|(?<=,))(\w+:)?~(?=/|$)", lambda found: (found[2] or "") + os.path.expanduser("~"), value)

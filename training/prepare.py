@@ -105,13 +105,15 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     """Raises UserError where the latents' shape or conditions are not the model's."""
     wanted = settings.data
     made = {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"}
+    made |= {"emoji": "emoji are"}
     if wanted.path is None:
         raise UserError("data.path is missing; needed: a folder of latents (docs/data.md)")
     if wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
             print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
         with dist.local_main_process_first():
-            data.prepare(wanted.prepare, wanted.path, wanted.source, wanted.latent_shape[1:], wanted.num_classes)
+            size, text = wanted.latent_shape[1:], (wanted.text_encoder, wanted.text_length)
+            data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes, *text)
     with dist.local_main_process_first():
         folder = hub.local(wanted.path, "dataset")
     how = dict(kind=wanted.kind, on_error=wanted.on_error, condition=wanted.condition)
