@@ -30,7 +30,8 @@ class Clip:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-        how = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        longest = self.model.config.text_config.max_position_embeddings
+        how = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
         tokens = self.tokenizer(list(captions), **how).to(self.model.device)
         pixels = self.pixels(images.to(self.model.device))
         out = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
