@@ -62,6 +62,11 @@ def normalize(text: Text, stats: TextStats | None) -> Text:
     return Text(states.masked_fill(~text.mask[..., None], 0), text.mask)
 
 
+def empty_caption(stats: TextStats) -> Text:
+    """The null of networks that are trained on such texts: (1, T, D)."""
+    return normalize(Text(stats.null[None], torch.ones(1, len(stats.null), dtype=torch.bool)), stats)
+
+
 def join(a: Condition, b: Condition) -> Condition:
     """(A + B) rows of two conditions of one kind; the shorter texts are padded."""
     return _each(lambda *tensors: torch.cat(tensors), a, b)

@@ -128,6 +128,8 @@ def start(
     state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
     state.ema.preemption, state.ema.text_stats = processes, loaded.train.text_stats
+    for module in state.modules.values() if state.ema.text_stats is not None else ():
+        module.null_condition = conditions.empty_caption(state.ema.text_stats)
     check_sampling(settings, state.ema)
     if settings.eval.every or settings.preview.every and dist.is_main_process:
         state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now

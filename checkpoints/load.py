@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,6 +39,7 @@ class Run:
     precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
     pool: Condition = None  # the conditions to choose from: every class, or the texts that the run has kept
+    captions: Sequence[str] = ()  # of the pool, as they read, where prompts have taken its place
     text_stats: TextStats | None = None  # of its data set, if an encoder made its texts: what a prompt needs
     step: int = 0
     weights: str = "ema"
@@ -108,6 +110,8 @@ def load_run(
         conditions.check(kept, model.null_condition)
     run.pool, run.folder = conditions.pool(model.null_condition, kept), folder_of(ckpt, path)
     run.dropout_known, run.text_stats = known, conditions.load_stats(beside)
+    if run.text_stats is not None:
+        model.null_condition = conditions.empty_caption(run.text_stats)
     run.compile_as(compile)
     return run
 

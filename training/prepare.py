@@ -130,17 +130,18 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
 
 
 def settle_texts(settings: Settings, latents: data.Latents) -> Settings:
-    """data.text_encoder, its hash and its length, as meta.json says. Raises UserError where another is given."""
+    """data.text_encoder, its hash and the length of texts, as the set says. Raises UserError where another is given."""
     given, meta = settings.data, f"{settings.data.path}/meta.json"
-    used = latents.meta if latents.condition == "text" else {}
-    made = {key: used.get(key) for key in ("text_encoder", "text_sha256")}
+    made = {key: latents.meta.get(key) for key in ("text_encoder", "text_sha256")} | {
+        "text_length": latents.text_length
+    }
+    made = made if latents.condition == "text" else dict.fromkeys(made)
     for key, value in made.items():
         if getattr(given, key) not in (None, value):
             found = f"data.{key}={getattr(given, key)}, and {meta} says {value}"
             raise UserError(f"{found}; needed: without data.{key}, or another data.path for new texts")
-    if made["text_encoder"] and given.text_length is None:
-        made["text_length"] = latents.text_length
-    return replace(settings, data=replace(given, **made))
+    told = {"text_length": made["text_length"]} if "text_length" in settings.model else {}
+    return replace(settings, data=replace(given, **made), model=settings.model | told)
 
 
 def settle_codec(settings: Settings, latents: data.Latents) -> Settings:
