@@ -83,7 +83,11 @@ def key(sequence: str) -> str:
 
 
 def sequence_of(key: str) -> str:
-    return "".join(chr(int(code, 16)) for code in key.split("-"))
+    """Raises UserError for the key of another data set's sample."""
+    try:
+        return "".join(chr(int(code, 16)) for code in key.split("-"))
+    except (ValueError, OverflowError):
+        raise UserError(f"sample {key!r:.40} is no emoji; needed: the folder of data=emoji") from None
 
 
 def draw(font: ImageFont.FreeTypeFont, sequence: str, height: int, width: int) -> np.ndarray:

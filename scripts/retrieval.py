@@ -33,7 +33,7 @@ from data.latents import spread_evenly
 from evaluation.score import write_metrics
 from guidance import Guidance
 from scripts.plot import markdown
-from system import cli
+from system import UserError, cli
 from system.files import write_text_atomic
 from system.settings import parse
 
@@ -47,7 +47,7 @@ class Retrieval(Guidance):
     """The keys of configs/retrieval.yaml."""
 
     ckpt: str
-    data: str = "datasets/emoji"
+    catalogue: str = "datasets/emoji"
     weights: Weights = "ema"
     seen: Positive = 300
     seed: Count = 0
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 def score_row(settings: Retrieval, alone: bool) -> tuple[dict, Path]:
     """Scores a run and writes metrics.json -> its contents and its folder."""
     started, run = time.time(), load_run(settings.ckpt, settings.weights, precision=settings.precision)
-    catalogue = read_catalogue(run, settings.data)
+    catalogue = read_catalogue(run, settings.catalogue)
     asked = chosen(catalogue.parts, settings.seen)
     seeds = range(settings.seed, settings.seed + len(asked))
     texts = conditions.rows(catalogue.texts, asked)
@@ -90,7 +90,7 @@ def score_row(settings: Retrieval, alone: bool) -> tuple[dict, Path]:
         "gmacs_per_image": macs / 1e9, "checkpoint": str(run.checkpoint), "checkpoint_sha256": run.sha256,
         "text_sha256": run.settings.data.text_sha256, "seconds": round(time.time() - started, 3),
     }  # fmt: skip
-    name = f"{run.step:07d}-{settings_name(settings, ('ckpt', 'data', 'out', 'batch_size'))}"
+    name = f"{run.step:07d}-{settings_name(settings, ('ckpt', 'catalogue', 'out', 'batch_size'))}"
     parent = Path(settings.out) if settings.out else run.folder / "retrieval"
     folder = parent if settings.out and alone else parent / name
     write_metrics(result, folder)
@@ -107,7 +107,10 @@ def read_catalogue(run: Run, path: str) -> Catalogue:
         pixels.append(run.codec.decode(latents.to_model_input(raw)).flatten(1).double())  # (N, D)
         texts, keys = [*texts, condition], keys + latents.keys(range(len(latents)))
     part = emoji.parts(map(emoji.sequence_of, keys))
-    return Catalogue(torch.cat(pixels), conditions.join(*texts), [part[emoji.sequence_of(key)] for key in keys])
+    parts = [part[emoji.sequence_of(key)] for key in keys]
+    if set(parts) != set(PARTS):
+        raise UserError(f"{path} has no emoji that are held out by tone and by pair; needed: the folder of data=emoji")
+    return Catalogue(torch.cat(pixels), conditions.join(*texts), parts)
 
 
 def chosen(parts: Sequence[str], seen: int) -> list[int]:
