@@ -98,13 +98,19 @@ def adjust(run: Run, settings: Any) -> None:
     run.settings = replace(run.settings, sampler=sampler, data=replace(run.settings.data, codec=codec))
     if settings.data.path is not None:
         split = "val" if data.has_split(settings.data.path, "val") else "train"
-        latents = data.open_latents(settings.data.path, split=split, condition=run.settings.data.condition)
-        if (found := latents.meta.get("text_sha256")) != (wanted := run.settings.data.text_sha256):
-            raise UserError(f"{settings.data.path} has texts of an encoder with the sha256 {found}; needed: {wanted}")
-        latents.text_stats = run.text_stats  # the network knows no others
-        kept = latents.conditions(KEPT)
+        kept = open_conditions(run, settings.data.path, split).conditions(KEPT)
         conditions.check(kept, run.model.null_condition)
         run.pool = conditions.pool(run.model.null_condition, kept)
+
+
+def open_conditions(run: Run, path: str, split: str) -> data.Latents:
+    """A data set whose conditions a run's network is to be given. Raises UserError for texts of another encoder."""
+    latents = data.open_latents(path, split=split, condition=run.settings.data.condition)
+    found, wanted = latents.meta.get("text_sha256"), run.settings.data.text_sha256
+    if latents.condition == "text" and found != wanted:
+        raise UserError(f"{path} has texts of an encoder with the sha256 {found}; the run's has {wanted}")
+    latents.text_stats = run.text_stats  # the network knows no others
+    return latents
 
 
 def read_prompts(path: str) -> list[str]:

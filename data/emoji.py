@@ -77,6 +77,19 @@ def catalogue(font: ImageFont.FreeTypeFont) -> dict[str, str]:
     return found
 
 
+def key(sequence: str) -> str:
+    """A sample's: 1f469-200d-1f692."""
+    return "-".join(f"{ord(character):x}" for character in sequence)
+
+
+def sequence_of(key: str) -> str:
+    """Raises UserError for the key of another data set's sample."""
+    try:
+        return "".join(chr(int(code, 16)) for code in key.split("-"))
+    except (ValueError, OverflowError):
+        raise UserError(f"sample {key!r:.40} is no emoji; needed: the folder of data=emoji") from None
+
+
 def draw(font: ImageFont.FreeTypeFont, sequence: str, height: int, width: int) -> np.ndarray:
     """The picture on white: uint8 (3, height, width)."""
     image = Image.new("RGB", font.getbbox(sequence)[2:], "white")

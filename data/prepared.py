@@ -77,7 +77,7 @@ def prepare_mnist(folder: Path) -> None:
             pixels, labels = mnist_data()  # (5000, 784) float64 in 0..255, (5000,) int64, sorted by class
             is_val = np.concatenate([np.arange(n) >= n - MNIST_VAL_PER_CLASS for n in np.bincount(labels)])
             splits = {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
-            _write(folder, "mnist", pixels.reshape(-1, 1, 28, 28), labels, splits)
+            _write(folder, "mnist", pixels.reshape(-1, 1, 28, 28), _numbered(labels), splits)
 
 
 def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
@@ -109,7 +109,7 @@ def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28
         if not _is_intact(folder):
             images, labels = map(np.concatenate, zip(*parts))
             splits = dict(zip(pairs, np.split(np.arange(len(labels)), [len(parts[0][1])])))
-            _write(folder, "idx", images[:, None], labels, splits)
+            _write(folder, "idx", images[:, None], _numbered(labels), splits)
 
 
 def prepare_fashion(path: str | Path, source: str | Path | None = None) -> None:
@@ -143,10 +143,10 @@ def prepare_emoji(
     with locked(folder / ".emoji.lock"):
         if not _is_intact(folder, "text"):
             pixels = np.stack([emoji.draw(font, sequence, height, width) for sequence in names])
-            texts = captioned(encoder, {i: [name] for i, name in enumerate(names.values())})
+            texts = captioned(encoder, {emoji.key(sequence): [name] for sequence, name in names.items()})
             seen = np.array([part == "seen" for part in emoji.parts(names).values()])
             splits = {"train": np.flatnonzero(seen), "val": np.flatnonzero(~seen)}
-            _write(folder, "emoji", pixels, texts, splits, encoder.source)
+            _write(folder, "emoji", pixels, list(texts.items()), splits, encoder.source)
 
 
 def _check_own(folder: Path) -> None:
@@ -168,15 +168,19 @@ def _is_intact(folder: Path, condition: str = "class") -> bool:
 
 
 def _write(
-    folder: Path, name: str, pixels: np.ndarray, told: np.ndarray | dict[int, Captions], splits: dict[str, np.ndarray],
-    texts: TextSource | None = None,
+    folder: Path, name: str, pixels: np.ndarray, told: Sequence[tuple[str, int | Captions]],
+    splits: dict[str, np.ndarray], texts: TextSource | None = None,
 ) -> None:  # fmt: skip
-    """pixels (N, C, h, w) in 0..255, labels (N,) or captions; splits: each split's pictures, their keys."""
+    """pixels (N, C, h, w) in 0..255; told: (key, label or captions) of each; splits: the pictures' numbers."""
     (folder / FILE_NAME).unlink(missing_ok=True)
     for split, chosen in splits.items():
         shuffled = chosen[torch.randperm(len(chosen), generator=seeded_generator(name, split)).numpy()]
         for number, start in enumerate(range(0, len(chosen), SHARD_SIZE[name])):
             shard = shuffled[start : start + SHARD_SIZE[name]]
-            samples = ((f"{i:07d}", (pixels[i] / 127.5 - 1).astype(np.float16), told[i]) for i in shard)
+            samples = ((told[i][0], (pixels[i] / 127.5 - 1).astype(np.float16), told[i][1]) for i in shard)
             write_shard(folder / shard_name(split, number), samples)
     finalize(folder, LatentEncoding("sample_scaled"), codec={"_target_": "autoencoder.PixelCodec"}, condition=texts)
+
+
+def _numbered(labels: np.ndarray) -> list[tuple[str, int]]:
+    return [(f"{i:07d}", label) for i, label in enumerate(labels)]

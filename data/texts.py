@@ -64,11 +64,11 @@ class Encoder:
         return Text(states.masked_fill(~mask[..., None], 0).half().cpu(), mask.cpu())
 
 
-def captioned(encoder: Encoder, captions: dict[int, Sequence[str]]) -> dict[int, Captions]:
-    """For each number the texts of its captions, as `write_shard` takes them: half precision, true lengths."""
+def captioned(encoder: Encoder, captions: dict[Any, Sequence[str]]) -> dict[Any, Captions]:
+    """For each key the texts of its captions, as `write_shard` takes them: half precision, true lengths."""
     texts = encoder([caption for several in captions.values() for caption in several])
     states = (states[mask].numpy() for states, mask in zip(*texts))
-    return {i: Captions(several, [next(states) for _ in several]) for i, several in captions.items()}
+    return {key: Captions(several, [next(states) for _ in several]) for key, several in captions.items()}
 
 
 def load_encoder(
