@@ -3,7 +3,8 @@
 Multiply-adds (MACs) are those of one forward pass at batch 1: matrix products and attention, as in DiT's "Gflops". A
 training step counts as three forward passes (the backward pass is two), a MAC as two FLOPs.
 
-Memory is that of one process in an uncompiled step, which is run on tensors without data. A text counts as one token.
+Memory is that of one process in an uncompiled step, which is run on tensors without data. A text counts as
+data.text_length tokens, or one.
 """
 
 import sys

@@ -59,6 +59,7 @@ from training.prepare import (
     open_data,
     settle_data,
     settle_precision,
+    settle_texts,
 )
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Interrupted, PreemptionHandler
 from training.trackers import check_installed
@@ -119,14 +120,16 @@ def start(
 ) -> int:  # fmt: skip
     """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
-    settings = settle_data(settings, loaded.train)
+    settings = settle_texts(settle_data(settings, loaded.train), loaded.train)
     chosen = {"the checkpoint to resume from": resumed and resumed.name}
     same = {key: value for key, value in flat(settings).items() if key not in PATHS}
     agree(chosen | {f"the {name}'s fingerprint": found for name, found in loaded.fingerprints.items()} | same)
     agree({"torch": torch.__version__, "commit": commit(), "device": dist.device.type}, settings.train.deterministic)
     state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
-    state.ema.preemption = processes
+    state.ema.preemption, state.ema.text_stats = processes, loaded.train.text_stats
+    for module in state.modules.values() if state.ema.text_stats is not None else ():
+        module.null_condition = conditions.empty_caption(state.ema.text_stats)
     check_sampling(settings, state.ema)
     if settings.eval.every or settings.preview.every and dist.is_main_process:
         state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now
@@ -241,7 +244,8 @@ def save_state(
 ) -> None:
     """The checkpoint of the present step, unless it is there."""
     if dist.is_main_process and not is_complete(run_folder, state.step):
-        save(run_folder, state.step, settings, state.modules, state.optimizer, loaded.fingerprints, loaded.kept)
+        kept = conditions.save(loaded.kept, loaded.train.text_stats)
+        save(run_folder, state.step, settings, state.modules, state.optimizer, loaded.fingerprints, kept)
 
 
 def train_step(

@@ -29,9 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import conditions
 from checkpoints.config import Settings, from_file, to_yaml
-from conditions import Condition
 from system import UserError, cli, hub
 from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
@@ -82,14 +80,14 @@ class TrainerState:
 
 def save(
     run_folder: Path, step: int, settings: Settings, modules: dict[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer, fingerprints: dict[str, str], kept: Condition = None,
+    optimizer: torch.optim.Optimizer, fingerprints: dict[str, str], kept: dict[str, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts.
 
-    modules: by file, "model", "ema" and averages. fingerprints: of the data, as in
-    `TrainerState`. kept: texts to sample without the data.
+    modules: by file, "model", "ema" and averages. fingerprints: of the data, as in `TrainerState`. kept: what
+    `conditions.save` gave of texts, to sample without the data.
     """
-    texts = {} if kept is None else {CONDITIONS_FILE: conditions.save(kept)}
+    texts = {CONDITIONS_FILE: kept} if kept else {}
     tensors = checkpoint_tensors(modules, optimizer) | texts
     for pause in (*PAUSES_S, None):
         try:

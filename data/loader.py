@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from conditions import Condition, save
 from data.latents import Latents
-from randomness import BatchSlice, seeded_generator
+from randomness import BatchSlice, seeded_generator, uniform
 from system import UserError
 
 RUN = 32  # samples
@@ -150,8 +150,13 @@ class MicroBatches(Dataset):
                 self.latents.will_need(self.order.window(*window))
             self._requested = windows
         faults: list[str] = []
+        draws = None
+        if self.latents.text_count > 1:  # a text of each sample, for the whole global batch as all draws are
+            step, micro = divmod(i, self.plan.accumulation)
+            rows = self.plan.slice(seeded_generator("captions", self.order.seed, step), micro)
+            draws = uniform((self.plan.micro_batch_size,), rows).tolist()
         try:
-            raw, condition = self.latents.read(self.order(positions), faults)
+            raw, condition = self.latents.read(self.order(positions), faults, draws)
             if (worker := get_worker_info()) is not None:
                 wait_for_room(worker.num_workers * (raw.nbytes + sum(part.nbytes for part in save(condition).values())))
             return raw, condition, faults

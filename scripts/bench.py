@@ -100,7 +100,7 @@ VARIED |= {f"tokens of {mixer}": (TOKENS, partial(tokens_of, mixer)) for mixer i
 
 
 class PlainAttention(dit.Attention):
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: None) -> torch.Tensor:
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -124,7 +124,7 @@ class PlainDiT(dit.DiT):
                 shuffled = uniform((B, N), routing.generators, device=x.device).argsort(dim=1, descending=True)
                 keep = shuffled[:, : num_kept(N, starts[i].selection_ratio), None].expand(-1, -1, D)  # (B, K, D)
                 full, x = x.clone(), x.gather(1, keep)
-            x = block(x, c)
+            x = block(x, c, None)
             if i in ends:
                 x = full.scatter(1, keep, x)
         return dit.unpatchify(self.final_layer(x, c), self.patch_size, self.grid)

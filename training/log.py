@@ -45,7 +45,9 @@ class TimedBatches(Iterator):
 class Log:
     """Written by the main process; the others take part in the mean of the loss alone."""
 
-    def __init__(self, settings: Settings, run_folder: Path, start_step: int, dist: PartialState, compiled: str = "off"):
+    def __init__(
+        self, settings: Settings, run_folder: Path, start_step: int, dist: PartialState, compiled: str = "off"
+    ):
         self.settings, self.dist, self.path = settings.train, dist, run_folder / "metrics.jsonl"
         self.resumed_at, self.there = start_step, from_first(lambda: made_at(run_folder, start_step)).split()
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line

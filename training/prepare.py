@@ -116,13 +116,15 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     """Raises UserError where the latents' shape or conditions are not the model's."""
     wanted = settings.data
     made = {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"}
+    made |= {"emoji": "emoji are"}
     if wanted.path is None:
         raise UserError("data.path is missing; needed: a folder of latents (docs/data.md)")
     if wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
             print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
         with dist.local_main_process_first():
-            data.prepare(wanted.prepare, wanted.path, wanted.source, wanted.latent_shape[1:], wanted.num_classes)
+            size, text = wanted.latent_shape[1:], (wanted.text_encoder, wanted.text_length)
+            data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes, *text)
     with dist.local_main_process_first():
         folder = hub.local(wanted.path, "dataset")
     how = dict(kind=wanted.kind, on_error=wanted.on_error, condition=wanted.condition)
@@ -136,6 +138,21 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
         raise UserError(f"{wanted.path} has texts of width {train.text_width}, not data.text_width={wanted.text_width}")
     val = data.open_latents(folder, split="val", **how) if data.has_split(folder, "val") else train
     return TrainingData(train, val, plan)
+
+
+def settle_texts(settings: Settings, latents: data.Latents) -> Settings:
+    """data.text_encoder, its hash and the length of texts, as the set says. Raises UserError where another is given."""
+    given, meta = settings.data, f"{settings.data.path}/meta.json"
+    made = {key: latents.meta.get(key) for key in ("text_encoder", "text_sha256")} | {
+        "text_length": latents.text_length
+    }
+    made = made if latents.condition == "text" else dict.fromkeys(made)
+    for key, value in made.items():
+        if getattr(given, key) not in (None, value):
+            found = f"data.{key}={getattr(given, key)}, and {meta} says {value}"
+            raise UserError(f"{found}; needed: without data.{key}, or another data.path for new texts")
+    told = {"text_length": made["text_length"]} if "text_length" in settings.model else {}
+    return replace(settings, data=replace(given, **made), model=settings.model | told)
 
 
 def settle_data(settings: Settings, latents: data.Latents) -> Settings:
