@@ -57,7 +57,7 @@ def cost_table(model: Network, settings: Settings) -> str:
 
 
 def training_flops(macs: int, images: float) -> float:
-    """Of so many images at `macs` in a forward pass: a multiply-add is two, and the backward pass takes twice as many."""
+    """Of so many images at `macs` in a forward pass: two a multiply-add, and twice as many backwards."""
     return 6 * macs * images
 
 

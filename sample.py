@@ -27,7 +27,6 @@ from conditions import Condition
 from data.texts import load_encoder
 from system import UserError, cli
 from system.files import read_small
-from system.launchers import own_process
 from system.processes import start_processes
 from system.settings import parse
 
@@ -234,6 +233,4 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

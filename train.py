@@ -3,6 +3,8 @@
 One straight loop: what is due after a step (log, checkpoint, validation, scores, preview), then the next step. Every
 random number comes from a generator keyed by (seed, purpose, step) and is drawn for the whole global batch, so a step
 is the same on any number of processes, and a checkpoint needs no random state.
+
+Keys are in configs/; `--cfg job` prints them all, `train.dry_run=true` the cost, and `-m key=1,2` runs each value in turn.
 """
 
 import contextlib
@@ -45,7 +47,7 @@ from randomness import BatchSlice, normal, seeded_generator
 from system import UserError, cli
 from system.compiling import compile_blocks, decide_compile
 from system.files import commit, write_text_atomic
-from system.launchers import own_process, set_determinism
+from system.launchers import set_determinism
 from system.processes import Preempted, agree, start_processes, together
 from system.settings import parse
 from training.ema import update_averages
@@ -443,8 +445,10 @@ def wrap(state: TrainState) -> nn.Module:
     return net
 
 
+def launch(arguments: list[str]) -> None:
+    sys.argv[1:] = cli.literal_paths(arguments, sweep=bool({"-m", "--multirun"} & set(arguments)))
+    main()
+
+
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        sys.argv[1:] = cli.literal_paths(sys.argv[1:], sweep=bool({"-m", "--multirun"} & set(sys.argv)))
-        main()
+    cli.command(launch, __doc__)

@@ -37,6 +37,14 @@ LITERAL = {
     "ckpt", "weak_ckpt", "init_from", "resume", "images", "from", "ref", "out", "path", "results_dir", "run_name",
     "digits", "fashion", "source", "vae", "extractor_weights", "prompts", "text_encoder", "clip",
 }  # fmt: skip
+# Keys that people bring along from other programs: what they are here.
+MEANT = {
+    "lr": "train.lr", "learning_rate": "train.lr", "batch_size": "train.global_batch_size",
+    "epochs": "train.max_steps, counted in steps", "steps": "train.max_steps", "seed": "seeds, such as seeds=0-9",
+    "n": "seeds, such as seeds=0-9", "num_samples": "seeds, such as seeds=0-9", "cfg": "guidance=cfg scale=2",
+    "guidance_scale": "scale, with guidance=cfg", "cfg_scale": "scale, with guidance=cfg", "class": "class_idx",
+    "resolution": "data.input_size", "device": "CUDA_VISIBLE_DEVICES in front of the command, empty for the CPU",
+}  # fmt: skip
 
 
 def load_config(name: str, overrides: Sequence[str]) -> dict:
@@ -166,6 +174,9 @@ def one_line(error: BaseException) -> str:
     key = re.search(r"Could not (?:override|append to config\.[^']*) '([^']+)'", text)
     if key:
         return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
+    word = re.search(r"Error parsing override '([^'=]+)'\s*missing EQUAL", text)
+    if word:
+        return f"found {word[1]}; needed: key=value, as in ckpt={word[1]} or data.path={word[1]}"
     group = re.search(
         r"Could not find '([^']+)/([^'/]*)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path",
         text, re.DOTALL,
@@ -194,6 +205,8 @@ def _config_files() -> Iterator[tuple[Path, set[str]]]:
 def _did_you_mean(key: str) -> str:
     """Where a refused key does belong (model.routes, given to model=maskdit; ckpt, given to train.py), or the keys
     nearest to a mistyped one."""
+    if key in MEANT:
+        return f"; here it is {MEANT[key]}"
     files = list(_config_files())
     groups = [(f"{path.parent.name}={path.stem}", keys) for path, keys in files if path.parent != CONFIG_DIR]
     owners = sorted(group for group, keys in groups if key in keys and not group.startswith("experiment="))

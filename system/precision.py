@@ -12,7 +12,6 @@ from system import UserError
 from system.launchers import launcher_arguments
 from system.processes import from_first, is_main
 
-
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
 
 
