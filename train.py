@@ -4,7 +4,7 @@ One straight loop: what is due after a step (log, checkpoint, validation, scores
 random number comes from a generator keyed by (seed, purpose, step) and is drawn for the whole global batch, so a step
 is the same on any number of processes, and a checkpoint needs no random state.
 
-Keys are in configs/; `--cfg job` prints them all, `train.dry_run=true` the cost, and `-m key=1,2` runs each value in turn.
+Keys are in configs/; `--cfg job` prints them all, `train.dry_run=true` the cost, and `-m key=1,2` runs both.
 """
 
 import contextlib

@@ -383,10 +383,9 @@ def read_steps(run_folder: Path) -> dict[int, dict]:
 
 def step_seconds(race: Race, steps: dict[int, dict]) -> float:
     """The median time of a step: CPU time, shared by the run's cores; on a GPU, the time that has passed."""
-    costs = [
-        line["perf/step_s"] if "perf/host_s" in line else line["perf/cpu_s"] / race.cores for line in steps.values()
-    ]
-    return float(np.median(costs))
+    on_gpu = any("perf/host_s" in line for line in steps.values())
+    key, cores = ("perf/step_s", 1) if on_gpu else ("perf/cpu_s", race.cores)
+    return float(np.median([line[key] for line in steps.values()])) / cores
 
 
 def values_at(runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:

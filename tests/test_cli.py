@@ -273,7 +273,7 @@ def test_a_run_starts_from_a_file_of_another_project(command, tiny_overrides, tm
 
 
 def test_help_is_no_error(command):
-    for script in ("rf.py", "fid.py"):
+    for script in ("train.py", "sample.py", "rf.py", "fid.py", "export.py", "cost.py"):
         code, out, _ = command(script, "--help")
         assert code == 0 and script in out
 
