@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,8 @@ def made(monkeypatch):
 
 
 def picture_of(font, sequence, height, width):
-    rng = np.random.default_rng(list(map(ord, sequence)))
-    return rng.integers(0, 256, (3, height, width), np.uint8)
+    seed = zlib.crc32(sequence.encode())
+    return np.random.default_rng(seed).integers(0, 256, (3, height, width), np.uint8)
 
 
 def test_one_in_ten_is_held_out_and_each_part_is_seen():
@@ -170,7 +171,7 @@ def test_ranks_are_those_of_all_distances():
     pixels = torch.from_numpy(rng.integers(0, 256, (90, 48))).double()
     pixels[7] = pixels[3]  # the same picture twice: each retrieves the other
     asked = [3, 7, *range(10, 80)]
-    made = (pixels[asked] + torch.from_numpy(rng.integers(-120, 120, (72, 48)))).clamp(0, 255)
+    made = (pixels[asked] + torch.from_numpy(rng.integers(-400, 400, (72, 48)))).clamp(0, 255)
     plain = [
         int(((made[i] - pixels) ** 2).sum(1).lt(((made[i] - pixels[j]) ** 2).sum()).sum()) for i, j in enumerate(asked)
     ]
