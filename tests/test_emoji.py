@@ -100,10 +100,11 @@ def test_shards_are_made_once(made, tmp_path):
         prepare(**dict(name="emoji", path=tmp_path / "made", size=(6, 8), text_encoder="made", text_length=5) | more)
 
     make()
+    part = parts(made)
     for split, wanted in (("train", {"seen"}), ("val", {"tone", "pair"})):
         latents = open_latents(tmp_path / "made", split=split, condition="text")
         sequences = list(map(emoji.sequence_of, latents.keys(range(len(latents)))))
-        assert {parts(made)[sequence] for sequence in sequences} == wanted and latents.shape == (3, 6, 8)
+        assert {part[sequence] for sequence in sequences} == wanted and latents.shape == (3, 6, 8)
         raw, text = latents.read(range(20))
         for i, sequence in enumerate(sequences[:20]):
             pixels = ((raw[i].float() + 1) * 127.5).round().numpy()
