@@ -51,7 +51,7 @@ class Sampling(Generation):
     ckpt: str | None = None
     seeds: Seeds = "0-19"
     labels: Literal["balanced", "random"] | Count = "balanced"
-    class_idx: Count | None = None
+    class_idx: Count | str | None = None
     prompt: str | None = None
     prompts: str | None = None
     compile: Literal["blocks", "off"] = "off"
@@ -142,12 +142,24 @@ def encode_prompts(run: Run, prompts: Sequence[str], text_encoder: str | None = 
     return text
 
 
-def what_to_draw(run: Run, settings: Sampling) -> tuple[list[gallery.Key], Condition, list[str]]:
-    """The images' keys and conditions, and the prompts if there are any: all seeds of the first one, then ..."""
-    seeds, kind = settings.all_seeds, conditions.kind_of(run.model.null_condition)
-    if settings.class_idx is not None and kind != "class":
-        found = f"class_idx={settings.class_idx}, and the network takes {conditions.KINDS[kind]}"
+def class_number(run: Run, class_idx: int | str) -> int:
+    """The number of a class, which the run's settings may name. Raises UserError for other names, and for networks that
+    take no class."""
+    if (kind := conditions.kind_of(run.model.null_condition)) != "class":
+        found = f"class_idx={class_idx}, and the network takes {conditions.KINDS[kind]}"
         raise UserError(f"{found}; needed: labels=balanced, random or, of a text, its number, or prompt=")
+    if isinstance(class_idx, int):
+        return class_idx
+    names = run.settings.data.classes or ()
+    if class_idx not in names:
+        told = f"one of {', '.join(names)}"[:300] if names else f"a number: {run.checkpoint} names no classes"
+        raise UserError(f"class_idx={class_idx}; needed: {told}")
+    return names.index(class_idx)
+
+
+def what_to_draw(run: Run, settings: Sampling) -> tuple[list[gallery.Key], Condition, list[str]]:
+    """The images' keys, their conditions, and the prompts if there are any: one after another, each with all seeds."""
+    seeds = settings.all_seeds
     prompts = [settings.prompt] if settings.prompt else read_prompts(settings.prompts) if settings.prompts else []
     if not prompts:
         return seeds, conditions.choose(settings.rule, seeds, run.pool), prompts
@@ -184,6 +196,8 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     adjust(run, settings)
     if settings.steps is not None:
         run.settings = replace(run.settings, sampler=run.settings.sampler | {"num_steps": settings.steps})
+    if settings.class_idx is not None:
+        settings = replace(settings, class_idx=class_number(run, settings.class_idx))
     keys, condition, prompts = what_to_draw(run, settings)
     seeds = [seed for _, seed in keys] if prompts else keys
     out = Path(settings.out) if settings.out else default_folder(run, settings)

@@ -24,7 +24,7 @@ from data.shards import Captions, TextSource, finalize, reserve, shard_name, wri
 from system import UserError
 from system.files import locked
 from system.launchers import usable_cpus
-from system.settings import Count, Kind, PerChannel, Positive
+from system.settings import Count, Kind, Names, PerChannel, Positive
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Conversion:
     bias: PerChannel | None = None
     flip: Literal["none", "both"] | None = None
     num_classes: Positive | None = None
+    classes: Names | None = None
     dtype: Literal["float16", "float32"] | None = None
     shard_size: Positive = 10000
     val: Count = 0
@@ -56,10 +57,15 @@ def convert(source_path: str, target: str, settings: Conversion) -> dict:
     encoding, flip = choose_encoding(source, settings), settings.flip or source.flip
     if flip == "both" != source.flip:
         raise UserError(f"flip=both, and {source_path} has no mirror images; needed: null or none")
+    named = settings.classes or source.classes
+    if settings.classes and settings.num_classes not in (None, len(named)):
+        raise UserError(
+            f"{len(named)} classes, and num_classes={settings.num_classes}; needed: as many, or one of them"
+        )
     shards = plan_shards(source.count, settings.shard_size, settings.val, source.val)
     recipe = {"source": os.path.realpath(source_path), "format": source.format, "images": source.count}
     recipe |= asdict(encoding) | {"codec": source.codec, "flip": flip}
-    recipe |= {key: getattr(settings, key) for key in ("num_classes", "dtype", "shard_size", "val")}
+    recipe |= {key: getattr(settings, key) for key in ("num_classes", "classes", "dtype", "shard_size", "val")}
     folder = Path(target)
     reserve(folder, recipe)
     with locked(folder / ".convert.lock"):
@@ -72,7 +78,8 @@ def convert(source_path: str, target: str, settings: Conversion) -> dict:
             for _ in tqdm(done, total=len(jobs), unit="shard", disable=None):  # None: only on a terminal
                 pass
         texts = TextSource(source.null_text) if source.texts else None
-        about = dict(codec=source.codec, flip=flip, num_classes=settings.num_classes, condition=texts)
+        classes = named if settings.num_classes in (None, len(named)) and named else settings.num_classes
+        about = dict(codec=source.codec, flip=flip, num_classes=classes, condition=texts)
         return finalize(folder, encoding, **about)
 
 

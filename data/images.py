@@ -117,7 +117,10 @@ class Images:
             return np.asarray(image.convert("RGB"))
 
         parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        for batch in decoded_ahead(parts, pixels, DECODERS):
+        for number, batch in enumerate(decoded_ahead(parts, pixels, DECODERS)):
+            if number == 0 and batch.max() <= 1:
+                told = f"the first {len(batch)} pictures of {self.path} hold no pixel above 1, of 255"
+                print(f"warning: {told}: were numbers of 0..1 stored as uint8?", file=sys.stderr)
             yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
     def _decode(self, i: int) -> Image.Image:

@@ -35,6 +35,7 @@ from system.files import locked, sha256_of
 
 MNIST_VAL_PER_CLASS, SHARD_SIZE = 50, {"mnist": 1500, "idx": 10_000, "emoji": 10_000}
 # Of Debian's package dataset-fashion-mnist, and where torchvision.datasets.FashionMNIST(root) puts the files.
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 FASHION_FOLDERS = [
     Path("/usr/share/datasets/fashion-mnist"),
     *(Path(os.path.expanduser(root), "FashionMNIST/raw") for root in ("datasets", "data", "~/datasets", "~/data")),
@@ -80,8 +81,10 @@ def prepare_mnist(folder: Path) -> None:
             _write(folder, "mnist", pixels.reshape(-1, 1, 28, 28), _numbered(labels), splits)
 
 
-def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10) -> None:
-    """The pictures of IDX files, the test split as val, both shuffled. source: as in find_idx.
+def prepare_idx(
+    folder: Path, source: str | Path, size: int | Sequence[int] = 28, num_classes: int = 10, names: Sequence[str] = ()
+) -> None:
+    """The pictures of IDX files, the test split as val, both shuffled. source: as in find_idx. names: of the classes.
 
     Raises UserError, before anything is written, for files that are missing or damaged, pictures of another size,
     labels that are not below num_classes, and a folder of other shards.
@@ -109,7 +112,7 @@ def prepare_idx(folder: Path, source: str | Path, size: int | Sequence[int] = 28
         if not _is_intact(folder):
             images, labels = map(np.concatenate, zip(*parts))
             splits = dict(zip(pairs, np.split(np.arange(len(labels)), [len(parts[0][1])])))
-            _write(folder, "idx", images[:, None], _numbered(labels), splits)
+            _write(folder, "idx", images[:, None], _numbered(labels), splits, names or None)
 
 
 def prepare_fashion(path: str | Path, source: str | Path | None = None) -> None:
@@ -121,7 +124,7 @@ def prepare_fashion(path: str | Path, source: str | Path | None = None) -> None:
     if source is None:
         cure = "apt-get install dataset-fashion-mnist, or data.source=<the folder of its four IDX files>"
         raise UserError(f"Fashion-MNIST is not on this machine; needed: {cure}")
-    prepare_idx(folder, source)
+    prepare_idx(folder, source, names=FASHION)
 
 
 def prepare_emoji(
@@ -169,9 +172,10 @@ def _is_intact(folder: Path, condition: str = "class") -> bool:
 
 def _write(
     folder: Path, name: str, pixels: np.ndarray, told: Sequence[tuple[str, int | Captions]],
-    splits: dict[str, np.ndarray], texts: TextSource | None = None,
+    splits: dict[str, np.ndarray], about: TextSource | Sequence[str] | None = None,
 ) -> None:  # fmt: skip
-    """pixels (N, C, h, w) in 0..255; told: (key, label or captions) of each; splits: the pictures' numbers."""
+    """pixels (N, C, h, w) in 0..255; told: (key, label or captions) of each; splits: the pictures' numbers. about: what
+    made the texts, or the names of the classes."""
     (folder / FILE_NAME).unlink(missing_ok=True)
     for split, chosen in splits.items():
         shuffled = chosen[torch.randperm(len(chosen), generator=seeded_generator(name, split)).numpy()]
@@ -179,7 +183,9 @@ def _write(
             shard = shuffled[start : start + SHARD_SIZE[name]]
             samples = ((told[i][0], (pixels[i] / 127.5 - 1).astype(np.float16), told[i][1]) for i in shard)
             write_shard(folder / shard_name(split, number), samples)
-    finalize(folder, LatentEncoding("sample_scaled"), codec={"_target_": "autoencoder.PixelCodec"}, condition=texts)
+    texts = about if isinstance(about, TextSource) else None
+    codec, names = {"_target_": "autoencoder.PixelCodec"}, about if texts is None else None
+    finalize(folder, LatentEncoding("sample_scaled"), codec=codec, num_classes=names, condition=texts)
 
 
 def _numbered(labels: np.ndarray) -> list[tuple[str, int]]:

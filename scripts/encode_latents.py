@@ -10,6 +10,8 @@ interruption the same command resumes, to the same bytes as an undisturbed run. 
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import shlex
 import sys
@@ -36,7 +38,7 @@ from data.shards import TextSource, finalize, reserve, write_shard
 from data.texts import Encoder, captioned, load_encoder
 from randomness import seeded_generator
 from system import UserError, cli, hub
-from system.settings import Count, Positive, above, parse
+from system.settings import Count, Names, Positive, above, parse
 from system.tensors import weights_sha256
 
 UNRECORDED = ("out", "num_threads", "timeout_s", "text_length")  # which change no byte
@@ -53,6 +55,7 @@ class Encoding:
     scale: Annotated[float, above(0)] = 0.18215
     size: Positive = 256
     kind: Literal["sample", "moments"] = "sample"
+    classes: Names | None = None
     flip: Literal["none", "both"] = "none"
     dtype: Literal["float16", "float32"] = "float16"
     text: str | None = None
@@ -75,12 +78,20 @@ def main(arguments: list[str]) -> None:
         counts = Counter(Path(name).suffix for name in others)
         what = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in counts.most_common())
         warn(f"{cfg.images}: files that are not pictures are left out: {what}")
-    shards = plan_shards(len(images.captions if cfg.text else images.labels), cfg.shard_size, cfg.val)
+    if cfg.classes and (cfg.text or any(images.classes)):
+        found = "text=" if cfg.text else f"the folders of {cfg.images} name them"
+        raise UserError(f"classes=, and {found}; needed: one of the two")
+    if cfg.classes and max(images.labels) >= len(cfg.classes):
+        raise UserError(f"classes= has {len(cfg.classes)} names, and {cfg.images} a label {max(images.labels)}")
+    told = images.captions if cfg.text else images.labels
+    shards = plan_shards(len(told), cfg.shard_size, cfg.val)
     encoder = load_encoder(cfg.text, length=cfg.text_length, device=device()) if cfg.text else None
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
+    held = json.dumps([images.names, told]).encode()  # a class folder renamed moves the labels of all
     recipe = {"images": os.path.realpath(path), "count": len(images), "vae": vae_sha256}
+    recipe["names_and_labels"] = hashlib.sha256(held).hexdigest()
     recipe |= {"text_sha256": encoder and encoder.sha256, "text_length": encoder and encoder.length}
     recipe = {key: value for key, value in asdict(cfg).items() if key not in UNRECORDED} | recipe
     reserve(folder, recipe)
@@ -149,7 +160,7 @@ def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str, texts: 
     """Process 0, when all shards exist: meta.json, and what to do next."""
     moments, codec = cfg.kind == "moments", {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
     encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")
-    classes = images.classes if texts is None and any(images.classes) else None
+    classes = cfg.classes or (images.classes if texts is None and any(images.classes) else None)
     about = dict(codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes, condition=texts)
     manifest = finalize(folder, encoding, **about)
     held = "with texts" if texts else f"{manifest['num_classes']} classes"

@@ -382,8 +382,9 @@ def read_steps(run_folder: Path) -> dict[int, dict]:
 
 
 def step_seconds(race: Race, steps: dict[int, dict]) -> float:
-    """The median time of a step: CPU time, shared by the run's cores."""
-    return float(np.median([line["perf/cpu_s"] for line in steps.values()])) / race.cores
+    """The median time of a step: CPU time, shared by the run's cores; on a GPU, the time that has passed."""
+    costs = [line["perf/step_s"] if "perf/host_s" in line else line["perf/cpu_s"] / race.cores for line in steps.values()]
+    return float(np.median(costs))
 
 
 def values_at(runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:

@@ -19,11 +19,15 @@ from checkpoints import gallery
 from checkpoints.generate import generate_latents, sampler_of
 from checkpoints.load import load_run
 from conditions import Text, TextStats
+from data.encoding import LatentEncoding
+from data.shards import TextSource, finalize, shard_name, write_shard
 from guidance import Guidance
+from routing_module import Routing
 from system import UserError
 from tests import started
-from tests.conftest import ROOT
-from tests.made_runs import make_run
+from tests.conftest import ROOT, TORCHRUN, assert_same_run, numbers
+from tests.made_runs import made_settings, make_run
+from training.stopping import EXIT_START_AGAIN, PreemptionHandler
 
 WIDTH, LENGTH, HASH = 8, 6, "0" * 64
 KEYS = [
@@ -150,7 +154,7 @@ def test_grids_are_labelled(tmp_path):
         assert labelled[top - 30 : top - 2, 4:].any() and not labelled[top - 1].any() and row[top]
         top += 256
     font = gallery.label_font(13)
-    for text, width in (("a second, " * 30, 124), ("Supercali" * 9, 124), ("one", 900), ("ab " * 2000, 60)):
+    for text, width in (("a second, " * 30, 124), ("Supercali" * 9, 124), ("one", 900), ("a", 124), ("ab " * 2000, 60)):
         lines = gallery.wrapped(text, font, width)
         assert 0 < len(lines) <= gallery.MOST_LINES and max(map(font.getlength, lines)) <= width
     assert gallery.wrapped("one two", font, 900) == ["one two"]
@@ -289,3 +293,44 @@ def test_clip_of_transformers(tmp_path):
     transformers.CLIPTextModel(config.text_config).save_pretrained(tmp_path / "text")
     with pytest.raises(UserError, match="is a model of the type clip_text_model"):
         load_clip(str(tmp_path / "text"))
+
+
+def test_runs_on_texts_are_the_same_on_two_processes_and_after_a_stop(tmp_path):
+    """With the empty caption as the null, which both kinds of guidance and every checkpoint's network then have."""
+    import train as training
+
+    folder, rng = tmp_path / "set", np.random.default_rng(0)
+    folder.mkdir()
+    arrays = 0.5 * rng.standard_normal((24, 3, 16, 16)).astype(np.float32)
+    states = [rng.standard_normal((1 + i % LENGTH, WIDTH)).astype(np.float16) for i in range(24)]
+    samples = [(f"{i:02d}", *both) for i, both in enumerate(zip(arrays, states))]
+    write_shard(folder / shard_name("train", 0), samples)
+    null = rng.standard_normal((2, WIDTH)).astype(np.float16)
+    finalize(folder, LatentEncoding("sample_scaled"), condition=TextSource(null, "made", HASH, LENGTH))
+    told = [key for key in KEYS if not key.startswith(("data.path", "data.text_length", "+"))]
+    told += [
+        f"data.path={folder}", "data.num_workers=0", "train.global_batch_size=8", "train.max_steps=4",
+        "train.warmup_steps=0", "train.decay_steps=0", "train.compile=off", "train.precision=fp32", "train.log_every=1",
+        "train.label_dropout=0.5", "train.save_every=0", "train.val_every=2", "train.val_samples=8", "preview.every=0",
+        "optimizer=muon", f"results_dir={tmp_path}",
+    ]  # fmt: skip
+
+    def train(name, stop_after=None):
+        with pytest.MonkeyPatch.context() as patch:
+            if stop_after is not None:
+                patch.setattr(PreemptionHandler, "should_stop", lambda self, step: step == stop_after)
+            return training.train(made_settings([*told, f"run_name={name}"]))
+
+    assert train("whole") == 0 and train("cut", stop_after=2) == EXIT_START_AGAIN and train("cut") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    done = started.run([*TORCHRUN, "train.py", *told, "run_name=two"], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=2e-3)
+    run = load_run(tmp_path / "whole", device="cpu")
+    assert (run.settings.data.text_length, run.settings.model["text_length"]) == (LENGTH, LENGTH)
+    assert run.model.null_condition.states.shape == (1, 2, WIDTH) and run.model.macs() == run.model.macs(Routing(0.0))
+    kept = torch.from_numpy(np.concatenate(states)).float()
+    expected = (torch.from_numpy(null).float() - kept.mean(0)) / kept.std(0, correction=0)
+    torch.testing.assert_close(run.model.null_condition.states[0].float(), expected, rtol=0.01, atol=0.01)
+    assert len(draw(tmp_path / "whole", tmp_path / "images", "prompt=a red disc", "seeds=0", "guidance=cfg")) == 1

@@ -17,7 +17,7 @@ What each project's own scripts write, and how its training reads it (K = kind, 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,6 +61,7 @@ class Source:
     texts: Callable[[int], list[np.ndarray]] | None = None
     null_text: np.ndarray | None = None
     val: int = 0
+    classes: Sequence[str] = ()  # their names, where they are known
 
 
 def open_source(path: str | Path, format: str | None = None) -> Source:
@@ -268,8 +269,8 @@ def _text(array: np.ndarray, place: str | Path) -> np.ndarray:
 def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | None = None) -> Source | None:
     """`.npy` files whose names begin with `prefix`, in a folder or, if it needs no name, a zip.
 
-    Labels are those of the dataset.json there. Without any, each top folder is a class, and where more is `known` of a
-    format there is one class.
+    Labels are those of the dataset.json there, or each top folder is a class. What more is `known` of a format says
+    that it has a dataset.json, whose labels may be null: one class. Raises UserError where it has none.
     """
     root = path / folder if path.name != folder else path
     if not root.is_dir() and (folder or path.suffix != ".zip"):
@@ -280,14 +281,18 @@ def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | Non
     top = {name: "" if known else name.rpartition("/")[0].partition("/")[0] for name in names}
     classes = {*top.values(), *(name.partition("/")[0] for name in tree.empty if any(top.values()))}
     number = {name: i for i, name in enumerate(sorted(classes))}
-    labels = dataset_json(root, tree) or {name: number[top[name]] for name in names}
+    labels = dataset_json(root, tree)
+    if names and known and labels is None and not any(name.endswith("dataset.json") for name in tree.names):
+        raise UserError(f"{root} has no dataset.json, which holds this format's labels; needed: it, or format=npy")
+    named_by = [] if labels or known else sorted(classes - {""})
+    labels = labels or {name: number[top[name]] for name in names}
     if (unlabelled := next((name for name in names if name not in labels), None)) is not None:
         raise UserError(f"{root}/dataset.json has no label for {unlabelled}")
 
     def array(i: int, mirrored: bool) -> np.ndarray:
         return _latent(read_npy(tree.read(names[i]), root / names[i]), root / names[i])
 
-    return Source(len(names), array, lambda i: labels[names[i]], **known or {})
+    return Source(len(names), array, lambda i: labels[names[i]], classes=named_by, **known or {})
 
 
 def _latent(array: np.ndarray, place: str | Path) -> np.ndarray:
