@@ -157,7 +157,7 @@ def class_number(run: Run, class_idx: int | str) -> int:
 
 
 def what_to_draw(run: Run, settings: Sampling) -> tuple[list[gallery.Key], Condition, list[str]]:
-    """The images' keys and conditions, and the prompts if there are any: all seeds of the first one, then ..."""
+    """The images' keys, their conditions, and the prompts if there are any: one after another, each with all seeds."""
     seeds = settings.all_seeds
     prompts = [settings.prompt] if settings.prompt else read_prompts(settings.prompts) if settings.prompts else []
     if not prompts:

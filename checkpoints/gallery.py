@@ -157,7 +157,7 @@ def label_font(size: int) -> ImageFont.FreeTypeFont:
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """The text in lines of at most `width` pixels, the end of a very long one left out."""
-    for letters in range(min(len(text), width // 2), 0, -1):
+    for letters in range(min(max(len(text), 3), width // 2), 2, -1):  # 3: those of "..."
         lines = textwrap.wrap(text, letters, max_lines=MOST_LINES, placeholder="...")
         if all(font.getlength(line) <= width for line in lines):
             return lines

@@ -79,7 +79,7 @@ def _inspect_shards(folder: Path) -> dict:
         report["classes"] = manifest.get("classes")
         settings += [f"data.num_classes={num_classes}"]
     else:
-        settings += [f"data.condition={report['condition']}"]
+        settings += [f"data.condition={report['condition']}", "data.num_classes=null"]
     if report["condition"] == "text":
         length = manifest.get("text_length") or int(entries["length"].max())
         report |= {"text_width": index.layout.text_width, "text_length": length}

@@ -233,9 +233,13 @@ def text_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[torch.
     Some dimensions of an encoder hardly vary: no std is below a hundredth of the median one.
     """
     chosen, tokens, total, square = spread_evenly(len(latents), max_samples), 0, 0.0, 0.0
-    for draw in (np.arange(latents.text_count) + 0.5) / latents.text_count:
-        for indices in np.array_split(chosen, -(-len(chosen) // 256)):
-            text = latents.read(indices, draws=np.full(len(indices), draw))[1]
+    counts = (latents._index.entries["length"][chosen] > 0).sum(1)  # of each sample's texts
+    for number in range(latents.text_count):
+        having = counts > number
+        draws = (number + 0.5) / counts[having]  # which choose text `number` of each sample that has one
+        for start in range(0, len(draws), 256):
+            part = slice(start, start + 256)
+            text = latents.read(chosen[having][part], draws=draws[part])[1]
             states = text.states[text.mask].double()  # (tokens, D)
             tokens, total, square = tokens + len(states), total + states.sum(0), square + states.square().sum(0)
     mean = total / tokens

@@ -154,7 +154,7 @@ def test_grids_are_labelled(tmp_path):
         assert labelled[top - 30 : top - 2, 4:].any() and not labelled[top - 1].any() and row[top]
         top += 256
     font = gallery.label_font(13)
-    for text, width in (("a second, " * 30, 124), ("Supercali" * 9, 124), ("one", 900), ("ab " * 2000, 60)):
+    for text, width in (("a second, " * 30, 124), ("Supercali" * 9, 124), ("one", 900), ("a", 124), ("ab " * 2000, 60)):
         lines = gallery.wrapped(text, font, width)
         assert 0 < len(lines) <= gallery.MOST_LINES and max(map(font.getlength, lines)) <= width
     assert gallery.wrapped("one two", font, 900) == ["one two"]
