@@ -80,7 +80,7 @@ def test_a_cuda_step_never_waits_and_copies_only_its_batch(objective, monkeypatc
     monkeypatch.setattr(training, "seeded_generator", lambda *key, device: None)  # there is no CUDA generator to make
     monkeypatch.setattr(BatchPlan, "slice", lambda self, generator, micro: None)
     attended, attention = [], torch.nn.functional.scaled_dot_product_attention
-    watched = lambda q, k, v: attended.append(q.shape) or attention(q, k, v)
+    watched = lambda q, k, v, attn_mask: attended.append(q.shape) or attention(q, k, v)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     config, plan = settings(global_batch_size=8, micro_batch_size=4), BatchPlan(8, 4, 2, 0, 1)
     with FakeTensorMode():

@@ -60,6 +60,7 @@ def routed():
     return Routing(generators=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("rotary", [False, True])
 def test_attention_is_its_definition(rotary, plain):
