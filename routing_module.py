@@ -25,12 +25,13 @@ CELLS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)}  # tokens of a 
 @dataclass(frozen=True)
 class Route:
     """The fraction `selection_ratio`, in [0, 1), of the tokens bypasses blocks `start_layer_idx`..`end_layer_idx`,
-    inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`)."""
+    inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`), or a function
+    (tokens (B, N, D), generators) -> scores (B, N), of which the highest are kept."""
 
     selection_ratio: float
     start_layer_idx: int
     end_layer_idx: int
-    selection: str = "random"
+    selection: str | Callable = "random"
     grid: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # rows and columns; None = square
 
 
@@ -40,12 +41,16 @@ class Routing:
 
     selection_ratio: None = as in training: each route's own, and SPRINT's path drop; a number in [0, 1) overrides it.
     generators: what both are drawn from. keep_ids: (B, K) int64, as drawn, in place of a draw. drop_path: the span is
-    skipped, and its output is the mask token everywhere (SPRINT's path-drop guidance)."""
+    skipped, and its output is the mask token everywhere (SPRINT's path-drop guidance). keep: (B, N) bool, tokens that
+    have to stay, K at most. check: also on a GPU, which the host then waits for, values of keep_ids and keep that
+    cannot be raise a ValueError, as they do on a CPU."""
 
     selection_ratio: float | None = None
     generators: Source = None
     keep_ids: torch.Tensor | None = None
     drop_path: bool = False
+    keep: torch.Tensor | None = None
+    check: bool = False
     drawn: list[torch.Tensor | None] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __post_init__(self):
@@ -59,11 +64,35 @@ class Routing:
         if self.drop_path:
             raise ValueError("drop_path needs a network with a deep path to drop (model=sprint)")
         (B, N), ratio, keep_ids = x.shape[:2], self.ratio_of(route), self.keep_ids
-        if keep_ids is None and num_kept(N, ratio) < N:
+        if keep_ids is not None:
+            check_ids(keep_ids, B, N, self.reads(keep_ids))
+        elif num_kept(N, ratio) < N and (callable(route.selection) or self.keep is not None):
+            keep_ids = self.best(route, x, num_kept(N, ratio))
+        elif num_kept(N, ratio) < N:
             how = dict(generators=self.generators, device=x.device, selection=route.selection, grid=route.grid)
             keep_ids = draw_keep_ids(B, N, ratio, **how)
         self.drawn.append(keep_ids)
         return keep_ids
+
+    @torch.no_grad()
+    def best(self, route: Route, x: torch.Tensor, kept: int) -> torch.Tensor:
+        """keep_ids (B, K) by the scores of the route's own selection, or random ones, after the tokens of `keep`."""
+        shape, keep, own = x.shape[:2], self.keep, callable(route.selection)
+        if not own and route.selection != "random":
+            raise ValueError(f"keep= with selection={route.selection}; needed: selection=random, or a function")
+        scores = route.selection(x, self.generators) if own else draw_scores(*shape, self.generators, x.device)
+        if scores.shape != shape:
+            raise ValueError(f"scores of shape {tuple(scores.shape)} by the selection; needed: {tuple(shape)}")
+        if keep is not None:
+            if keep.shape != shape or keep.dtype != torch.bool:
+                raise ValueError(f"keep: {keep.dtype} {tuple(keep.shape)}; needed: torch.bool {tuple(shape)}")
+            if self.reads(keep) and (most := int(keep.sum(1).max())) > kept:
+                raise ValueError(f"keep: {most} of {shape[1]} tokens have to stay, and the route keeps {kept}")
+            scores = scores.masked_fill(keep.to(scores.device, non_blocking=True), math.inf)
+        return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+    def reads(self, given: torch.Tensor) -> bool:
+        return not torch.compiler.is_compiling() and (self.check or given.device.type == "cpu")
 
 
 def run_blocks(
@@ -116,13 +145,7 @@ def draw_keep_ids(
         check_whole(num_tokens, selection_ratio, selection, grid)
     if selection == "structured" and kept < num_tokens:
         side, columns, kept = cell_of(num_tokens, selection_ratio, grid)
-    if callable(generators):
-        scores = generators((batch_size, num_tokens), device)
-    elif isinstance(generators, Sequence):
-        scores = torch.stack([torch.rand(num_tokens, generator=g, device=g.device) for g in generators])
-    else:
-        scores = torch.rand(batch_size, num_tokens, generator=generators, device=getattr(generators, "device", device))
-    scores = scores.to(device or scores.device, non_blocking=True)  # (B, N)
+    scores = draw_scores(batch_size, num_tokens, generators, device)
     if selection in ("rows", "columns", "cells"):
         return keep_whole(scores, kept, selection, grid or square(num_tokens))
     if side is None:
@@ -131,6 +154,29 @@ def draw_keep_ids(
     cells = ids.transpose(1, 2).flatten(0, 1).flatten(1)  # (cells, side * side)
     chosen = scores[:, cells].topk(kept, dim=2, sorted=False).indices  # (B, cells, kept)
     return cells.expand(batch_size, -1, -1).gather(2, chosen).flatten(1).sort(dim=1).values
+
+
+def draw_scores(
+    batch_size: int, num_tokens: int, generators: Source, device: torch.device | str | None
+) -> torch.Tensor:  # fmt: skip
+    """Uniform scores (B, N) in [0, 1)."""
+    if callable(generators):
+        scores = generators((batch_size, num_tokens), device)
+    elif isinstance(generators, Sequence):
+        scores = torch.stack([torch.rand(num_tokens, generator=g, device=g.device) for g in generators])
+    else:
+        scores = torch.rand(batch_size, num_tokens, generator=generators, device=getattr(generators, "device", device))
+    return scores.to(device or scores.device, non_blocking=True)
+
+
+def check_ids(keep_ids: torch.Tensor, batch_size: int, num_tokens: int, values: bool) -> None:
+    """Raises ValueError for keep_ids that are not (B, K) int64; values: also where they do not ascend in 0..N-1."""
+    if keep_ids.ndim != 2 or len(keep_ids) != batch_size or keep_ids.dtype != torch.int64:
+        found = f"keep_ids: {keep_ids.dtype} {tuple(keep_ids.shape)}"
+        raise ValueError(f"{found}; needed: torch.int64 ({batch_size}, K)")
+    ends = keep_ids.new_tensor([-1, num_tokens]).expand(batch_size, 2)
+    if values and not (torch.cat([ends[:, :1], keep_ids, ends[:, 1:]], dim=1).diff(dim=1) > 0).all():
+        raise ValueError(f"keep_ids of {keep_ids.min()}..{keep_ids.max()}; needed: ascending in 0..{num_tokens - 1}")
 
 
 def cell_of(num_tokens: int, selection_ratio: float, grid: tuple[int, int] | None = None) -> tuple[int, int, int]:
