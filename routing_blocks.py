@@ -18,6 +18,7 @@ from inspect import Parameter, signature
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +35,7 @@ def resolve_routes(
     """
     required, resolved = {"selection_ratio", "start_layer_idx", "end_layer_idx"}, []
     for route in routes if isinstance(routes, Sequence) else [routes]:
-        if isinstance(route, Mapping) and route.keys() - {"selection"} == required:
+        if isinstance(route, Mapping) and route.keys() - {"selection"} == required and None not in route.values():
             route = Route(**route)
         if not isinstance(route, Route):
             raise ValueError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
@@ -302,7 +303,8 @@ def cost_of(model: nn.Module, arguments: Mapping) -> dict[float, int]:
         counted = deepcopy(model, tensors)  # a model may keep what it makes, and this is fake
         given = tree_map_only(torch.Tensor, fake.from_tensor, dict(arguments))
         try:
-            with torch.no_grad(), fake, routing(ratio), FlopCounterMode(display=False) as counter:
+            attention = sdpa_kernel(SDPBackend.MATH)  # made of products, which are counted on every device
+            with torch.no_grad(), fake, routing(ratio), attention, FlopCounterMode(display=False) as counter:
                 counted(**given)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"the forward of {type(model).__name__} reads values ({error}); needed: shapes") from None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from routing_blocks import routing
+from routing_blocks import cost_of, routing
 from routing_diffusers import FAMILIES, route
 from routing_module import draw_keep_ids
 from tests.test_routing_diffusers import CHANNELS, HEADS, TEXT, B, T, arguments_of, image, text, timestep
@@ -51,6 +51,10 @@ def qwen(shapes=((1, 4, 4),)):
         hidden_states=torch.randn(B, sum(t * h * w for t, h, w in shapes), CHANNELS), encoder_hidden_states=text(),
         encoder_hidden_states_mask=RAGGED, timestep=timestep() / 1000, img_shapes=[list(shapes)] * B,
     )  # fmt: skip
+
+
+def qwen_edit():
+    return qwen(((1, 4, 4), (1, 2, 2)))
 
 
 def cogview4():
@@ -134,8 +138,8 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
-# For each list that has routed blocks: rows of text before the image's in the tokens, and {argument: (axis, rows before)}
-PAIRS, JOINT_ANGLES = {"image_rotary_emb": (0, T)}, {"image_rotary_emb": (0, T)}
+# For each list with routed blocks: rows of text before the image's in the tokens, and {argument: (axis, rows before)}
+PAIRS = {"image_rotary_emb": (0, T)}
 ROWS = {
     "flux, masked text": [(0, PAIRS | {"attention_mask": (-1, T)})] * 2,
     "flux2": [(0, PAIRS), (T, PAIRS)],
@@ -293,3 +297,17 @@ def test_output_and_gradients_are_those_of_the_span_by_hand(case, start, end):
     for (name, _), routed, by_hand in zip(model.named_parameters(), *gradients):
         assert (routed is None) == (by_hand is None), name
         assert routed is None or (routed - by_hand).abs().max() <= 5e-6 * largest, name
+
+
+def test_off_is_the_model_bit_for_bit_and_costs_fall_with_the_ratio(case):
+    model, inputs = make(case), CASES[case][2]()
+    plain, names = copy.deepcopy(model), list(model.state_dict())
+    route(model, 1, -2, 0.5)
+    assert list(model.state_dict()) == names
+    with torch.no_grad():
+        dense = outputs(plain, inputs)
+        assert torch.equal(outputs(model, inputs), dense)
+        with routing(0.0):
+            assert torch.equal(outputs(model, inputs), dense)
+    costs = list(cost_of(model, inputs).values())
+    assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
