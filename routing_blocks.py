@@ -175,6 +175,8 @@ class RoutedBlocks(nn.ModuleList):
         self.route_of = [numbers.get(first + i) for i in range(len(self))]
 
     def __iter__(self) -> Iterator[Callable]:
+        if torch.compiler.is_compiling() and torch.__version__ < (2, 14):  # Dynamo cannot read the context
+            raise ValueError("a routed model is compiled as a whole; needed: torch 2.14, or its blocks compiled alone")
         active = _active.get()
         if self.routes and not torch.compiler.is_compiling():
             # A block that is checkpointed runs again without asking for it here: the whole forward does.
