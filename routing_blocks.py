@@ -28,20 +28,27 @@ def resolve_routes(
     Raises ValueError where a route leaves the network of `depth` blocks, is empty, overlaps another, or selects what
     the grid of tokens (rows, columns; None = unknown) does not allow.
     """
-    required, resolved = {"selection_ratio", "start_layer_idx", "end_layer_idx"}, []
+    required, optional = {"selection_ratio", "start_layer_idx", "end_layer_idx"}, {"selection", "leave_layer_idx"}
+    resolved = []
     for route in routes if isinstance(routes, Sequence) else [routes]:
-        if isinstance(route, Mapping) and route.keys() - {"selection"} == required:
+        if isinstance(route, Mapping) and route.keys() - optional == required:
             route = Route(**route)
         if not isinstance(route, Route):
             raise ValueError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
+        indices = route.start_layer_idx, route.leave_layer_idx, route.end_layer_idx
+        if not all(isinstance(i, int) or i is None and n == 1 for n, i in enumerate(indices)):
+            raise ValueError(f"{route} names blocks that are no whole numbers")
         check_route(route, route.selection_ratio, grid)
-        start, end = (i + depth if i < 0 else i for i in (route.start_layer_idx, route.end_layer_idx))
+        start, leave, end = (i if i is None or i >= 0 else i + depth for i in indices)
         if not 0 <= start <= end < depth:
             raise ValueError(
                 f"route {route.start_layer_idx}..{route.end_layer_idx} does not fit a network of {depth} blocks: "
                 f"it needs 0 <= start <= end <= {depth - 1}, and is {start}..{end}"
             )
-        resolved.append(replace(route, start_layer_idx=start, end_layer_idx=end, grid=grid))
+        if leave is not None and not start <= leave <= end:
+            found = f"leave_layer_idx {route.leave_layer_idx} is no block of the route {start}..{end}"
+            raise ValueError(f"{found}; needed: from {start} on (tokens leave after it) to {end} (none leaves)")
+        resolved.append(replace(route, start_layer_idx=start, leave_layer_idx=leave, end_layer_idx=end, grid=grid))
     resolved.sort(key=lambda route: route.start_layer_idx)
     for before, after in zip(resolved, resolved[1:]):
         if after.start_layer_idx <= before.end_layer_idx:
@@ -66,7 +73,7 @@ def block_tokens(routes: Sequence[Route], routing: Routing | None, depth: int, n
         raise ValueError("drop_path needs a network with a deep path to drop (model=sprint)")
     tokens = [num_tokens] * depth
     for route in routes if routing is not None else ():
-        for i in range(route.start_layer_idx, route.end_layer_idx + 1):
+        for i in range(route.sparse_from, route.end_layer_idx + 1):
             tokens[i] = num_kept(num_tokens, routing.ratio_of(route))
     return tokens
 
@@ -139,10 +146,18 @@ class RoutedBlocks(nn.ModuleList):
         self.set_routes(resolve_routes(routes, len(self)), first=0)
 
     def set_routes(self, routes: tuple[Route, ...], first: int) -> None:
-        """Resolved routes of a network whose block `first` is this list's block 0."""
+        """Resolved routes of a network whose block `first` is this list's block 0. Raises ValueError for a delayed
+        route across its borders: other lists have other sequences, which hold nothing to put back."""
+        for route in routes:
+            start, end = route.start_layer_idx - first, route.end_layer_idx - first
+            across = start < 0 <= end or start < len(self) <= end
+            if route.leave_layer_idx is not None and across:
+                found = f"the delayed route {route.start_layer_idx}..{route.end_layer_idx} crosses the border of blocks"
+                raise ValueError(f"{found} {first}..{first + len(self) - 1}; needed: a route within one list of blocks")
         self.routes = routes
         numbers = {i: n for n, r in enumerate(routes) for i in range(r.start_layer_idx, r.end_layer_idx + 1)}
         self.route_of = [numbers.get(first + i) for i in range(len(self))]
+        self.sparse = [n is not None and first + i >= routes[n].sparse_from for i, n in enumerate(self.route_of)]
 
     def __iter__(self) -> Iterator[Callable]:
         active = _active.get()
@@ -151,10 +166,11 @@ class RoutedBlocks(nn.ModuleList):
     def walk(self, routing: Routing, notes: dict) -> Iterator[Callable]:
         """The blocks for one forward pass. notes: what the pass knows, such as the keep_ids of route `number`."""
         around = [None, *self.route_of, None]
-        for block, before, number, after in zip(self._modules.values(), around, self.route_of, around[2:]):
+        blocks = zip(self._modules.values(), around, self.route_of, around[2:], self.sparse)
+        for block, before, number, after, sparse in blocks:
             if number is not None and number != before:
                 span = Span(self, number, routing, notes)
-            yield block if number is None else partial(span.run, block, number != before, number != after)
+            yield block if number is None else partial(span.run, block, number != before, sparse, number != after)
 
     def notes(self, active: Active) -> dict:
         """The notes of a new forward pass."""
@@ -179,27 +195,28 @@ class Span:
     def __init__(self, blocks: RoutedBlocks, number: int, routing: Routing, notes: dict):
         self.blocks, self.number, self.routing, self.notes = blocks, number, routing, notes
 
-    def run(self, block: nn.Module, enters: bool, leaves: bool, *args, **kwargs):
-        """One block on the kept tokens. args and kwargs: whatever a third party's forward hands to its block."""
+    def run(self, block: nn.Module, first: bool, sparse: bool, last: bool, *args, **kwargs):
+        """One block, on the kept tokens if sparse. args and kwargs: what a third party's forward hands to its block."""
         tokens, output = self.blocks.arguments[0], self.blocks.output
         arguments = dict(zip(self.blocks.arguments, args)) | kwargs
-        if enters:
+        if first:
             self.full = arguments[tokens]  # (B, N, D)
             self.ids = self.blocks.keep_ids(self.number, self.full, self.routing, self.notes)  # (B, K)
         if self.ids is None:
             return block(*args, **kwargs)
-        if enters:
-            arguments[tokens] = gather_tokens(self.full, self.ids)  # (B, K, D)
-        for name, gather in self.blocks.per_token.items():
+        if sparse and arguments[tokens].shape[1] > self.ids.shape[1]:
+            arguments[tokens] = gather_tokens(arguments[tokens], self.ids)  # (B, K, D)
+        for name, gather in self.blocks.per_token.items() if sparse else ():
             if arguments.get(name) is not None:
                 arguments[name] = gather(arguments[name], self.ids, self.full.shape[1], name)
         out = block(**arguments)
         if isinstance(out, tuple) != (output is not None):
             found = f"{type(block).__name__} returns {f'a tuple of {len(out)}' if output is None else 'no tuple'}"
             raise ValueError(f"output={output}, and {found}; needed: the tokens' index in a tuple, or None without one")
-        if not leaves:
+        if not last:
             return out
-        kept = out if output is None else out[output]  # (B, K, D)
+        kept = out if output is None else out[output]
+        kept = kept if sparse else gather_tokens(kept, self.ids)  # (B, K, D)
         whole = scatter_tokens(kept, self.ids, self.full.to(kept.dtype))  # (B, N, D), in the blocks' precision
         return whole if output is None else (*out[:output], whole, *out[output + 1 :])
 

@@ -139,17 +139,18 @@ def family_of(model: nn.Module) -> list[Blocks]:
     )
 
 
-def route(model: nn.Module, start: int, end: int, ratio: float) -> nn.Module:
+def route(model: nn.Module, start: int, end: int, ratio: float, leave: int | None = None) -> nn.Module:
     """Lets a share `ratio` in [0, 1) of the image tokens bypass blocks start..end (inclusive; negative: from the end).
 
+    leave: the block after which they leave, in a delayed route (`routing_module.Route`); None = before `start`.
     Works in place and returns the model; a second call adds a route. Raises ValueError for a span outside the blocks or
-    across another route, and for a class that is not in FAMILIES.
+    across another route, for a delayed one across two lists of blocks, and for a class that is not in FAMILIES.
     """
     rows = family_of(model)
     lists = [getattr(model, row.name) for row in rows]
     before = next((blocks.routes for blocks in lists if isinstance(blocks, ListedBlocks)), ())
     depth = sum(len(blocks) for blocks, row in zip(lists, rows) if row.routed)
-    routes, first = resolve_routes([*before, Route(ratio, start, end)], depth), 0
+    routes, first = resolve_routes([*before, Route(ratio, start, end, leave_layer_idx=leave)], depth), 0
     for i, (row, blocks) in enumerate(zip(rows, lists)):
         if row.note is not None and not len(blocks):
             raise ValueError(

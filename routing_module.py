@@ -4,6 +4,8 @@
     kept = gather_tokens(x, keep_ids)          blocks i..j see K = N - int(N * ratio) tokens
     x = scatter_tokens(kept, keep_ids, x)      after block j: the others return unchanged (TREAD, arXiv 2501.04765)
 
+In a delayed route all tokens go on to block k before the others leave; these return as they were before block i.
+
 No parameters, torch alone. B batch, N tokens, K kept tokens, D width. Mistakes raise ValueError.
 """
 
@@ -25,13 +27,23 @@ CELLS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)}  # tokens of a 
 @dataclass(frozen=True)
 class Route:
     """The fraction `selection_ratio`, in [0, 1), of the tokens bypasses blocks `start_layer_idx`..`end_layer_idx`,
-    inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`)."""
+    inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`).
+
+    leave_layer_idx: the last block that still sees all tokens, in a delayed route; the others return as they were
+    before block `start_layer_idx`, so at `end_layer_idx` none leaves, but they are put back. None = they leave at once.
+    """
 
     selection_ratio: float
     start_layer_idx: int
     end_layer_idx: int
     selection: str = "random"
+    leave_layer_idx: int | None = None
     grid: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # rows and columns; None = square
+
+    @property
+    def sparse_from(self) -> int:
+        """The first block that sees the kept tokens alone; past the end where none leaves."""
+        return self.start_layer_idx if self.leave_layer_idx is None else self.leave_layer_idx + 1
 
 
 @dataclass(frozen=True)
@@ -78,13 +90,15 @@ def run_blocks(
     """Tokens after all blocks, and {number: (tokens (B, K, D) after the block, keep_ids)} of those in `hidden`.
     A block's attribute `recompute`: the backward pass runs it again; `keeps_fp32`: no autocast where routing is on."""
     starts = {route.start_layer_idx: route for route in routes if routing is not None}
-    ends = {route.end_layer_idx for route in starts.values()}
-    keep_ids, before, found = None, (x, per_token), {}
+    route = drawn = keep_ids = None
+    found = {}
     for i, block in blocks:
         if i in starts:
-            before, keep_ids = (x, per_token), routing.draw(starts[i], x)
-            if keep_ids is not None:
-                x, *per_token = (gather_tokens(part, keep_ids) for part in (x, *per_token))  # (B, K, ...)
+            route, stash = starts[i], (x, per_token)
+            drawn = routing.draw(route, x)
+        if drawn is not None and i == route.sparse_from:
+            keep_ids = drawn
+            x, *per_token = (gather_tokens(part, keep_ids) for part in (x, *per_token))  # (B, K, ...)
         exact = routing is not None and getattr(block, "keeps_fp32", False)
         with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
             if getattr(block, "recompute", False) and torch.is_grad_enabled():
@@ -94,8 +108,10 @@ def run_blocks(
                 x = block(x, *context, *per_token)
         if i in hidden:
             found[i] = x, keep_ids
-        if i in ends and keep_ids is not None:
-            x, per_token, keep_ids = scatter_tokens(x, keep_ids, before[0]), before[1], None  # (B, N, ...)
+        if drawn is not None and i == route.end_layer_idx:
+            kept = gather_tokens(x, drawn) if keep_ids is None else x
+            x, per_token = scatter_tokens(kept, drawn, stash[0]), stash[1]  # (B, N, ...)
+            drawn = keep_ids = None
     return x, found
 
 
@@ -197,6 +213,6 @@ def scatter_tokens(kept: torch.Tensor, keep_ids: torch.Tensor, full: torch.Tenso
 
 def num_kept(num_tokens: int, selection_ratio: float) -> int:
     """K = N - int(N * ratio). Raises ValueError for a ratio outside [0, 1)."""
-    if not 0 <= selection_ratio < 1:
+    if not isinstance(selection_ratio, int | float) or not 0 <= selection_ratio < 1:
         raise ValueError(f"selection_ratio is the share of tokens routed away, in [0, 1); got {selection_ratio}")
     return num_tokens - int(num_tokens * selection_ratio)
