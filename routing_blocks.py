@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import Parameter, signature
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,20 +34,27 @@ def resolve_routes(
     Raises ValueError where a route leaves the network of `depth` blocks, is empty, overlaps another, or selects what
     the grid of tokens (rows, columns; None = unknown) does not allow.
     """
-    required, resolved = {"selection_ratio", "start_layer_idx", "end_layer_idx"}, []
+    required, optional = {"selection_ratio", "start_layer_idx", "end_layer_idx"}, {"selection", "leave_layer_idx"}
+    resolved = []
     for route in routes if isinstance(routes, Sequence) else [routes]:
-        if isinstance(route, Mapping) and route.keys() - {"selection"} == required and None not in route.values():
+        if isinstance(route, Mapping) and route.keys() - optional == required:
             route = Route(**route)
         if not isinstance(route, Route):
             raise ValueError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
+        indices = route.start_layer_idx, route.leave_layer_idx, route.end_layer_idx
+        if not all(isinstance(i, int) or i is None and n == 1 for n, i in enumerate(indices)):
+            raise ValueError(f"{route} names blocks that are no whole numbers")
         check_route(route, route.selection_ratio, grid)
-        start, end = (i + depth if i < 0 else i for i in (route.start_layer_idx, route.end_layer_idx))
+        start, leave, end = (i if i is None or i >= 0 else i + depth for i in indices)
         if not 0 <= start <= end < depth:
             raise ValueError(
                 f"route {route.start_layer_idx}..{route.end_layer_idx} does not fit a network of {depth} blocks: "
                 f"it needs 0 <= start <= end <= {depth - 1}, and is {start}..{end}"
             )
-        resolved.append(replace(route, start_layer_idx=start, end_layer_idx=end, grid=grid))
+        if leave is not None and not start <= leave <= end:
+            found = f"leave_layer_idx {route.leave_layer_idx} is no block of the route {start}..{end}"
+            raise ValueError(f"{found}; needed: from {start} on (tokens leave after it) to {end} (none leaves)")
+        resolved.append(replace(route, start_layer_idx=start, leave_layer_idx=leave, end_layer_idx=end, grid=grid))
     resolved.sort(key=lambda route: route.start_layer_idx)
     for before, after in zip(resolved, resolved[1:]):
         if after.start_layer_idx <= before.end_layer_idx:
@@ -71,7 +79,7 @@ def block_tokens(routes: Sequence[Route], routing: Routing | None, depth: int, n
         raise ValueError("drop_path needs a network with a deep path to drop (model=sprint)")
     tokens = [num_tokens] * depth
     for route in routes if routing is not None else ():
-        for i in range(route.start_layer_idx, route.end_layer_idx + 1):
+        for i in range(route.sparse_from, route.end_layer_idx + 1):
             tokens[i] = num_kept(num_tokens, routing.ratio_of(route))
     return tokens
 
@@ -125,6 +133,17 @@ def routing(
         raise RuntimeError(f"no route has run in this `with routing()`; needed: {needed}")
 
 
+class Place(NamedTuple):
+    """Of a block in the route `number`: the first of the list's, the one before which tokens leave, one on the kept
+    tokens, the last of the list's."""
+
+    number: int
+    first: bool
+    enters: bool
+    sparse: bool
+    last: bool
+
+
 class RoutedBlocks(nn.ModuleList):
     """A network's list of blocks with routes through it, for a forward that is not ours.
 
@@ -169,10 +188,21 @@ class RoutedBlocks(nn.ModuleList):
         self.set_routes(resolve_routes(routes, len(self)), first=0)
 
     def set_routes(self, routes: tuple[Route, ...], first: int) -> None:
-        """Resolved routes of a network whose block `first` is this list's block 0."""
+        """Resolved routes of a network whose block `first` is this list's block 0. Raises ValueError for a delayed
+        route across its borders: other lists have other sequences, which hold nothing to put back."""
+        for route in routes:
+            start, end = route.start_layer_idx - first, route.end_layer_idx - first
+            across = start < 0 <= end or start < len(self) <= end
+            if route.leave_layer_idx is not None and across:
+                found = f"the delayed route {route.start_layer_idx}..{route.end_layer_idx} crosses the border of blocks"
+                raise ValueError(f"{found} {first}..{first + len(self) - 1}; needed: a route within one list of blocks")
         self.routes = routes
-        numbers = {i: n for n, r in enumerate(routes) for i in range(r.start_layer_idx, r.end_layer_idx + 1)}
-        self.route_of = [numbers.get(first + i) for i in range(len(self))]
+        self.places: list[Place | None] = [None] * len(self)
+        for number, route in enumerate(routes):
+            last = min(route.end_layer_idx - first, len(self) - 1)
+            start, sparse_from = (max(i - first, 0) for i in (route.start_layer_idx, route.sparse_from))
+            for i in range(start, last + 1):
+                self.places[i] = Place(number, i == start, i == sparse_from, i >= sparse_from, i == last)
 
     def __iter__(self) -> Iterator[Callable]:
         if torch.compiler.is_compiling() and torch.__version__ < (2, 14):  # Dynamo cannot read the context
@@ -197,16 +227,15 @@ class RoutedBlocks(nn.ModuleList):
 
     def walk(self, active: Active, notes: dict) -> Iterator[Callable]:
         """The blocks for one forward pass. notes: what the pass knows, such as the keep_ids of route `number`."""
-        around = [None, *self.route_of, None]
         active.span = None
-        for block, before, number, after in zip(self._modules.values(), around, self.route_of, around[2:]):
-            if number is None:
+        for block, place in zip(self._modules.values(), self.places):
+            if place is None:
                 yield block
                 continue
-            if number != before:
-                span = Span(self, number, active, notes)
+            if place.first:
+                span = Span(self, active, notes)
             span.due, active.span = True, span
-            yield partial(span.run, block, number != before, number != after)
+            yield partial(span.run, block, place)
             active.span = None
             if span.due:
                 found = f"the forward does not call {type(block).__name__}, a block of a route"
@@ -250,32 +279,30 @@ class Taken:
 class Span:
     """One route's blocks of one list, in one forward pass. due: the network was given a block and has not called it."""
 
-    def __init__(self, blocks: RoutedBlocks, number: int, active: Active, notes: dict):
-        self.blocks, self.number, self.active, self.notes = blocks, number, active, notes
+    def __init__(self, blocks: RoutedBlocks, active: Active, notes: dict):
+        self.blocks, self.active, self.notes = blocks, active, notes
         self.due, self.without_grad, self.tokens = False, False, "all tokens"
 
-    def run(self, block: nn.Module, enters: bool, leaves: bool, *args, **kwargs):
-        """One block on the kept tokens. args and kwargs: whatever a third party's forward hands to its block."""
+    def run(self, block: nn.Module, place: Place, *args, **kwargs):
+        """One block, on the kept tokens if sparse. args and kwargs: what a third party's forward hands to its block."""
         names, output, self.active.ran = self.blocks.arguments, self.blocks.output, True
         if torch.is_grad_enabled() and self.without_grad and not self.due:
             raise ValueError("a routed block is checkpointed with use_reentrant=True; needed: use_reentrant=False")
         self.without_grad = not torch.is_grad_enabled()
         arguments = dict(zip(names, args)) | kwargs
         x = arguments[names[0]]
-        if enters:
-            self.full, self.ids = x, self.blocks.keep_ids(self.number, x, self.active.routing, self.notes)  # (B, K)
+        if place.first:
+            self.full, self.ids = x, self.blocks.keep_ids(place.number, x, self.active.routing, self.notes)  # (B, K)
         if self.ids is None:
             self.due = False
             return block(*args, **kwargs)
         N, K = self.full.shape[1], self.ids.shape[1]
-        self.tokens = f"{K} of {N} tokens"
-        if x.shape[1] != (N if enters else K):
-            raise ValueError(
-                f"{type(block).__name__} inside a route is given {x.shape[1]} tokens; needed: the {K} kept"
-            )
-        if enters:
+        self.tokens, expected = f"{K} of {N} tokens", K if place.sparse and not place.enters else N
+        if x.shape[1] != expected:
+            raise ValueError(f"{type(block).__name__} in a route is given {x.shape[1]} tokens; needed: {expected}")
+        if place.enters:
             arguments[names[0]] = gather_tokens(x, self.ids)  # (B, K, D)
-        for name, gather in self.blocks.per_token.items():
+        for name, gather in self.blocks.per_token.items() if place.sparse else ():
             if arguments.get(name) is not None:
                 arguments[name] = gather(arguments[name], self.ids, N, name)
         given = [arguments.pop(name) for name in names[: len(args)]]  # as they were given: some blocks take *args
@@ -284,9 +311,10 @@ class Span:
             found = f"{type(block).__name__} returns {f'a tuple of {len(out)}' if output is None else 'no tuple'}"
             raise ValueError(f"output={output}, and {found}; needed: the tokens' index in a tuple, or None without one")
         self.due = False
-        if not leaves:
+        if not place.last:
             return out
-        kept = out if output is None else out[output]  # (B, K, D)
+        kept = out if output is None else out[output]
+        kept = kept if place.sparse else gather_tokens(kept, self.ids)  # (B, K, D)
         whole = scatter_tokens(kept, self.ids, self.full.to(kept.dtype))  # (B, N, D), in the blocks' precision
         return whole if output is None else (*out[:output], whole, *out[output + 1 :])
 

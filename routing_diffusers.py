@@ -261,15 +261,18 @@ def route(
     start: int | None = None,
     end: int | None = None,
     ratio: float | None = None,
-    selection: str | Callable = "random",
+    leave: int | None = None,
     *,
+    selection: str | Callable = "random",
     routes: Sequence[Route | Mapping] | Route | Mapping = (),
 ) -> nn.Module:
     """Lets a share `ratio` in [0, 1) of the image tokens bypass blocks start..end (inclusive; negative: from the end).
 
+    leave: the block after which they leave, in a delayed route (`routing_module.Route`); None = before `start`.
     selection: as in Route. routes: others in place of these numbers, or beside them, such as those of `routes_of`.
     Works in place and returns the model; a second call adds a route. Raises ValueError for a span outside the blocks or
-    across another route, for a class that is not in FAMILIES, and for a model whose tokens another router cuts.
+    across another route, for a delayed one across two lists of blocks, for a class that is not in FAMILIES, and for a
+    model whose tokens another router cuts.
     """
     rows = family_of(model)
     version = getattr(sys.modules.get("diffusers"), "__version__", "1")
@@ -277,7 +280,7 @@ def route(
         raise ValueError(f"diffusers {version}; needed: 0.35 or newer")
     new = list(routes) if isinstance(routes, Sequence) else [routes]
     if (start, end, ratio) != (None, None, None):
-        new.append(dict(start_layer_idx=start, end_layer_idx=end, selection_ratio=ratio, selection=selection))
+        new.append(Route(ratio, start, end, selection, leave))
     lists = [model.get_submodule(row.name) for row in rows]
     if getattr(model, "_tread_router", None) or any(type(blocks) is RoutedBlocks for blocks in lists):
         raise ValueError(f"the tokens of this {type(model).__name__} are cut by another router; needed: one of them")

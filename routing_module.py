@@ -4,6 +4,8 @@
     kept = gather_tokens(x, keep_ids)          blocks i..j see K = N - int(N * ratio) tokens
     x = scatter_tokens(kept, keep_ids, x)      after block j: the others return unchanged (TREAD, arXiv 2501.04765)
 
+In a delayed route all tokens go on to block k before the others leave; these return as they were before block i.
+
 No parameters, torch alone. B batch, N tokens, K kept tokens, D width. Mistakes raise ValueError.
 """
 
@@ -26,13 +28,23 @@ CELLS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)}  # tokens of a 
 class Route:
     """The fraction `selection_ratio`, in [0, 1), of the tokens bypasses blocks `start_layer_idx`..`end_layer_idx`,
     inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`), or a function
-    (tokens (B, N, D), generators) -> scores (B, N), of which the highest are kept."""
+    (tokens (B, N, D), generators) -> scores (B, N), of which the highest are kept.
+
+    leave_layer_idx: the last block that still sees all tokens, in a delayed route; the others return as they were
+    before block `start_layer_idx`, so at `end_layer_idx` none leaves, but they are put back. None = they leave at once.
+    """
 
     selection_ratio: float
     start_layer_idx: int
     end_layer_idx: int
     selection: str | Callable = "random"
+    leave_layer_idx: int | None = None
     grid: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # rows and columns; None = square
+
+    @property
+    def sparse_from(self) -> int:
+        """The first block that sees the kept tokens alone; past the end where none leaves."""
+        return self.start_layer_idx if self.leave_layer_idx is None else self.leave_layer_idx + 1
 
 
 @dataclass(frozen=True)
@@ -77,18 +89,17 @@ class Routing:
     @torch.no_grad()
     def best(self, route: Route, x: torch.Tensor, kept: int) -> torch.Tensor:
         """keep_ids (B, K) by the scores of the route's own selection, or random ones, after the tokens of `keep`."""
-        shape, keep, own = x.shape[:2], self.keep, callable(route.selection)
+        shape, own = x.shape[:2], callable(route.selection)
         if not own and route.selection != "random":
             raise ValueError(f"keep= with selection={route.selection}; needed: selection=random, or a function")
-        scores = route.selection(x, self.generators) if own else draw_scores(*shape, self.generators, x.device)
-        if scores.shape != shape:
-            raise ValueError(f"scores of shape {tuple(scores.shape)} by the selection; needed: {tuple(shape)}")
-        if keep is not None:
-            if keep.shape != shape or keep.dtype != torch.bool:
-                raise ValueError(f"keep: {keep.dtype} {tuple(keep.shape)}; needed: torch.bool {tuple(shape)}")
-            if self.reads(keep) and (most := int(keep.sum(1).max())) > kept:
-                raise ValueError(f"keep: {most} of {shape[1]} tokens have to stay, and the route keeps {kept}")
-            scores = scores.masked_fill(keep.to(scores.device, non_blocking=True), math.inf)
+        scores = route.selection(x, self.generators) if own else draw_scores(shape, self.generators, x.device)
+        keep = torch.zeros_like(scores, dtype=torch.bool) if self.keep is None else self.keep
+        if not scores.shape == keep.shape == shape or keep.dtype != torch.bool:
+            found = f"scores of shape {tuple(scores.shape)}, keep of {keep.dtype} {tuple(keep.shape)}"
+            raise ValueError(f"{found}; needed: {tuple(shape)} for both, and torch.bool")
+        if self.reads(keep) and (most := int(keep.sum(1).max())) > kept:
+            raise ValueError(f"keep: {most} of {shape[1]} tokens have to stay, and the route keeps {kept}")
+        scores = scores.masked_fill(keep.to(scores.device, non_blocking=True), math.inf)
         return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
 
     def reads(self, given: torch.Tensor) -> bool:
@@ -107,13 +118,15 @@ def run_blocks(
     """Tokens after all blocks, and {number: (tokens (B, K, D) after the block, keep_ids)} of those in `hidden`.
     A block's attribute `recompute`: the backward pass runs it again; `keeps_fp32`: no autocast where routing is on."""
     starts = {route.start_layer_idx: route for route in routes if routing is not None}
-    ends = {route.end_layer_idx for route in starts.values()}
-    keep_ids, before, found = None, (x, per_token), {}
+    route = drawn = keep_ids = None
+    found = {}
     for i, block in blocks:
         if i in starts:
-            before, keep_ids = (x, per_token), routing.draw(starts[i], x)
-            if keep_ids is not None:
-                x, *per_token = (gather_tokens(part, keep_ids) for part in (x, *per_token))  # (B, K, ...)
+            route, stash = starts[i], (x, per_token)
+            drawn = routing.draw(route, x)
+        if drawn is not None and i == route.sparse_from:
+            keep_ids = drawn
+            x, *per_token = (gather_tokens(part, keep_ids) for part in (x, *per_token))  # (B, K, ...)
         exact = routing is not None and getattr(block, "keeps_fp32", False)
         with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
             if getattr(block, "recompute", False) and torch.is_grad_enabled():
@@ -123,8 +136,10 @@ def run_blocks(
                 x = block(x, *context, *per_token)
         if i in hidden:
             found[i] = x, keep_ids
-        if i in ends and keep_ids is not None:
-            x, per_token, keep_ids = scatter_tokens(x, keep_ids, before[0]), before[1], None  # (B, N, ...)
+        if drawn is not None and i == route.end_layer_idx:
+            kept = gather_tokens(x, drawn) if keep_ids is None else x
+            x, per_token = scatter_tokens(kept, drawn, stash[0]), stash[1]  # (B, N, ...)
+            drawn = keep_ids = None
     return x, found
 
 
@@ -145,7 +160,7 @@ def draw_keep_ids(
         check_whole(num_tokens, selection_ratio, selection, grid)
     if selection == "structured" and kept < num_tokens:
         side, columns, kept = cell_of(num_tokens, selection_ratio, grid)
-    scores = draw_scores(batch_size, num_tokens, generators, device)
+    scores = draw_scores((batch_size, num_tokens), generators, device)
     if selection in ("rows", "columns", "cells"):
         return keep_whole(scores, kept, selection, grid or square(num_tokens))
     if side is None:
@@ -156,26 +171,23 @@ def draw_keep_ids(
     return cells.expand(batch_size, -1, -1).gather(2, chosen).flatten(1).sort(dim=1).values
 
 
-def draw_scores(
-    batch_size: int, num_tokens: int, generators: Source, device: torch.device | str | None
-) -> torch.Tensor:  # fmt: skip
+def draw_scores(shape: Sequence[int], generators: Source, device: torch.device | str | None) -> torch.Tensor:
     """Uniform scores (B, N) in [0, 1)."""
     if callable(generators):
-        scores = generators((batch_size, num_tokens), device)
+        scores = generators(tuple(shape), device)
     elif isinstance(generators, Sequence):
-        scores = torch.stack([torch.rand(num_tokens, generator=g, device=g.device) for g in generators])
+        scores = torch.stack([torch.rand(shape[1], generator=g, device=g.device) for g in generators])
     else:
-        scores = torch.rand(batch_size, num_tokens, generator=generators, device=getattr(generators, "device", device))
+        scores = torch.rand(*shape, generator=generators, device=getattr(generators, "device", device))
     return scores.to(device or scores.device, non_blocking=True)
 
 
 def check_ids(keep_ids: torch.Tensor, batch_size: int, num_tokens: int, values: bool) -> None:
     """Raises ValueError for keep_ids that are not (B, K) int64; values: also where they do not ascend in 0..N-1."""
     if keep_ids.ndim != 2 or len(keep_ids) != batch_size or keep_ids.dtype != torch.int64:
-        found = f"keep_ids: {keep_ids.dtype} {tuple(keep_ids.shape)}"
-        raise ValueError(f"{found}; needed: torch.int64 ({batch_size}, K)")
-    ends = keep_ids.new_tensor([-1, num_tokens]).expand(batch_size, 2)
-    if values and not (torch.cat([ends[:, :1], keep_ids, ends[:, 1:]], dim=1).diff(dim=1) > 0).all():
+        raise ValueError(f"keep_ids: {keep_ids.dtype} {tuple(keep_ids.shape)}; needed: torch.int64 ({batch_size}, K)")
+    between = torch.nn.functional.pad(keep_ids, (1, 0), value=-1)
+    if values and not ((between.diff(dim=1) > 0).all() and keep_ids.max() < num_tokens):
         raise ValueError(f"keep_ids of {keep_ids.min()}..{keep_ids.max()}; needed: ascending in 0..{num_tokens - 1}")
 
 
@@ -243,6 +255,6 @@ def scatter_tokens(kept: torch.Tensor, keep_ids: torch.Tensor, full: torch.Tenso
 
 def num_kept(num_tokens: int, selection_ratio: float) -> int:
     """K = N - int(N * ratio). Raises ValueError for a ratio outside [0, 1)."""
-    if not 0 <= selection_ratio < 1:
+    if not isinstance(selection_ratio, int | float) or not 0 <= selection_ratio < 1:
         raise ValueError(f"selection_ratio is the share of tokens routed away, in [0, 1); got {selection_ratio}")
     return num_tokens - int(num_tokens * selection_ratio)
