@@ -291,7 +291,7 @@ def route(
             raise ValueError(
                 f"{type(model).__name__} without {row.name}; needed: a block there, which tells text from image"
             )
-        routed = ListedBlocks(blocks, row, leads=i == 0)
+        routed = ListedBlocks([*nn.ModuleList.__iter__(blocks)], row, leads=i == 0)
         if row.routed:
             routed.set_routes(resolved, first)
             first += len(blocks)
@@ -302,5 +302,5 @@ def route(
 def unroute(model: nn.Module) -> nn.Module:
     """Gives a model its plain lists of blocks back, in place, and returns it. Raises ValueError for unknown classes."""
     for row in family_of(model):
-        model.set_submodule(row.name, nn.ModuleList(model.get_submodule(row.name)))
+        model.set_submodule(row.name, nn.ModuleList(nn.ModuleList.__iter__(model.get_submodule(row.name))))
     return model

@@ -261,7 +261,7 @@ def test_tokens_that_have_to_stay_stay_and_the_others_are_drawn():
 
 def test_a_mask_that_does_not_fit_is_refused():
     model, inputs = routed("wan")
-    full, wrong = torch.ones(B, N, dtype=torch.bool), torch.ones(B, N)
+    full = torch.ones(B, N, dtype=torch.bool)
     refused("keep: 16 of 16 tokens have to stay, and the route keeps 8", model, inputs, keep=full)
     refused(
         r"keep of torch.float32 \(2, 16\); needed: \(2, 16\) for both, and torch.bool", model, inputs, keep=full.float()
