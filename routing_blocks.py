@@ -124,7 +124,7 @@ def routing(
         if active.span is None or active.span.due or isinstance(error, torch.OutOfMemoryError):
             raise
         between = f"between blocks of a route, with {active.span.tokens}, the network's forward fails"
-        needed = "no residuals of a ControlNet where a route is, or none of the tokens routed away (routing(0.0))"
+        needed = "no residuals of a ControlNet where a route is, or a call outside of routing"
         raise ValueError(f"{between}: {str(error).splitlines()[0]}; needed: {needed}") from error
     finally:
         _active.reset(token)
@@ -239,7 +239,7 @@ class RoutedBlocks(nn.ModuleList):
             active.span = None
             if span.due:
                 found = f"the forward does not call {type(block).__name__}, a block of a route"
-                raise ValueError(f"{found}; needed: no skipped layers (skip_layers), or routing(0.0)")
+                raise ValueError(f"{found}; needed: no skipped layers (skip_layers), or a call outside of routing")
 
     def notes(self, active: Active) -> dict:
         """The notes of a new forward pass."""

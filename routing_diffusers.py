@@ -112,7 +112,7 @@ def note_equal_images(arguments: Mapping) -> dict:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A model's list of blocks. per_token, output: as in RoutedBlocks; `refuse` is for arguments that may be missing.
+    """A model's list of blocks. per_token, output: as in RoutedBlocks, but for arguments of SOMETIMES.
 
     joint: the tokens are one sequence [text | image | other]. note: what a block's arguments tell later joint lists
     about the numbers of text and image tokens. routed: whether routes count these blocks.
@@ -127,6 +127,7 @@ class Blocks:
 
 
 FLUX = {"image_rotary_emb": gather_angles, "joint_attention_kwargs": gather_masks}
+SOMETIMES = ("modulate_index", "noise_mask", "num_tokens")  # arguments of some versions or variants of blocks alone
 BEHIND = partial(gather_mask, text_first=False)
 # Lists in the order in which the class's forward runs them; routes count blocks over all of them.
 FAMILIES = {
@@ -199,7 +200,7 @@ class ListedBlocks(RoutedBlocks):
 
     def __init__(self, blocks: Sequence[nn.Module] = (), row: Blocks = Blocks("blocks"), leads: bool = True):
         names = signature(blocks[0].forward).parameters if len(blocks) else ()
-        per_token = {name: gather for name, gather in row.per_token.items() if gather is not refuse or name in names}
+        per_token = {name: gather for name, gather in row.per_token.items() if name not in SOMETIMES or name in names}
         super().__init__(blocks, per_token=per_token, output=row.output)
         self.row, self.leads = row, leads
 

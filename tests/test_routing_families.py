@@ -1,6 +1,7 @@
 """Families of diffusers added since: each routed model against its span run by hand, a sample at a time."""
 
 import copy
+import inspect
 
 import diffusers
 import pytest
@@ -47,7 +48,8 @@ def flux_masked():
 
 
 def qwen(shapes=((1, 4, 4),)):
-    return dict(
+    older = "txt_seq_lens" in inspect.signature(diffusers.QwenImageTransformer2DModel.forward).parameters
+    return (dict(txt_seq_lens=[T] * B) if older else {}) | dict(
         hidden_states=torch.randn(B, sum(t * h * w for t, h, w in shapes), CHANNELS), encoder_hidden_states=text(),
         encoder_hidden_states_mask=RAGGED, timestep=timestep() / 1000, img_shapes=[list(shapes)] * B,
     )  # fmt: skip
@@ -184,8 +186,8 @@ CASES = {
 def make(case):
     torch.manual_seed(0)
     name, more, _, _ = CASES[case]
-    if not hasattr(diffusers, name):
-        pytest.skip(f"this diffusers has no {name}")
+    if not hasattr(diffusers, name) or more.keys() - inspect.signature(getattr(diffusers, name)).parameters.keys():
+        pytest.skip(f"this diffusers has no {name} with {more}")
     model = getattr(diffusers, name)(**CONFIGS[name] | more)
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from routing_blocks import RoutedBlocks, cost_of, routing
 from routing_diffusers import FAMILIES, Blocks, route, routes_of, unroute
 from routing_module import Route, Routing, draw_keep_ids
-from tests.test_routing_diffusers import CASES, CONFIGS, B, N, call, make, seeded
+from tests.test_routing_diffusers import CASES, CONFIGS, WHOLE, B, N, call, make, seeded
 from tests.test_routing_families import CASES as FAMILY_CASES
 from tests.test_routing_families import make as make_family
 
@@ -97,6 +97,7 @@ def test_a_forward_that_does_not_iterate_is_refused(how, compiled):
     assert torch.equal(run(x), dense)
 
 
+@WHOLE
 def test_a_compiled_model_says_each_time_whether_a_route_ran():
     model, inputs = routed("wan")
     torch.compiler.reset()
@@ -157,6 +158,13 @@ def test_other_cuts_and_wrappers_are_refused():
     model = make("WanTransformer3DModel")
     with pytest.raises(ValueError, match="^OptimizedModule wraps a WanTransformer3DModel; needed: .* then wrapped"):
         route(torch.compile(model), 1, 2, 0.5)
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 14), reason="older versions' limit")
+def test_older_versions_do_not_compile_a_routed_model_as_a_whole():
+    model, inputs = routed("wan")
+    with pytest.raises(Exception, match="needed: torch 2.14, or its blocks compiled alone"), routing():
+        call(torch.compile(model, backend="eager", fullgraph=True), inputs)
 
 
 def test_a_row_of_ones_own_routes_another_class():
