@@ -10,6 +10,7 @@ import pytest
 from tests.started import ROOT, run
 
 MODULES = ["routing_blocks.py", "routing_diffusers.py", "routing_module.py"]
+ROUTED = ["tests/test_routing_families.py", "tests/test_routing_misuse.py", "tests/test_other_networks.py"]
 FLUX = """
 import torch, data, system, sample
 from diffusers import FluxTransformer2DModel
@@ -64,3 +65,15 @@ def test_an_install_is_three_modules_beside_a_project_with_our_names(tmp_path):
 def test_the_method_is_one_file_that_runs_anywhere(tmp_path):
     shutil.copy(ROOT / "routing_module.py", tmp_path)
     assert elsewhere(MODULE, tmp_path) == "(2, 16, 4) (2, 8, 4)\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch, diffusers", [("==2.13.*", "==0.35.*"), (">=2.14", ">=0.42")])
+def test_the_documented_pairs_of_versions_route_alike(tmp_path, torch, diffusers):
+    """In a fresh environment, from the package index."""
+    done = subprocess.run([sys.executable, "-m", "venv", tmp_path])
+    needed = [f"torch{torch}", f"diffusers{diffusers}", "huggingface_hub<1", "numpy", "pytest", "tqdm", "scipy"]
+    needed[2:3] = needed[2:3] if "0.35" in diffusers else []  # newer ones are unknown to it
+    for command in (["pip", "install", "-q", *needed], ["pytest", "-q", *ROUTED]):
+        done = subprocess.run([tmp_path / "bin/python", "-m", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
