@@ -41,7 +41,9 @@ def cost_table(model: Network, settings: Settings) -> str:
     dense, routed = model.macs(), model.macs(Routing())
     forward, hours = f"{dense / 1e9:.3f} GMACs dense", f"{gpu_hours(routed, settings):.3g} GPU-hours"
     if model.routes:
-        spans = ", ".join(f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes)
+        delayed = ["" if r.leave_layer_idx is None else f", leaving after {r.leave_layer_idx}" for r in model.routes]
+        spans = [f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes]
+        spans = ", ".join(map("".join, zip(spans, delayed)))
         forward += f", {routed / 1e9:.3f} routed (blocks {spans}): {routed / dense:.4f}, {dense / routed:.3f}x cheaper"
         hours += f" (dense: {gpu_hours(dense, settings):.3g})"
     averages, train, hardware = len(settings.ema.widths or ()), settings.train, settings.hardware

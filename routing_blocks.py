@@ -10,12 +10,18 @@ Mistakes raise ValueError. B batch, N tokens, K kept tokens, D width.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from routing_module import Route, Routing, Source, draw_keep_ids, gather_tokens, num_kept, scatter_tokens
 
@@ -28,20 +34,27 @@ def resolve_routes(
     Raises ValueError where a route leaves the network of `depth` blocks, is empty, overlaps another, or selects what
     the grid of tokens (rows, columns; None = unknown) does not allow.
     """
-    required, resolved = {"selection_ratio", "start_layer_idx", "end_layer_idx"}, []
+    required, optional = {"selection_ratio", "start_layer_idx", "end_layer_idx"}, {"selection", "leave_layer_idx"}
+    resolved = []
     for route in routes if isinstance(routes, Sequence) else [routes]:
-        if isinstance(route, Mapping) and route.keys() - {"selection"} == required:
+        if isinstance(route, Mapping) and route.keys() - optional == required:
             route = Route(**route)
         if not isinstance(route, Route):
             raise ValueError(f"route {route}; needed: selection_ratio, start_layer_idx and end_layer_idx")
+        indices = route.start_layer_idx, route.leave_layer_idx, route.end_layer_idx
+        if not all(isinstance(i, int) or i is None and n == 1 for n, i in enumerate(indices)):
+            raise ValueError(f"{route} names blocks that are no whole numbers")
         check_route(route, route.selection_ratio, grid)
-        start, end = (i + depth if i < 0 else i for i in (route.start_layer_idx, route.end_layer_idx))
+        start, leave, end = (i if i is None or i >= 0 else i + depth for i in indices)
         if not 0 <= start <= end < depth:
             raise ValueError(
                 f"route {route.start_layer_idx}..{route.end_layer_idx} does not fit a network of {depth} blocks: "
                 f"it needs 0 <= start <= end <= {depth - 1}, and is {start}..{end}"
             )
-        resolved.append(replace(route, start_layer_idx=start, end_layer_idx=end, grid=grid))
+        if leave is not None and not start <= leave <= end:
+            found = f"leave_layer_idx {route.leave_layer_idx} is no block of the route {start}..{end}"
+            raise ValueError(f"{found}; needed: from {start} on (tokens leave after it) to {end} (none leaves)")
+        resolved.append(replace(route, start_layer_idx=start, leave_layer_idx=leave, end_layer_idx=end, grid=grid))
     resolved.sort(key=lambda route: route.start_layer_idx)
     for before, after in zip(resolved, resolved[1:]):
         if after.start_layer_idx <= before.end_layer_idx:
@@ -52,9 +65,9 @@ def resolve_routes(
 
 def check_route(route: Route, selection_ratio: float, grid: tuple[int, int] | None) -> None:
     """Raises ValueError where the route's tokens cannot be selected at this ratio: by drawing them once."""
-    rows, columns = grid or (4, 4)
-    how = dict(generators=torch.Generator(), device="cpu", selection=route.selection, grid=grid)
-    draw_keep_ids(1, rows * columns, selection_ratio if grid or route.selection == "random" else 0.0, **how)
+    (rows, columns), own = grid or (4, 4), callable(route.selection)
+    how = dict(generators=torch.Generator(), device="cpu", selection="random" if own else route.selection, grid=grid)
+    draw_keep_ids(1, rows * columns, selection_ratio if grid or own or route.selection == "random" else 0.0, **how)
 
 
 def block_tokens(routes: Sequence[Route], routing: Routing | None, depth: int, num_tokens: int) -> list[int]:
@@ -66,35 +79,69 @@ def block_tokens(routes: Sequence[Route], routing: Routing | None, depth: int, n
         raise ValueError("drop_path needs a network with a deep path to drop (model=sprint)")
     tokens = [num_tokens] * depth
     for route in routes if routing is not None else ():
-        for i in range(route.start_layer_idx, route.end_layer_idx + 1):
+        for i in range(route.sparse_from, route.end_layer_idx + 1):
             tokens[i] = num_kept(num_tokens, routing.ratio_of(route))
     return tokens
 
 
 @dataclass
 class Active:
-    """What `with routing(...)` switches on. notes: what one list of a network's blocks leaves for the next."""
+    """What `with routing(...)` switches on. notes: what one list of a network's blocks leaves for the next. ran: some
+    route has run. span: the one whose block the network was given last, until it asks for the next block."""
 
     routing: Routing
     notes: dict = field(default_factory=dict)
+    ran: bool = False
+    span: "Span | None" = None
 
 
 _active: ContextVar[Active | None] = ContextVar("routing", default=None)
 
 
 @contextmanager
-def routing(selection_ratio: float | None = None, generators: Source = None) -> Iterator[None]:
+def routing(
+    selection_ratio: float | None = None,
+    generators: Source = None,
+    *,
+    keep_ids: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    check: bool = False,
+) -> Iterator[None]:
     """Switches on the routes of every RoutedBlocks that this thread calls inside; the innermost context counts.
 
     selection_ratio: None = each route's own; a number in [0, 1) overrides it. Raises ValueError for another.
     generators: what the selection is drawn from. Under torch.compile of a whole model, drawing from them breaks the
         graph; compiled blocks and the default generator do not.
+    keep_ids: (B, K) int64, ascending, in place of a draw; keep: (B, N) bool, tokens that have to stay; check: both are
+        checked on a GPU, too (`Routing`). N and the ids count image tokens alone.
+    Raises RuntimeError on leaving if no route has run.
     """
-    token = _active.set(Active(Routing(selection_ratio, generators)))
+    active = Active(Routing(selection_ratio, generators, keep_ids, keep=keep, check=check))
+    token = _active.set(active)
     try:
         yield
+    except (RuntimeError, AttributeError) as error:
+        if active.span is None or active.span.due or isinstance(error, torch.OutOfMemoryError):
+            raise
+        between = f"between blocks of a route, with {active.span.tokens}, the network's forward fails"
+        needed = "no residuals of a ControlNet where a route is, or a call outside of routing"
+        raise ValueError(f"{between}: {str(error).splitlines()[0]}; needed: {needed}") from error
     finally:
         _active.reset(token)
+    if not active.ran:
+        needed = "a model with routes (from_pretrained returns one without), called inside, in this thread"
+        raise RuntimeError(f"no route has run in this `with routing()`; needed: {needed}")
+
+
+class Place(NamedTuple):
+    """Of a block in the route `number`: the first of the list's, the one before which tokens leave, one on the kept
+    tokens, the last of the list's."""
+
+    number: int
+    first: bool
+    enters: bool
+    sparse: bool
+    last: bool
 
 
 class RoutedBlocks(nn.ModuleList):
@@ -125,36 +172,74 @@ class RoutedBlocks(nn.ModuleList):
     ):
         super().__init__(blocks)
         self.per_token = per_token if isinstance(per_token, Mapping) else dict.fromkeys(per_token, gather_rows)
-        self.output, self.text = output, text
-        parameters = signature(self[0].forward).parameters if len(self) else {}
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        self.output, self.text, self.was_routed = output, text, False
+        kinds = {name: p.kind for name, p in signature(blocks[0].forward).parameters.items()} if len(self) else {}
+        self.arguments = tuple(name for name, kind in kinds.items() if kind < Parameter.VAR_POSITIONAL)
+        if kinds and not self.arguments:
             raise ValueError(
-                f"{type(self[0]).__name__} does not name its arguments; needed: routes first, wrappers after"
+                f"{type(blocks[0]).__name__} does not name its arguments; needed: routes first, wrappers after"
             )
-        self.arguments = tuple(parameters)
-        unknown = [name for name in self.per_token if len(self) and name not in self.arguments[1:]]
+        if any(isinstance(module, RoutedBlocks) for block in blocks for module in block.modules()):
+            raise ValueError(f"{type(blocks[0]).__name__} has routed blocks inside; needed: one cut, here or there")
+        unknown = [name for name in self.per_token if kinds and name not in list(kinds)[1:]]
         if unknown:
-            found = f"{type(self[0]).__name__} takes {', '.join(self.arguments)}"
+            found = f"{type(blocks[0]).__name__} takes {', '.join(kinds)}"
             raise ValueError(f"per_token names {', '.join(unknown)}, and {found}")
         self.set_routes(resolve_routes(routes, len(self)), first=0)
 
     def set_routes(self, routes: tuple[Route, ...], first: int) -> None:
-        """Resolved routes of a network whose block `first` is this list's block 0."""
+        """Resolved routes of a network whose block `first` is this list's block 0. Raises ValueError for a delayed
+        route across its borders: other lists have other sequences, which hold nothing to put back."""
+        for route in routes:
+            start, end = route.start_layer_idx - first, route.end_layer_idx - first
+            across = start < 0 <= end or start < len(self) <= end
+            if route.leave_layer_idx is not None and across:
+                found = f"the delayed route {route.start_layer_idx}..{route.end_layer_idx} crosses the border of blocks"
+                raise ValueError(f"{found} {first}..{first + len(self) - 1}; needed: a route within one list of blocks")
         self.routes = routes
-        numbers = {i: n for n, r in enumerate(routes) for i in range(r.start_layer_idx, r.end_layer_idx + 1)}
-        self.route_of = [numbers.get(first + i) for i in range(len(self))]
+        self.places: list[Place | None] = [None] * len(self)
+        for number, route in enumerate(routes):
+            last = min(route.end_layer_idx - first, len(self) - 1)
+            start, sparse_from = (max(i - first, 0) for i in (route.start_layer_idx, route.sparse_from))
+            for i in range(start, last + 1):
+                self.places[i] = Place(number, i == start, i == sparse_from, i >= sparse_from, i == last)
 
     def __iter__(self) -> Iterator[Callable]:
+        if torch.compiler.is_compiling() and torch.__version__ < (2, 14):  # Dynamo cannot read the context
+            raise ValueError("a routed model is compiled as a whole; needed: torch 2.14, or its blocks compiled alone")
         active = _active.get()
-        return super().__iter__() if active is None else self.walk(active.routing, self.notes(active))
+        if self.routes and not torch.compiler.is_compiling():
+            # A block that is checkpointed runs again without asking for it here: the whole forward does.
+            if torch._C._current_graph_task_id() != -1 and (active or self.was_routed):
+                raise ValueError("a routed model as a whole is checkpointed; needed: checkpoints of its blocks")
+            self.was_routed = active is not None
+        return super().__iter__() if active is None else self.walk(active, self.notes(active))
 
-    def walk(self, routing: Routing, notes: dict) -> Iterator[Callable]:
+    def __getitem__(self, index):
+        taken = super().__getitem__(index)
+        return taken if not self.routes or _active.get() is None else Taken(taken)
+
+    def __reversed__(self) -> Iterator[Callable]:
+        return map(self.__getitem__, reversed(range(len(self))))
+
+    def _replicate_for_data_parallel(self):
+        raise ValueError("DataParallel's threads do not see `with routing()`; needed: DistributedDataParallel")
+
+    def walk(self, active: Active, notes: dict) -> Iterator[Callable]:
         """The blocks for one forward pass. notes: what the pass knows, such as the keep_ids of route `number`."""
-        around = [None, *self.route_of, None]
-        for block, before, number, after in zip(self._modules.values(), around, self.route_of, around[2:]):
-            if number is not None and number != before:
-                span = Span(self, number, routing, notes)
-            yield block if number is None else partial(span.run, block, number != before, number != after)
+        active.span = None
+        for block, place in zip(self._modules.values(), self.places):
+            if place is None:
+                yield block
+                continue
+            if place.first:
+                span = Span(self, active, notes)
+            span.due, active.span = True, span
+            yield partial(span.run, block, place)
+            active.span = None
+            if span.due:
+                found = f"the forward does not call {type(block).__name__}, a block of a route"
+                raise ValueError(f"{found}; needed: no skipped layers (skip_layers), or a call outside of routing")
 
     def notes(self, active: Active) -> dict:
         """The notes of a new forward pass."""
@@ -168,40 +253,93 @@ class RoutedBlocks(nn.ModuleList):
         """Which tokens of x (B, S, D) route `number` keeps: (B, K), or None for all."""
         text, image = self.layout(x, notes)
         if number not in notes:  # drawn by a copy, as `routing` may last for many passes and would keep all their ids
-            notes[number] = replace(routing).draw(self.routes[number], x[:, :image])
+            places = text + torch.arange(image, device=x.device)  # (N,) or (B, N)
+            tokens = x if image == x.shape[1] else gather_tokens(x.detach(), places.expand(len(x), -1))  # (B, N, D)
+            notes[number] = replace(routing).draw(self.routes[number], tokens)
         ids = notes[number]
         return ids if ids is None or image == x.shape[1] else keep_others(ids, text, image, x.shape[1])
 
 
+class Taken:
+    """What a forward takes out of a routed list by index inside `routing`: its parts are used, but it is not called."""
+
+    def __init__(self, blocks: nn.Module):
+        self.blocks = blocks
+
+    def __getattr__(self, name: str):
+        return getattr(self.blocks, name)
+
+    def __call__(self, *args, **kwargs):
+        needed = "a forward that iterates over all of the list, or no `with routing()`"
+        raise ValueError(f"the forward takes blocks out of a routed list by index, past the route; needed: {needed}")
+
+    forward = __iter__ = __call__
+
+
 class Span:
-    """One route's blocks of one list, in one forward pass."""
+    """One route's blocks of one list, in one forward pass. due: the network was given a block and has not called it."""
 
-    def __init__(self, blocks: RoutedBlocks, number: int, routing: Routing, notes: dict):
-        self.blocks, self.number, self.routing, self.notes = blocks, number, routing, notes
+    def __init__(self, blocks: RoutedBlocks, active: Active, notes: dict):
+        self.blocks, self.active, self.notes = blocks, active, notes
+        self.due, self.without_grad, self.tokens = False, False, "all tokens"
 
-    def run(self, block: nn.Module, enters: bool, leaves: bool, *args, **kwargs):
-        """One block on the kept tokens. args and kwargs: whatever a third party's forward hands to its block."""
-        tokens, output = self.blocks.arguments[0], self.blocks.output
-        arguments = dict(zip(self.blocks.arguments, args)) | kwargs
-        if enters:
-            self.full = arguments[tokens]  # (B, N, D)
-            self.ids = self.blocks.keep_ids(self.number, self.full, self.routing, self.notes)  # (B, K)
+    def run(self, block: nn.Module, place: Place, *args, **kwargs):
+        """One block, on the kept tokens if sparse. args and kwargs: what a third party's forward hands to its block."""
+        names, output, self.active.ran = self.blocks.arguments, self.blocks.output, True
+        if torch.is_grad_enabled() and self.without_grad and not self.due:
+            raise ValueError("a routed block is checkpointed with use_reentrant=True; needed: use_reentrant=False")
+        self.without_grad = not torch.is_grad_enabled()
+        arguments = dict(zip(names, args)) | kwargs
+        x = arguments[names[0]]
+        if place.first:
+            self.full, self.ids = x, self.blocks.keep_ids(place.number, x, self.active.routing, self.notes)  # (B, K)
         if self.ids is None:
+            self.due = False
             return block(*args, **kwargs)
-        if enters:
-            arguments[tokens] = gather_tokens(self.full, self.ids)  # (B, K, D)
-        for name, gather in self.blocks.per_token.items():
+        N, K = self.full.shape[1], self.ids.shape[1]
+        self.tokens, expected = f"{K} of {N} tokens", K if place.sparse and not place.enters else N
+        if x.shape[1] != expected:
+            raise ValueError(f"{type(block).__name__} in a route is given {x.shape[1]} tokens; needed: {expected}")
+        if place.enters:
+            arguments[names[0]] = gather_tokens(x, self.ids)  # (B, K, D)
+        for name, gather in self.blocks.per_token.items() if place.sparse else ():
             if arguments.get(name) is not None:
-                arguments[name] = gather(arguments[name], self.ids, self.full.shape[1], name)
-        out = block(**arguments)
+                arguments[name] = gather(arguments[name], self.ids, N, name)
+        given = [arguments.pop(name) for name in names[: len(args)]]  # as they were given: some blocks take *args
+        out = block(*given, *args[len(given) :], **arguments)
         if isinstance(out, tuple) != (output is not None):
             found = f"{type(block).__name__} returns {f'a tuple of {len(out)}' if output is None else 'no tuple'}"
             raise ValueError(f"output={output}, and {found}; needed: the tokens' index in a tuple, or None without one")
-        if not leaves:
+        self.due = False
+        if not place.last:
             return out
-        kept = out if output is None else out[output]  # (B, K, D)
+        kept = out if output is None else out[output]
+        kept = kept if place.sparse else gather_tokens(kept, self.ids)  # (B, K, D)
         whole = scatter_tokens(kept, self.ids, self.full.to(kept.dtype))  # (B, N, D), in the blocks' precision
         return whole if output is None else (*out[:output], whole, *out[output + 1 :])
+
+
+def cost_of(model: nn.Module, arguments: Mapping) -> dict[float, int]:
+    """FLOPs of a forward pass of a routed model: {0.0: dense, 0.25: n, 0.5: n, 0.75: n}, by the ratio of its routes. A
+    training step takes three times as many.
+
+    arguments: of the model's forward. Nothing is computed, so that model and tensors may be on the device "meta".
+    Raises ValueError for a model whose forward reads values, such as the lengths of texts.
+    """
+    costs = {}
+    for ratio in (0.0, 0.25, 0.5, 0.75):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        tensors = {id(tensor): fake.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        counted = deepcopy(model, tensors)  # a model may keep what it makes, and this is fake
+        given = tree_map_only(torch.Tensor, fake.from_tensor, dict(arguments))
+        try:
+            attention = sdpa_kernel(SDPBackend.MATH)  # made of products, which are counted on every device
+            with torch.no_grad(), fake, routing(ratio), attention, FlopCounterMode(display=False) as counter:
+                counted(**given)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(f"the forward of {type(model).__name__} reads values ({error}); needed: shapes") from None
+        costs[ratio] = counter.get_total_flops()
+    return costs
 
 
 def gather_rows(value, keep_ids: torch.Tensor, num_tokens: int, name: str):

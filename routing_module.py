@@ -4,6 +4,8 @@
     kept = gather_tokens(x, keep_ids)          blocks i..j see K = N - int(N * ratio) tokens
     x = scatter_tokens(kept, keep_ids, x)      after block j: the others return unchanged (TREAD, arXiv 2501.04765)
 
+In a delayed route all tokens go on to block k before the others leave; these return as they were before block i.
+
 No parameters, torch alone. B batch, N tokens, K kept tokens, D width. Mistakes raise ValueError.
 """
 
@@ -25,13 +27,24 @@ CELLS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)}  # tokens of a 
 @dataclass(frozen=True)
 class Route:
     """The fraction `selection_ratio`, in [0, 1), of the tokens bypasses blocks `start_layer_idx`..`end_layer_idx`,
-    inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`)."""
+    inclusive; negative indices count from the end. selection: one of SELECTIONS (`draw_keep_ids`), or a function
+    (tokens (B, N, D), generators) -> scores (B, N), of which the highest are kept.
+
+    leave_layer_idx: the last block that still sees all tokens, in a delayed route; the others return as they were
+    before block `start_layer_idx`, so at `end_layer_idx` none leaves, but they are put back. None = they leave at once.
+    """
 
     selection_ratio: float
     start_layer_idx: int
     end_layer_idx: int
-    selection: str = "random"
+    selection: str | Callable = "random"
+    leave_layer_idx: int | None = None
     grid: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # rows and columns; None = square
+
+    @property
+    def sparse_from(self) -> int:
+        """The first block that sees the kept tokens alone; past the end where none leaves."""
+        return self.start_layer_idx if self.leave_layer_idx is None else self.leave_layer_idx + 1
 
 
 @dataclass(frozen=True)
@@ -40,12 +53,16 @@ class Routing:
 
     selection_ratio: None = as in training: each route's own, and SPRINT's path drop; a number in [0, 1) overrides it.
     generators: what both are drawn from. keep_ids: (B, K) int64, as drawn, in place of a draw. drop_path: the span is
-    skipped, and its output is the mask token everywhere (SPRINT's path-drop guidance)."""
+    skipped, and its output is the mask token everywhere (SPRINT's path-drop guidance). keep: (B, N) bool, tokens that
+    have to stay, K at most. check: also on a GPU, which the host then waits for, values of keep_ids and keep that
+    cannot be raise a ValueError, as they do on a CPU."""
 
     selection_ratio: float | None = None
     generators: Source = None
     keep_ids: torch.Tensor | None = None
     drop_path: bool = False
+    keep: torch.Tensor | None = None
+    check: bool = False
     drawn: list[torch.Tensor | None] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __post_init__(self):
@@ -59,11 +76,34 @@ class Routing:
         if self.drop_path:
             raise ValueError("drop_path needs a network with a deep path to drop (model=sprint)")
         (B, N), ratio, keep_ids = x.shape[:2], self.ratio_of(route), self.keep_ids
-        if keep_ids is None and num_kept(N, ratio) < N:
+        if keep_ids is not None:
+            check_ids(keep_ids, B, N, self.reads(keep_ids))
+        elif num_kept(N, ratio) < N and (callable(route.selection) or self.keep is not None):
+            keep_ids = self.best(route, x, num_kept(N, ratio))
+        elif num_kept(N, ratio) < N:
             how = dict(generators=self.generators, device=x.device, selection=route.selection, grid=route.grid)
             keep_ids = draw_keep_ids(B, N, ratio, **how)
         self.drawn.append(keep_ids)
         return keep_ids
+
+    @torch.no_grad()
+    def best(self, route: Route, x: torch.Tensor, kept: int) -> torch.Tensor:
+        """keep_ids (B, K) by the scores of the route's own selection, or random ones, after the tokens of `keep`."""
+        shape, own = x.shape[:2], callable(route.selection)
+        if not own and route.selection != "random":
+            raise ValueError(f"keep= with selection={route.selection}; needed: selection=random, or a function")
+        scores = route.selection(x, self.generators) if own else draw_scores(shape, self.generators, x.device)
+        keep = torch.zeros_like(scores, dtype=torch.bool) if self.keep is None else self.keep
+        if not scores.shape == keep.shape == shape or keep.dtype != torch.bool:
+            found = f"scores of shape {tuple(scores.shape)}, keep of {keep.dtype} {tuple(keep.shape)}"
+            raise ValueError(f"{found}; needed: {tuple(shape)} for both, and torch.bool")
+        if self.reads(keep) and (most := int(keep.sum(1).max())) > kept:
+            raise ValueError(f"keep: {most} of {shape[1]} tokens have to stay, and the route keeps {kept}")
+        scores = scores.masked_fill(keep.to(scores.device, non_blocking=True), math.inf)
+        return scores.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+    def reads(self, given: torch.Tensor) -> bool:
+        return not torch.compiler.is_compiling() and (self.check or given.device.type == "cpu")
 
 
 def run_blocks(
@@ -78,13 +118,15 @@ def run_blocks(
     """Tokens after all blocks, and {number: (tokens (B, K, D) after the block, keep_ids)} of those in `hidden`.
     A block's attribute `recompute`: the backward pass runs it again; `keeps_fp32`: no autocast where routing is on."""
     starts = {route.start_layer_idx: route for route in routes if routing is not None}
-    ends = {route.end_layer_idx for route in starts.values()}
-    keep_ids, before, found = None, (x, per_token), {}
+    route = drawn = keep_ids = None
+    found = {}
     for i, block in blocks:
         if i in starts:
-            before, keep_ids = (x, per_token), routing.draw(starts[i], x)
-            if keep_ids is not None:
-                x, *per_token = (gather_tokens(part, keep_ids) for part in (x, *per_token))  # (B, K, ...)
+            route, stash = starts[i], (x, per_token)
+            drawn = routing.draw(route, x)
+        if drawn is not None and i == route.sparse_from:
+            keep_ids = drawn
+            x, *per_token = (gather_tokens(part, keep_ids) for part in (x, *per_token))  # (B, K, ...)
         exact = routing is not None and getattr(block, "keeps_fp32", False)
         with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
             if getattr(block, "recompute", False) and torch.is_grad_enabled():
@@ -94,8 +136,10 @@ def run_blocks(
                 x = block(x, *context, *per_token)
         if i in hidden:
             found[i] = x, keep_ids
-        if i in ends and keep_ids is not None:
-            x, per_token, keep_ids = scatter_tokens(x, keep_ids, before[0]), before[1], None  # (B, N, ...)
+        if drawn is not None and i == route.end_layer_idx:
+            kept = gather_tokens(x, drawn) if keep_ids is None else x
+            x, per_token = scatter_tokens(kept, drawn, stash[0]), stash[1]  # (B, N, ...)
+            drawn = keep_ids = None
     return x, found
 
 
@@ -116,13 +160,7 @@ def draw_keep_ids(
         check_whole(num_tokens, selection_ratio, selection, grid)
     if selection == "structured" and kept < num_tokens:
         side, columns, kept = cell_of(num_tokens, selection_ratio, grid)
-    if callable(generators):
-        scores = generators((batch_size, num_tokens), device)
-    elif isinstance(generators, Sequence):
-        scores = torch.stack([torch.rand(num_tokens, generator=g, device=g.device) for g in generators])
-    else:
-        scores = torch.rand(batch_size, num_tokens, generator=generators, device=getattr(generators, "device", device))
-    scores = scores.to(device or scores.device, non_blocking=True)  # (B, N)
+    scores = draw_scores((batch_size, num_tokens), generators, device)
     if selection in ("rows", "columns", "cells"):
         return keep_whole(scores, kept, selection, grid or square(num_tokens))
     if side is None:
@@ -131,6 +169,26 @@ def draw_keep_ids(
     cells = ids.transpose(1, 2).flatten(0, 1).flatten(1)  # (cells, side * side)
     chosen = scores[:, cells].topk(kept, dim=2, sorted=False).indices  # (B, cells, kept)
     return cells.expand(batch_size, -1, -1).gather(2, chosen).flatten(1).sort(dim=1).values
+
+
+def draw_scores(shape: Sequence[int], generators: Source, device: torch.device | str | None) -> torch.Tensor:
+    """Uniform scores (B, N) in [0, 1)."""
+    if callable(generators):
+        scores = generators(tuple(shape), device)
+    elif isinstance(generators, Sequence):
+        scores = torch.stack([torch.rand(shape[1], generator=g, device=g.device) for g in generators])
+    else:
+        scores = torch.rand(*shape, generator=generators, device=getattr(generators, "device", device))
+    return scores.to(device or scores.device, non_blocking=True)
+
+
+def check_ids(keep_ids: torch.Tensor, batch_size: int, num_tokens: int, values: bool) -> None:
+    """Raises ValueError for keep_ids that are not (B, K) int64; values: also where they do not ascend in 0..N-1."""
+    if keep_ids.ndim != 2 or len(keep_ids) != batch_size or keep_ids.dtype != torch.int64:
+        raise ValueError(f"keep_ids: {keep_ids.dtype} {tuple(keep_ids.shape)}; needed: torch.int64 ({batch_size}, K)")
+    between = torch.nn.functional.pad(keep_ids, (1, 0), value=-1)
+    if values and not ((between.diff(dim=1) > 0).all() and keep_ids.max() < num_tokens):
+        raise ValueError(f"keep_ids of {keep_ids.min()}..{keep_ids.max()}; needed: ascending in 0..{num_tokens - 1}")
 
 
 def cell_of(num_tokens: int, selection_ratio: float, grid: tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -197,6 +255,6 @@ def scatter_tokens(kept: torch.Tensor, keep_ids: torch.Tensor, full: torch.Tenso
 
 def num_kept(num_tokens: int, selection_ratio: float) -> int:
     """K = N - int(N * ratio). Raises ValueError for a ratio outside [0, 1)."""
-    if not 0 <= selection_ratio < 1:
+    if not isinstance(selection_ratio, int | float) or not 0 <= selection_ratio < 1:
         raise ValueError(f"selection_ratio is the share of tokens routed away, in [0, 1); got {selection_ratio}")
     return num_tokens - int(num_tokens * selection_ratio)

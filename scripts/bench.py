@@ -133,8 +133,9 @@ class PlainDiT(dit.DiT):
 def plain_state(ours: TrainState, settings: Settings) -> TrainState:
     """PlainDiT with PyTorch's default AdamW. Raises UserError for networks other than DiT."""
     target = settings.model["_target_"]
-    if target != "dit.DiT":
-        raise UserError(f"--compare has a plain form of dit.DiT only, not of {target}; needed: model=tread")
+    if target != "dit.DiT" or any(route.leave_layer_idx is not None for route in ours.model.routes):
+        found = f"{target} with delayed routes" if target == "dit.DiT" else target
+        raise UserError(f"--compare has a plain form of dit.DiT only, not of {found}; needed: model=tread")
     arguments = {key: value for key, value in settings.model.items() if key != "_target_"}
     model, ema = (PlainDiT(**arguments, block=PlainBlock).to(ours.ema.device) for _ in range(2))
     how = settings.optimizer

@@ -50,7 +50,7 @@ def through_blocks(run: sample.Run, kept: list[torch.Tensor]) -> torch.Tensor:
     B, N = kept[0].shape
     passes = torch.ones(B, len(run.model.all_blocks), N, dtype=torch.bool)
     for route, mask in zip(run.model.routes, kept):
-        passes[:, route.start_layer_idx : route.end_layer_idx + 1] = mask[:, None]
+        passes[:, route.sparse_from : route.end_layer_idx + 1] = mask[:, None]
     return passes
 
 
@@ -82,7 +82,7 @@ def main(overrides: list[str]) -> None:
         for column, (route, mask) in enumerate(zip(run.model.routes, kept), start=1):
             axes[row, column].imshow(darkened(images, mask, route.grid)[row].numpy(), interpolation="nearest")
             stays = f"{mask[row].sum()} of {mask.shape[1]} tokens"
-            axes[row, column].set_title(f"{stays} in blocks {route.start_layer_idx}..{route.end_layer_idx}", fontsize=8)
+            axes[row, column].set_title(f"{stays} in blocks {route.sparse_from}..{route.end_layer_idx}", fontsize=8)
         axes[row, -1].imshow(passes[row].numpy(), aspect="auto", origin="lower", cmap="gray", vmin=0, vmax=1)
         axes[row, -1].set(xlabel="token", ylabel="block", title="white: passes through")
         axes[row, -1].title.set_fontsize(8)

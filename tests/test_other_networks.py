@@ -145,7 +145,7 @@ def test_rows_of_tokens_are_gathered_and_the_rest_passes_through():
 def test_text_at_the_front_always_stays():
     blocks = RoutedBlocks([nn.Identity(), nn.Identity()], Route(0.5, 0, 1), text=3)
     seen, x = [], torch.arange(11.0).view(1, 11, 1)
-    blocks[0].register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input"]), with_kwargs=True)
+    blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     for seed in range(20):
         with routing(generators=torch.Generator().manual_seed(seed)):
             assert torch.equal(run(blocks, x), x)
@@ -157,8 +157,7 @@ def test_each_pass_draws_anew_and_each_route_for_itself():
     blocks = RoutedBlocks([nn.Identity() for _ in range(4)], [Route(0.5, 0, 1), Route(0.5, 2, 3)])
     seen, x = [], torch.arange(64.0).view(1, 64, 1)
     for block in list(blocks):
-        keep = lambda module, args, kwargs: seen.append(tuple(kwargs["input"].flatten().tolist()))
-        block.register_forward_pre_hook(keep, with_kwargs=True)
+        block.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].flatten().tolist())))
     with routing(generators=torch.Generator().manual_seed(0)):
         run(blocks, x), run(blocks, x)
     assert [seen[i] == seen[i + 1] for i in range(7)] == [True, False, True, False, True, False, True]
