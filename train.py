@@ -258,7 +258,7 @@ def train_step(
         rows = plan.slice(seeded_generator(settings.seed, "train", step, device=device), micro)
         x = loaded.train.to_model_input(raw.to(device, non_blocking=True), rows)  # (B, C, h, w)
         condition = conditions.drop(conditions.to(condition, device), model.null_condition, cfg.label_dropout, rows)
-        routing = model.training_routing(len(x), rows, device)
+        routing = model.training_routing(len(x), rows, device) if step <= cfg.routed_steps else None
         last = micro == plan.accumulation - 1
         with nullcontext() if last or plan.world_size == 1 else state.net.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):

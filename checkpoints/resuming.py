@@ -72,7 +72,8 @@ def go_back(wanted: str | None, run_folder: Path, start_step: int) -> None:
 
 def differences(saved: Settings, now: Settings, harmless: Sequence[str] = HARMLESS) -> list[str]:
     """A line for each key, but the harmless ones and those that resume_allow names, in which two runs differ."""
-    allowed = [*harmless, *now.resume_allow, *([] if now.train.decay_steps else ["train.max_steps"])]
+    by_end = now.train.decay_steps or now.train.dense_last  # what the last step decides
+    allowed = [*harmless, *now.resume_allow, *([] if by_end else ["train.max_steps"])]
     prefixes, before, after = tuple(f"{key}." for key in allowed), flat(saved), flat(now)
     keys = [key for key in before | after if before.get(key) != after.get(key) and not f"{key}.".startswith(prefixes)]
     return [f"{key} was {before.get(key)}, is {after.get(key)}" for key in keys]

@@ -101,6 +101,8 @@ TRAIN = {
     "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:3},"
     "{selection_ratio:0.5,start_layer_idx:3,end_layer_idx:4}]": "routes overlap",
     "model.routes=[{selection_ratio:1.5,start_layer_idx:1,end_layer_idx:3}]": "share of tokens routed away",
+    "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:3,leave_layer_idx:4}]": "no block of the route",
+    "model=dit train.dense_last=0.5": "no step of this network has routes",
     "model.size=DiT-M/2": "model size 'DiT-M/2'",
     "optimizer.name=lion": "optimizer.name=lion; needed: adamw or muon",
     "optimizer=muon optimizer.momentum=1.5": "optimizer.momentum=1.5; needed: a number in [0, 1)",

@@ -164,6 +164,8 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     objective = build(settings.objective, Objective, "objective")
     torch.manual_seed(settings.seed)  # for the initial weights; training itself never uses the global generator
     model = build_network(settings).to(dist.device)
+    if settings.train.dense_last and not model.routes:
+        raise UserError(f"train.dense_last={settings.train.dense_last}: no step of this network has routes; needed: 0")
     if init_from is not None:
         start_from(init_from, model, objective)
     averages = make_averages(model, settings.ema.widths or ())
