@@ -37,6 +37,8 @@ from weights import pipeline
 from weights.foreign import CONFIG_KEY, check_keys
 from weights.layouts import Tensors, reverse_time
 
+LOSSES = ("train/loss", "val/loss_dense", "val/loss_routed")  # of a log, in a card
+
 
 @dataclass(frozen=True)
 class Export:
@@ -215,7 +217,7 @@ def last_figures(run: Run) -> dict[str, str]:
     figures, log = {}, run.folder / "metrics.jsonl"
     for _, _, values in log_lines(log) if log.is_file() else ():
         for name, value in (values or {}).items():
-            if values["step"] <= run.step and is_number(value) and name.startswith(("train/loss", "val/")):
+            if values["step"] <= run.step and is_number(value) and name in LOSSES:
                 figures[name] = f"{value:.4g} (step {values['step']})"
     return figures
 

@@ -74,6 +74,9 @@ class RectifiedFlow(Objective):
         """
         return net(x_t.float(), broadcast_t(t, x_t), condition)[:, : x_t.shape[1]].float()
 
+    def noise_share(self, t: torch.Tensor) -> torch.Tensor:
+        return t
+
 
 def main(argv: list[str]) -> None:
     """sample.py with the flow sampler; `sample_tread` with sparse guidance."""

@@ -131,7 +131,7 @@ class Log:
         for name, (log, _) in self.trackers.items():
             with self.survive(name, once=True):
                 log(step, known)
-        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items()]
+        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items() if name.count("/") == 1]
         self.say(f"step {step}  " + "  ".join(shown))
 
     @contextmanager
