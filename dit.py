@@ -126,7 +126,8 @@ class DiT(Network):
     ):  # fmt: skip
         tokens, c = self.embed(x, t, condition)  # (B, N, D), (B, D)
         blocks = enumerate(self.blocks)
-        tokens, states = run_blocks(blocks, tokens, (c,), self.positions(), self.routes, routing, hidden)
+        per_token = self.token_context(tokens, c)
+        tokens, states = run_blocks(blocks, tokens, (c,), per_token, self.routes, routing, hidden)
         return self.output(tokens, c, states)
 
     def embed(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,6 +149,10 @@ class DiT(Network):
     def positions(self) -> tuple[torch.Tensor, ...]:
         """Positional inputs of the blocks, (1, N, ...) each. DiT has none."""
         return ()
+
+    def token_context(self, tokens: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What blocks take per token, (B or 1, N, ...) each: the positions."""
+        return self.positions()
 
     @property
     def all_blocks(self) -> tuple[nn.Module, ...]:

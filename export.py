@@ -103,12 +103,14 @@ def check_layout(run: Run, layout: str) -> None:
     found = f"{run.checkpoint} is of the class {model}"
     if layout == "diffusers" and (model, objective) != ("dit.DiT", "ddpm.DDPM"):
         raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found}, with {objective}")
-    if model not in ("dit.DiT", "lightningdit.LightningDiT"):
+    squared = run.settings.model.get("mlp") == "relu2"
+    found += " with mlp=relu2" * squared
+    if squared or model not in ("dit.DiT", "lightningdit.LightningDiT"):
         raise UserError(f"format={layout} is another project's, which cannot open it: {found}; needed: safetensors")
     if kind != "class" or h != w or layout == "diffusers" and len(run.pool) > pipeline.NULL_LABEL:
         found = f"{run.checkpoint} is for {conditions.KINDS[kind]} and latents of {h} x {w}"
         raise UserError(f"format={layout} needs labels (for diffusers 1000 at most) and square latents; {found}")
-    if layout == "sit" and (predicts := run.objective.predicts) != "velocity":
+    if layout == "sit" and (predicts := getattr(run.objective, "output", run.objective.predicts)) != "velocity":
         raise UserError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {predicts}")
     check_keys(run.model.state_dict(), run.checkpoint)
 

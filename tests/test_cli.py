@@ -110,6 +110,8 @@ TRAIN = {
     "ema.widths=0.05": "ema.widths=0.05; needed: a list",
     "objective=rf objective.contrastive=1": "objective.contrastive=1.0; needed: from 0 to below 1",
     "objective=rf objective.contrastive=0.05 train.micro_batch_size=1": "needed: an even size, got 1",
+    "objective=rf objective.shift=0": "objective.shift=0.0; needed: above 0",
+    "objective=rf objective.predict=noise": "objective.predict=noise; needed: velocity or x",
     "objective.contrastive=0.05": "unknown key 'objective.contrastive'",
     "resume=nowhere": "resume=nowhere: no such",
     "train.grad_clip=0": "train.grad_clip=0; needed: a number above 0 or null",

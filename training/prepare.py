@@ -181,8 +181,9 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
 def start_from(ckpt: str, model: Network, objective: Objective) -> None:
     """Loads the EMA weights of `ckpt`. Raises UserError where its model or objective is another."""
     source = load_run(ckpt, "ema", device="cpu")
-    if type(source.objective) is not type(objective):
-        found, wanted = type(source.objective).__name__, type(objective).__name__
+    found, wanted = ((type(o).__name__, getattr(o, "output", "")) for o in (source.objective, objective))
+    if found != wanted:
+        found, wanted = (" of ".join(filter(None, said)) for said in (found, wanted))
         raise UserError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
     load_strictly(model, source.model.state_dict(), source=str(ckpt))
 
