@@ -3,7 +3,8 @@
 Multiply-adds (MACs) are those of one forward pass at batch 1: matrix products and attention, as in DiT's "Gflops". A
 training step counts as three forward passes (the backward pass is two), a MAC as two FLOPs.
 
-Memory is that of one process in an uncompiled step, which is run on tensors without data. A text counts as one token.
+Memory is that of one process in an uncompiled step, which is run on tensors without data. A text counts as
+data.text_length tokens, or one.
 """
 
 import sys
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import conditions
-from checkpoints.config import Settings
+from checkpoints.config import Settings, Train
 from checkpoints.load import build_network
 from contracts import Network, Objective, Routing, muon_matrices
 from system import cli
@@ -40,7 +41,7 @@ def cost_table(model: Network, settings: Settings) -> str:
     dense, routed = model.macs(), model.macs(Routing())
     train, hardware = settings.train, settings.hardware
     at_end = train.max_steps - train.routed_steps
-    macs = routed + (dense - routed) * at_end // train.max_steps
+    macs = mean_macs(model, train, 0, train.max_steps)
     forward, hours = f"{dense / 1e9:.3f} GMACs dense", f"{gpu_hours(macs, settings):.3g} GPU-hours"
     if model.routes:
         delayed = ["" if r.leave_layer_idx is None else f", leaving after {r.leave_layer_idx}" for r in model.routes]
@@ -61,9 +62,20 @@ def cost_table(model: Network, settings: Settings) -> str:
     ])  # fmt: skip
 
 
-def gpu_hours(macs: int, settings: Settings) -> float:
+def mean_macs(model: Network, train: Train, after: int, step: int) -> float:
+    """Multiply-adds of a forward pass, in the mean of the steps beyond `after` up to `step`: the last are dense."""
+    dense = max(0, step - max(after, train.routed_steps)) / (step - after)
+    return dense * model.macs() + (1 - dense) * model.macs(Routing())
+
+
+def training_flops(macs: float, images: float) -> float:
+    """Of so many images at `macs` in a forward pass: a multiply-add is two, and the backward pass takes twice as many."""
+    return 6 * macs * images
+
+
+def gpu_hours(macs: float, settings: Settings) -> float:
     """GPU-hours of all steps at `macs` per forward pass, on GPUs that reach hardware.mfu of their peak."""
-    flops = 2 * 3 * macs * settings.train.global_batch_size * settings.train.max_steps
+    flops = training_flops(macs, settings.train.global_batch_size * settings.train.max_steps)
     return flops / (settings.hardware.peak_tflops * 1e12 * settings.hardware.mfu) / 3600
 
 

@@ -1,9 +1,10 @@
 """The index of a split: every sample validated once, its position and a checksum of it; cached.
 
 A shard is a tar with a `<key>.latent.npy` for every sample and its condition: `<key>.cls`, `<key>.text.npy` or nothing.
-Other members are ignored, and nothing is unpickled. Building the index reads every byte: shards are compared with the
-manifest's sha256, every array and label is checked, and a CRC of each array is kept, so that reading an array later is
-one `pread` and one comparison. A sample takes 18 bytes of the index, 32 with a text.
+Further texts of a sample are `<key>.text.1.npy`, `<key>.text.2.npy`, ... Other members are ignored, and nothing is
+unpickled. Building the index reads every byte: shards are compared with the manifest's sha256, every array and label is
+checked, and a CRC of each array is kept, so that reading an array later is one `pread` and one comparison. A sample
+takes 18 bytes of the index, or 14 and 18 for each text.
 
 The cache is kept beside the shards, or in the user's cache folder if theirs is not writable, and is used only while the
 shards' names, sizes and times and the manifest are unchanged. An index that lacks something because the system failed
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -34,11 +36,11 @@ from system.settings import Check, Positive, between
 
 DTYPES = ("float16", "float32")
 NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
-PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
+PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # what a sample needs, by its condition
+MAX_TEXTS, TEXT_NAME = 99, re.compile(r"text\.([1-9]\d?)\.npy")  # of a sample; all but the first
 # A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
 TEXT_FIELDS = [("length", "i4"), ("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4")]  # length: tokens
-FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT_FIELDS, "none": ARRAY_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,18 @@ class Layout:
     text_width: Positive | None = None  # texts are (tokens, text_width)
     text_dtype: Literal["float16", "float32"] | None = None
     text_length: Positive | None = None  # tokens of the longest text; None = unknown
+    text_count: Annotated[int, between(1, MAX_TEXTS + 1)] | None = None  # the most texts of a sample; None = 1
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
         values = {name: manifest[name] for name in cls.__annotations__}
         return cls(**values | {"shape": tuple(values["shape"])})
+
+    @property
+    def fields(self) -> list[tuple]:
+        """Of a sample's entry in the index. A sample with fewer texts than others has some of length 0."""
+        labels, texts = [("label", "i4")], [(name, kind, (self.text_count or 1,)) for name, kind in TEXT_FIELDS]
+        return ARRAY_FIELDS + {"class": labels, "text": texts, "none": []}[self.condition]
 
 
 @dataclass
@@ -65,7 +74,7 @@ class Index:
 
     shards: list[str]
     ends: np.ndarray  # (number of shards,) int64: number of samples in this shard and those before it
-    entries: np.ndarray  # (number of samples,) of FIELDS[layout.condition], in the order of the archives
+    entries: np.ndarray  # (number of samples,) of layout.fields, in the order of the archives
     layout: Layout
     faults: list[str]
 
@@ -119,7 +128,7 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
 
     def validate(name: str) -> tuple[np.ndarray, list[str]]:
         found, faults = validate_shard(folder / name, layout, described.get(name), earlier.get(name))
-        return np.array(found, FIELDS[layout.condition]), [f"{name}: {fault}" for fault in faults]
+        return np.array(found, layout.fields), [f"{name}: {fault}" for fault in faults]
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # reading, hashing and CRCs release the interpreter's lock
         entries, faults = zip(*pool.map(validate, shards))
@@ -163,11 +172,11 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
     faults: list[str] = []
     found: dict[str, dict[str, Member]] = {}
     others: set[str] = set()
-    rows = []
+    rows, known = [], {*PARTS[layout.condition], *text_names(layout)}
     with open_regular(path) as file:
         for member in members(file, faults):
             key, extension = split_name(member.name)
-            if extension not in PARTS[layout.condition]:
+            if extension not in known:
                 others.add(extension)
             elif extension in found.setdefault(key, {}):
                 faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
@@ -181,7 +190,13 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
                 rows.append(_row(file.fileno(), parts, layout))
             except UserError as error:
                 faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
-    return np.array(rows, FIELDS[layout.condition]), faults
+    return np.array(rows, layout.fields), faults
+
+
+def text_names(layout: Layout) -> list[str]:
+    """What follows the key in the names of a sample's texts."""
+    count = (layout.text_count or 1) if layout.condition == "text" else 0
+    return [TEXT, *(f"text.{number}.npy" for number in range(1, count))][:count]
 
 
 def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
@@ -192,14 +207,14 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     if layout.condition == "class":
         contents = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset)
         row.append(parse_number(contents, "has a label that", layout.num_classes))
-    if layout.condition == "text":
+    texts = []
+    for name in text_names(layout):
         try:
-            row += _read_array(
-                fd, parts[TEXT], layout.text_dtype, (layout.text_length, layout.text_width), longest=True
-            )
+            needed = layout.text_length, layout.text_width
+            texts.append(_read_array(fd, parts[name], layout.text_dtype, needed, True) if name in parts else (0,) * 4)
         except UserError as error:
-            raise UserError(f"has a .{TEXT} that {error}") from None
-    return tuple(row)
+            raise UserError(f"has a .{name} that {error}") from None
+    return (*row, *zip(*texts))
 
 
 def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: bool = False) -> tuple[int, int, int, int]:
@@ -226,6 +241,7 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     """
     found: dict[str, tuple] = {}  # {extension: (shape, dtype, bytes of header)}
     extensions: set[str] = set()
+    count = 1  # of the texts of a sample
     for path in paths:
         with open_regular(path) as file:
             for member in members(file, []):
@@ -234,16 +250,19 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
                     with contextlib.suppress(UserError):  # validation will name it
                         contents = os.pread(file.fileno(), min(member.size, 4096), member.offset)
                         found[extension] = _float_header(contents, member.size)
-                if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]):
+                if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]) != set(PARTS["text"]):
                     break
-        if ARRAY in found:
+                if match := TEXT_NAME.fullmatch(extension):
+                    count = max(count, int(match[1]) + 1)
+        if ARRAY in found and TEXT not in extensions:  # else the most texts of a sample may be in any shard
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
     condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
     if condition != "text":
         return Layout(shape, dtype, condition, num_classes)
     text_shape, text_dtype, _ = found.get(TEXT, ((0,), dtype, 0))
-    return Layout(shape, dtype, condition, num_classes, text_shape[-1] if text_shape else 0, text_dtype)
+    width = text_shape[-1] if text_shape else 0
+    return Layout(shape, dtype, condition, num_classes, width, text_dtype, text_count=count if count > 1 else None)
 
 
 def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:
@@ -305,7 +324,7 @@ def _fits(index: Index, layout: Layout) -> bool:
 def _is_consistent(index: Index) -> bool:
     """Whether an index, which may have come with its set, keeps to its own layout."""
     ends, entries, layout = index.ends, index.entries, index.layout
-    if entries.dtype != np.dtype(FIELDS[layout.condition]) or entries.ndim != 1 or ends.dtype != np.int64:
+    if entries.dtype != np.dtype(layout.fields) or entries.ndim != 1 or ends.dtype != np.int64:
         return False
     counted = ends.shape == (len(index.shards),) and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(entries)
     labels = entries["label"] if layout.condition == "class" else np.zeros(1)

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from checkpoints.config import Train
-from cost import cost_table, gpu_hours
+from cost import cost_table, gpu_hours, mean_macs
 from dit import DiT
 from lightningdit import LightningDiT
 from maskdit import MaskDiT
@@ -86,6 +86,9 @@ def test_what_a_share_is():
     hours = 0.75 * gpu_hours(net.macs(Routing()), settings) + 0.25 * gpu_hours(net.macs(), settings)
     assert f"1000 steps (the last 250 without routes) x 64 images: {hours:.3g} GPU-hours" in cost_table(net, settings)
     assert "without routes" not in cost_table(net, made_settings([]))
+    macs = [mean_macs(net, settings.train, after, after + 100) for after in (600, 700, 800)]
+    dense, routed = net.macs(), net.macs(Routing())
+    assert macs == [routed, (dense + routed) / 2, dense]
 
 
 def test_what_cannot_be_is_refused(run):

@@ -67,7 +67,7 @@ def turn(x, angles):
 
 
 def by_hand(net, keep_ids=None, start=None, leave=None, end=None):
-    tokens, c = net.embed(*batch())
+    tokens, c, _ = net.embed(*batch())
     everywhere, whole = rotary_angles(WIDTH // HEADS, 4, 4).to(tokens.dtype), []
     for b in range(3):
         rows, alive, first, stash = tokens[b], list(range(16)), {}, None
@@ -166,4 +166,4 @@ def test_it_trains_and_resumes_with_muon_to_the_bit(run):
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="mlp=relu; needed: norm rms or layer, mlp swiglu, gelu or relu2"):
         LightningDiT(8, 2, 1, WIDTH, 6, HEADS, mlp="relu")
-    assert LightningBlock(32, 2, 4.0, True, mlp="relu2").mlp.fc1.weight.shape == (128, 32)
+    assert LightningBlock(32, 2, 4.0, qk_norm=True, mlp="relu2").mlp.fc1.weight.shape == (128, 32)
