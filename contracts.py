@@ -75,6 +75,11 @@ class Objective:
         """The prediction at x_t (B, C, h, w) and t, () or (B,) -> (B, C, h, w) float32."""
         raise NotImplementedError
 
+    def noise_share(self, t: torch.Tensor) -> torch.Tensor | None:
+        """The network's own time t (B,) on a scale from 0 = data to 1 = noise, (B,), on which validation has five bins;
+        None = it has none."""
+        return None
+
 
 def weighted(squared: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """squared (B, C, h, w) times weight (B,). Its `pixel_mean` weighs the mean: one rounding a sample, not a pixel."""

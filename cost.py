@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import conditions
-from checkpoints.config import Settings
+from checkpoints.config import Settings, Train
 from checkpoints.load import build_network
 from contracts import Network, Objective, Routing, muon_matrices
 from system import cli
@@ -39,31 +39,41 @@ def cost_table(model: Network, settings: Settings) -> str:
     """Lines on parameters, forward pass, state, and the whole run by settings.train and settings.hardware."""
     total, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
     dense, routed = model.macs(), model.macs(Routing())
-    forward, hours = f"{dense / 1e9:.3f} GMACs dense", f"{gpu_hours(routed, settings):.3g} GPU-hours"
+    train, hardware = settings.train, settings.hardware
+    at_end = train.max_steps - train.routed_steps
+    macs = mean_macs(model, train, 0, train.max_steps)
+    forward, hours = f"{dense / 1e9:.3f} GMACs dense", f"{gpu_hours(macs, settings):.3g} GPU-hours"
     if model.routes:
         delayed = ["" if r.leave_layer_idx is None else f", leaving after {r.leave_layer_idx}" for r in model.routes]
         spans = [f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes]
         spans = ", ".join(map("".join, zip(spans, delayed)))
         forward += f", {routed / 1e9:.3f} routed (blocks {spans}): {routed / dense:.4f}, {dense / routed:.3f}x cheaper"
         hours += f" (dense: {gpu_hours(dense, settings):.3g})"
-    averages, train, hardware = len(settings.ema.widths or ()), settings.train, settings.hardware
+    averages, steps = len(settings.ema.widths or ()), f"{train.max_steps} steps"
+    steps += f" (the last {at_end} without routes)" if at_end else ""
     state = "weights, gradients, EMA, Adam's moments" + (f", {averages} power averages" if averages else "")
     state += " (one moment less of Muon's matrices)" if settings.optimizer.name == "muon" else ""
     return "\n".join([
         f"parameters {total / 1e6:.2f} M in {tensors} tensors",
         f"forward    {forward}",
         f"state      {total * (BYTES_PER_PARAMETER + 4 * averages) / 1e9:.3f} GB: {state} in float32",
-        f"run        {train.max_steps} steps x {train.global_batch_size} images: {hours} "
+        f"run        {steps} x {train.global_batch_size} images: {hours} "
         f"at {hardware.mfu:.0%} of {hardware.peak_tflops:g} TFLOP/s",
     ])  # fmt: skip
 
 
-def training_flops(macs: int, images: float) -> float:
+def mean_macs(model: Network, train: Train, after: int, step: int) -> float:
+    """Multiply-adds of a forward pass, in the mean of the steps beyond `after` up to `step`: the last are dense."""
+    dense = max(0, step - max(after, train.routed_steps)) / (step - after)
+    return dense * model.macs() + (1 - dense) * model.macs(Routing())
+
+
+def training_flops(macs: float, images: float) -> float:
     """Of so many images at `macs` in a forward pass: two a multiply-add, and twice as many backwards."""
     return 6 * macs * images
 
 
-def gpu_hours(macs: int, settings: Settings) -> float:
+def gpu_hours(macs: float, settings: Settings) -> float:
     """GPU-hours of all steps at `macs` per forward pass, on GPUs that reach hardware.mfu of their peak."""
     flops = training_flops(macs, settings.train.global_batch_size * settings.train.max_steps)
     return flops / (settings.hardware.peak_tflops * 1e12 * settings.hardware.mfu) / 3600
@@ -182,6 +192,7 @@ def out_of_memory(settings: Settings, micro_batch: int, rows: int, limit: int, p
     """After an out-of-memory error: what was predicted, and the nearest setting that fits into `limit` bytes.
     The micro-batch has to divide `rows`, the images of a process in a step."""
     peak = step_memory(settings, device="cuda", processes=processes).peak
+    peak = partial(peak, dense=settings.train.dense_last > 0)
     found = f"{peak(micro_batch) / 1e9:.2f} GB were predicted, the device has {limit / 1e9:.2f}"
     needed = [f"train.micro_batch_size={n}" for n in range(1, micro_batch) if rows % n == 0 and peak(n) <= limit][-1:]
     if not settings.train.gradient_checkpointing and peak(micro_batch, checkpointed=True) <= limit:

@@ -96,6 +96,10 @@ class DDPM(Objective):
         c_in = (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
         return net(c_in * x_t, self.step_at(sigma), condition).float()
 
+    def noise_share(self, t: torch.Tensor) -> torch.Tensor:
+        """The share of the steps: t = k."""
+        return (t + 0.5) / len(self.log_sigma)
+
     def step_at(self, sigma: torch.Tensor) -> torch.Tensor:
         """The fractional step k with sigma_k = sigma, interpolated in log sigma, clamped to both ends: (B,) -> (B,)."""
         self.log_sigma = self.log_sigma.to(sigma.device)

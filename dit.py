@@ -138,7 +138,8 @@ class DiT(Network):
     ):  # fmt: skip
         tokens, c, text = self.embed(x, t, condition)  # (B, N, D), (B, D), (B, T, D)
         blocks = enumerate(self.blocks)
-        tokens, states = run_blocks(blocks, tokens, (c, text), self.positions(), self.routes, routing, hidden)
+        per_token = self.token_context(tokens, c)
+        tokens, states = run_blocks(blocks, tokens, (c, text), per_token, self.routes, routing, hidden)
         return self.output(tokens, c, states)
 
     def embed(
@@ -163,6 +164,10 @@ class DiT(Network):
     def positions(self) -> tuple[torch.Tensor, ...]:
         """Positional inputs of the blocks, (1, N, ...) each. DiT has none."""
         return ()
+
+    def token_context(self, tokens: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What blocks take per token, (B or 1, N, ...) each: the positions."""
+        return self.positions()
 
     @property
     def all_blocks(self) -> tuple[nn.Module, ...]:

@@ -46,6 +46,10 @@ class EDM(Objective):
         out = net(_column(c_in) * x_t, sigma.log() / 4, condition)[:, : x_t.shape[1]].float()
         return _column(c_skip) * x_t + _column(c_out) * out
 
+    def noise_share(self, t: torch.Tensor) -> torch.Tensor:
+        """The quantile of sigma in training: t = c_noise."""
+        return torch.special.ndtr((4 * t - self.P_mean) / self.P_std)
+
 
 def _column(per_sample: torch.Tensor) -> torch.Tensor:
     return per_sample.view(-1, 1, 1, 1)

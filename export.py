@@ -37,6 +37,8 @@ from weights import pipeline
 from weights.foreign import CONFIG_KEY, check_keys
 from weights.layouts import Tensors, reverse_time
 
+LOSSES = ("train/loss", "val/loss_dense", "val/loss_routed")  # of a log, in a card
+
 
 @dataclass(frozen=True)
 class Export:
@@ -101,12 +103,14 @@ def check_layout(run: Run, layout: str) -> None:
     found = f"{run.checkpoint} is of the class {model}"
     if layout == "diffusers" and (model, objective) != ("dit.DiT", "ddpm.DDPM"):
         raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found}, with {objective}")
-    if model not in ("dit.DiT", "lightningdit.LightningDiT"):
+    squared = run.settings.model.get("mlp") == "relu2"
+    found += " with mlp=relu2" * squared
+    if squared or model not in ("dit.DiT", "lightningdit.LightningDiT"):
         raise UserError(f"format={layout} is another project's, which cannot open it: {found}; needed: safetensors")
     if kind != "class" or h != w or layout == "diffusers" and len(run.pool) > pipeline.NULL_LABEL:
         found = f"{run.checkpoint} is for {conditions.KINDS[kind]} and latents of {h} x {w}"
         raise UserError(f"format={layout} needs labels (for diffusers 1000 at most) and square latents; {found}")
-    if layout == "sit" and (predicts := run.objective.predicts) != "velocity":
+    if layout == "sit" and (predicts := getattr(run.objective, "output", run.objective.predicts)) != "velocity":
         raise UserError(f"format=sit needs a flow (objective=rf); {run.checkpoint} predicts {predicts}")
     check_keys(run.model.state_dict(), run.checkpoint)
 
@@ -217,7 +221,7 @@ def last_figures(run: Run) -> dict[str, str]:
     figures, log = {}, run.folder / "metrics.jsonl"
     for _, _, values in log_lines(log) if log.is_file() else ():
         for name, value in (values or {}).items():
-            if values["step"] <= run.step and is_number(value) and name.startswith(("train/loss", "val/")):
+            if values["step"] <= run.step and is_number(value) and name in LOSSES:
                 figures[name] = f"{value:.4g} (step {values['step']})"
     return figures
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Attention, Block, DiT, Route, Text, shape_of
+from dit import Attention, Block, DiT, Mlp, Route, Routing, Text, modulate, shape_of
 from system import UserError
 from system.kernels import linear
 
@@ -20,8 +20,10 @@ class LightningDiT(DiT):
     """DiT's call, routes and arguments. Also raises UserError where a head's width is not divisible by 4.
 
     qk_norm: RMSNorm of queries and keys: steadier in long bf16 runs, at some cost in FID; with texts, always.
-    norm, mlp: "rms" or "layer", "swiglu" or "gelu": "layer" and "gelu" are DiT's.
+    norm, mlp: "rms" or "layer", "swiglu", "gelu" or "relu2" (ReLU squared): "layer" and "gelu" are DiT's.
     rotary, sincos: where positions enter: as the angles of queries and keys, and added to the tokens.
+    value_residual: all blocks but the first mix their values v with the first's, v_1, gathered with their tokens in a
+        route: l v_1 + (1 - l) v, where each learns its l, from 0.5 (arXiv 2410.17897).
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class LightningDiT(DiT):
         text_width: int | None = None,
         text_length: int | None = None,
         pooled_text: bool = False,
+        value_residual: bool = False,
     ):
-        if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu"):
-            raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu or gelu")
+        if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu", "relu2"):
+            raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu, gelu or relu2")
         patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
         if hidden_size % (4 * num_heads):
             raise UserError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads ({num_heads})")
@@ -62,7 +65,9 @@ class LightningDiT(DiT):
             self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
         if not sincos:
             self.pos_embed.zero_()
-        self.rotary = rotary
+        self.rotary, self.value_residual = rotary, value_residual
+        for block in self.blocks[1:] if value_residual else ():
+            block.attn.first_share = nn.Parameter(torch.tensor(0.5))
         angles = rotary_angles(hidden_size // num_heads, *self.grid)[None]  # (1, N, D/H)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -70,6 +75,14 @@ class LightningDiT(DiT):
     def positions(self) -> tuple[torch.Tensor, ...]:
         """Cosine and sine of the tokens' angles, (1, N, D/H) each."""
         return (self.cos, self.sin) if self.rotary else ()
+
+    def token_context(self, tokens: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Positions, and the first block's values (B, N, D)."""
+        return (*self.positions(), self.blocks[0].values(tokens, c)) if self.value_residual else self.positions()
+
+    def macs(self, routing: Routing | None = None) -> int:
+        values = (self.num_tokens + 6) * self.hidden_size**2  # of the first block, for all: its modulation, and a third
+        return super().macs(routing) + values * self.value_residual
 
 
 class LightningBlock(Block):
@@ -84,6 +97,14 @@ class LightningBlock(Block):
             self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
         if mlp == "swiglu":
             self.mlp = SwiGLU(hidden_size, int(2 / 3 * int(hidden_size * mlp_ratio)))
+        elif mlp == "relu2":
+            self.mlp = SquaredReLU(hidden_size, int(hidden_size * mlp_ratio))
+
+    def values(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Those of its attention: x (B, N, D), c (B, D) -> (B, N, D)."""
+        shift, scale, *_ = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        weight, bias = (part.chunk(3)[2] for part in (self.attn.qkv.weight, self.attn.qkv.bias))
+        return F.linear(modulate(self.norm1(x), shift, scale), weight, bias)
 
 
 class RotaryAttention(Attention):
@@ -94,15 +115,26 @@ class RotaryAttention(Attention):
         if text is None:
             self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
             self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.register_parameter("first_share", None)  # of the first block's values
 
-    def forward(self, x: torch.Tensor, *angles: torch.Tensor, text: Text | None = None) -> torch.Tensor:
-        """x (B, K, D), angles: cosine and sine (B or 1, K, D/H), or none, text of states (B, T, D) -> (B, K, D)."""
+    def forward(self, x: torch.Tensor, *per_token: torch.Tensor, text: Text | None = None) -> torch.Tensor:
+        """x (B, K, D), per_token: cosine and sine (B or 1, K, D/H), or none, and the first block's values (B, K, D), or
+        none, text of states (B, T, D) -> (B, K, D)."""
         q, k, v = self.split(x)  # (B, H, K, D/H)
+        *angles, first = per_token if len(per_token) % 2 else (*per_token, None)
+        if self.first_share is not None:
+            first = first.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, K, D/H)
+            v = (self.first_share * first.float() + (1 - self.first_share) * v.float()).to(v.dtype)
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if angles:
             cos, sin = (part[:, None] for part in angles)  # (B or 1, 1, K, D/H)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return self.attend(q.to(v.dtype), k.to(v.dtype), v, text)
+
+
+class SquaredReLU(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(F.relu(linear(x, self.fc1)).square(), self.fc2)
 
 
 class SwiGLU(nn.Module):

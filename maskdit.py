@@ -106,6 +106,8 @@ class MaskDiT(DiT):
         if keep_ids is not None:
             everywhere = self.mask_token.expand(len(tokens), self.num_tokens, -1)
             tokens = scatter_tokens(tokens, keep_ids, everywhere)  # (B, N, decoder's width)
+        elif self.mask_token.requires_grad:
+            tokens = tokens + 0 * self.mask_token  # DDP waits for its gradient in a dense step (train.dense_last), too
         tokens = tokens + self.decoder_pos_embed
         tokens, decoded = run_blocks(enumerate(self.decoder_blocks, depth), tokens, (c, text), hidden=hidden)
         return self.output(tokens, c, encoded | decoded)

@@ -244,6 +244,11 @@ def flow_times(num_steps: int, shift: float = 1.0, last_step: float | None = Non
         if not 0 < last_step < 1:
             raise UserError(f"last_step {last_step}; needed: in (0, 1)")
         t[:-1] = torch.linspace(1, last_step / (shift - (shift - 1) * last_step), num_steps, dtype=torch.float64)
+    return shifted(t, shift)
+
+
+def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """Times in [0, 1], towards noise (1) for shift > 1 (arXiv 2403.03206, Eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

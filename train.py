@@ -68,6 +68,7 @@ from training.trackers import check_installed
 
 PATHS = ("results_dir", "data.path", "data.source")  # which may differ between machines
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
+BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise level in validation: their centres
 
 
 @hydra.main(config_path="configs", config_name="config", version_base="1.3")
@@ -267,7 +268,7 @@ def train_step(
         rows = plan.slice(seeded_generator(settings.seed, "train", step, device=device), micro)
         x = loaded.train.to_model_input(raw.to(device, non_blocking=True), rows)  # (B, C, h, w)
         condition = conditions.drop(conditions.to(condition, device), model.null_condition, cfg.label_dropout, rows)
-        routing = model.training_routing(len(x), rows, device)
+        routing = model.training_routing(len(x), rows, device) if step <= cfg.routed_steps else None
         last = micro == plan.accumulation - 1
         with nullcontext() if last or plan.world_size == 1 else state.net.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
@@ -320,12 +321,21 @@ def between_steps(
 @torch.no_grad()
 def validation_losses(
     settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState
-) -> dict[str, float]:
-    """The EMA's mean loss on fixed samples, noise and conditions, dense and as routed in training."""
+) -> dict[str, float | None]:
+    """The EMA's mean loss on fixed samples, noise and conditions, dense and as routed in training.
+
+    val/loss_dense is of all samples, val/loss_dense/0.1 and so on of those in one of BINS; None where there are none.
+    """
     ema, plan, latents = state.ema, loaded.plan, loaded.val
     modes = {"val/loss_dense": False} | ({"val/loss_routed": True} if ema.model.routes else {})
     n = min(settings.train.val_samples, len(latents))
     sums = torch.zeros(len(modes), device=ema.device)
+    binned = torch.zeros(len(modes), 2, len(BINS), device=ema.device)  # losses, samples
+
+    def call(times: list, routing, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        times.append(t)
+        return ema.model(x, t, condition, routing=routing)
+
     with together():
         for chunk in range(plan.rank * VAL_BATCH, n, plan.world_size * VAL_BATCH):
             raw, condition = latents.read(range(chunk, min(chunk + VAL_BATCH, n)))
@@ -336,11 +346,21 @@ def validation_losses(
                 x = latents.to_model_input(raw, generator)
                 routing = ema.model.training_routing(len(x), generator, ema.device) if routed else None
                 with torch.autocast(ema.device.type, torch.bfloat16, enabled=ema.precision == "bf16"):
-                    errors = state.objective.errors(partial(ema.model, routing=routing), x, condition, generator)
-                    sums[i] += ema.model.reduce(*errors, routing).sum()
+                    errors = state.objective.errors(partial(call, times := [], routing), x, condition, generator)
+                    loss = ema.model.reduce(*errors, routing)  # (B,)
+                sums[i] += loss.sum()
+                if (share := state.objective.noise_share(times[-1])) is not None:
+                    bins = (share * len(BINS)).long().clamp(0, len(BINS) - 1)  # (B,)
+                    inside = bins[:, None] == torch.arange(len(BINS), device=ema.device)  # (B, bins)
+                    binned[i] += torch.stack([torch.where(inside, loss[:, None], 0), inside]).sum(dim=1)
     if plan.world_size > 1:
         torch.distributed.all_reduce(sums)
-    return {name: total / n for name, total in zip(modes, sums.tolist())}
+        torch.distributed.all_reduce(binned)
+    values = {name: total / n for name, total in zip(modes, sums.tolist())}
+    if binned.any():
+        means = [[total / count if count else None for total, count in zip(*pair)] for pair in binned.tolist()]
+        values |= {f"{name}/{centre}": mean for name, row in zip(modes, means) for centre, mean in zip(BINS, row)}
+    return values
 
 
 def score_ema(settings: Settings, state: TrainState, run_folder: Path) -> dict[str, float]:

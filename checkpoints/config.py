@@ -61,6 +61,7 @@ class Train:
     decay_steps: Count = 900
     grad_clip: Annotated[float, above(0)] | None = 1.0
     label_dropout: Share = 0.1
+    dense_last: Annotated[float, at_least(0), at_most(1)] = 0.0
     ema_decay: Share = 0.999
     ema_ramp: bool = True
     precision: Precision = "auto"
@@ -78,6 +79,11 @@ class Train:
     max_skipped: Count = 10
     timeout_s: Positive = 600
     check_replicas_every: Count = 1000
+
+    @property
+    def routed_steps(self) -> int:
+        """The last step with routes."""
+        return self.max_steps - round(self.dense_last * self.max_steps)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Which checkpoint a run continues from, whether it is the same run, and what becomes of the steps after it."""
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +14,9 @@ from checkpoints import run_folder as folders
 from checkpoints.config import Settings, to_yaml
 from checkpoints.curves import log_lines
 from checkpoints.run_folder import newest_intact, step_of
+from contracts import Network, Objective
 from system import UserError
+from system.building import class_of
 from system.files import check_no_links, read_json, reserve, write_text_atomic
 from system.settings import Count, convert, nested, parse_known
 
@@ -72,10 +75,21 @@ def go_back(wanted: str | None, run_folder: Path, start_step: int) -> None:
 
 def differences(saved: Settings, now: Settings, harmless: Sequence[str] = HARMLESS) -> list[str]:
     """A line for each key, but the harmless ones and those that resume_allow names, in which two runs differ."""
-    allowed = [*harmless, *now.resume_allow, *([] if now.train.decay_steps else ["train.max_steps"])]
-    prefixes, before, after = tuple(f"{key}." for key in allowed), flat(saved), flat(now)
+    by_end = now.train.decay_steps or now.train.dense_last  # what the last step decides
+    allowed = [*harmless, *now.resume_allow, *([] if by_end else ["train.max_steps"])]
+    prefixes, before, after = tuple(f"{key}." for key in allowed), flat(completed(saved)), flat(completed(now))
     keys = [key for key in before | after if before.get(key) != after.get(key) and not f"{key}.".startswith(prefixes)]
     return [f"{key} was {before.get(key)}, is {after.get(key)}" for key in keys]
+
+
+def completed(settings: Settings) -> Settings:
+    """With the defaults of what model and objective do not say, such as keys that are newer than a checkpoint."""
+    parts = {}
+    for key, base in (("model", Network), ("objective", Objective)):
+        section = getattr(settings, key)
+        parameters = inspect.signature(class_of(section["_target_"], base, key)).parameters.values()
+        parts[key] = {p.name: p.default for p in parameters if p.default is not p.empty} | section
+    return replace(settings, **parts)
 
 
 def flat(settings: Settings) -> dict[str, Any]:

@@ -104,6 +104,8 @@ TRAIN = {
     "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:3},"
     "{selection_ratio:0.5,start_layer_idx:3,end_layer_idx:4}]": "routes overlap",
     "model.routes=[{selection_ratio:1.5,start_layer_idx:1,end_layer_idx:3}]": "share of tokens routed away",
+    "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:3,leave_layer_idx:4}]": "no block of the route",
+    "model=dit train.dense_last=0.5": "no step of this network has routes",
     "model.size=DiT-M/2": "model size 'DiT-M/2'",
     "optimizer.name=lion": "optimizer.name=lion; needed: adamw or muon",
     "optimizer=muon optimizer.momentum=1.5": "optimizer.momentum=1.5; needed: a number in [0, 1)",
@@ -111,6 +113,8 @@ TRAIN = {
     "ema.widths=0.05": "ema.widths=0.05; needed: a list",
     "objective=rf objective.contrastive=1": "objective.contrastive=1.0; needed: from 0 to below 1",
     "objective=rf objective.contrastive=0.05 train.micro_batch_size=1": "needed: an even size, got 1",
+    "objective=rf objective.shift=0": "objective.shift=0.0; needed: above 0",
+    "objective=rf objective.predict=noise": "objective.predict=noise; needed: velocity or x",
     "objective.contrastive=0.05": "unknown key 'objective.contrastive'",
     "resume=nowhere": "resume=nowhere: no such",
     "train.grad_clip=0": "train.grad_clip=0; needed: a number above 0 or null",

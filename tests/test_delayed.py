@@ -46,14 +46,14 @@ def batch():
 def by_hand(net, keep_ids, leave):
     """A sample at a time, with lists of rows."""
     x, t, y = batch()
-    tokens, c = net.embed(x, t, y)
+    tokens, c, _ = net.embed(x, t, y)
     everywhere, whole = net.positions(), []
     for b, ids in enumerate(keep_ids.tolist()):
         rows, stash, alive = tokens[b : b + 1], None, list(range(16))
         for i, block in enumerate(net.blocks):
             if i == 1:
                 stash = rows.clone()
-            rows = block(rows, c[b : b + 1], *(part[:, alive] for part in everywhere))
+            rows = block(rows, c[b : b + 1], None, *(part[:, alive] for part in everywhere))
             if i == leave and leave < 4:
                 rows, alive = rows[:, ids], ids
             if i == 4:

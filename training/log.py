@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from checkpoints.config import Settings
 from checkpoints.curves import log_lines
-from contracts import Routing
-from cost import training_flops
+from cost import mean_macs, training_flops
 from data.latents import warn
 from system import UserError, cli
 from system.files import own
@@ -96,7 +95,8 @@ class Log:
         norm, skipped, first_bad = torch.stack([grad_norm, guard.count, guard.first]).tolist()
         seconds, cpu_seconds = (clocks() - self.started - self.paused).tolist()
         images_per_s = self.steps * self.settings.global_batch_size / seconds
-        tflops = training_flops(state.model.macs(Routing()), images_per_s / self.dist.num_processes) / 1e12
+        macs = mean_macs(state.model, self.settings, state.step - self.steps, state.step)
+        tflops = training_flops(macs, images_per_s / self.dist.num_processes) / 1e12
         good_steps = self.steps - (skipped - self.skipped)
         values = {
             "train/loss": loss / good_steps if good_steps else None,
@@ -150,7 +150,7 @@ class Log:
         for name, (log, _) in self.trackers.items():
             with self.survive(name, once=True):
                 log(step, known)
-        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items()]
+        shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items() if name.count("/") == 1]
         if "perf/step_s" in known:
             left = datetime.timedelta(seconds=round(known["perf/step_s"] * (self.settings.max_steps - step)))
             shown.append(f"eta {left}")

@@ -198,6 +198,8 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     objective = build(settings.objective, Objective, "objective")
     torch.manual_seed(settings.seed)  # for the initial weights; training itself never uses the global generator
     model = build_network(settings).to(dist.device)
+    if settings.train.dense_last and not model.routes:
+        raise UserError(f"train.dense_last={settings.train.dense_last}: no step of this network has routes; needed: 0")
     if init_from is not None:
         start_from(init_from, model, objective)
     averages = make_averages(model, settings.ema.widths or ())
@@ -213,8 +215,9 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
 def start_from(ckpt: str, model: Network, objective: Objective) -> None:
     """Loads the EMA weights of `ckpt`. Raises UserError where its model or objective is another."""
     source = load_run(ckpt, "ema", device="cpu")
-    if type(source.objective) is not type(objective):
-        found, wanted = type(source.objective).__name__, type(objective).__name__
+    found, wanted = ((type(o).__name__, getattr(o, "output", "")) for o in (source.objective, objective))
+    if found != wanted:
+        found, wanted = (" of ".join(filter(None, said)) for said in (found, wanted))
         raise UserError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
     load_strictly(model, source.model.state_dict(), source=str(ckpt))
 
