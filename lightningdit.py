@@ -45,6 +45,7 @@ class LightningDiT(DiT):
         sincos: bool = True,
         condition: str = "class",
         text_width: int | None = None,
+        middle_head: int | None = None,
     ):
         if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu"):
             raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu or gelu")
@@ -54,10 +55,10 @@ class LightningDiT(DiT):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             routes, fp32_after_route, size, condition, text_width,
-            block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp),
+            block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp), middle_head=middle_head,
         )  # fmt: skip
-        if norm == "rms":
-            self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
+        for head in self.all_blocks[len(self.blocks) :] if norm == "rms" else ():
+            head.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
         if not sincos:
             self.pos_embed.zero_()
         self.rotary = rotary

@@ -16,9 +16,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from routing_blocks import Active, RoutedBlocks, gather_rows, keep_others, resolve_routes
+from routing_blocks import Active, Route, RoutedBlocks, Routing, gather_rows, keep_others, resolve_routes
 from routing_blocks import routing as routing  # for those who route a model
-from routing_module import Route, Routing
 
 
 class AnglesOfSamples:

@@ -77,6 +77,7 @@ class Train:
     max_skipped: Count = 10
     timeout_s: Positive = 600
     check_replicas_every: Count = 1000
+    middle_weight: Annotated[float, above(0)] = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,31 @@ class Optimizer:
 @dataclass(frozen=True)
 class Ema:
     widths: tuple[Width, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Of the tokens after `block`. target: layersync's. teacher, teacher_width, projector_width: repa's."""
+
+    name: Literal["none", "layersync", "repa"] = "none"
+    weight: Annotated[float, at_least(0)] = 0.0
+    block: Count | None = None
+    target: Count | None = None
+    teacher: str | None = None
+    teacher_width: Positive | None = None
+    projector_width: Positive | None = None
+
+    def __post_init__(self):
+        own = {"none": (), "layersync": ("target",), "repa": ("teacher", "teacher_width", "projector_width")}[self.name]
+        for key in ("block", *own) if self.name != "none" else ():
+            if getattr(self, key) is None:
+                raise UserError(f"{key}=null; needed: a value, for alignment={self.name}")
+        if self.name == "layersync" and self.target <= self.block:
+            raise UserError(f"block={self.block}, target={self.target}; needed: a target after the block")
+
+    @property
+    def on(self) -> bool:
+        return self.weight > 0
 
 
 @dataclass(frozen=True)
@@ -209,6 +235,7 @@ class Settings:
     sampler: dict[str, Any]
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
+    alignment: Alignment = Alignment()
     preview: Preview = Preview()
     eval: Eval = Eval()
     run_name: str | None = None
@@ -236,6 +263,8 @@ def to_yaml(settings: Settings) -> str:
     plain = {"format": FORMAT} | asdict(settings)
     if settings.optimizer.name != "muon":  # whose settings the others are
         plain["optimizer"] = {key: plain["optimizer"][key] for key in ("name", "betas", "eps", "weight_decay")}
+    if settings.alignment.name == "none":
+        del plain["alignment"]
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 

@@ -28,7 +28,8 @@ from system.files import open_regular, read_small
 from system.limits import MEMBER_BYTES
 
 BLOCK = tarfile.BLOCKSIZE
-ARRAY, LABEL, TEXT = "latent.npy", "cls", "text.npy"  # what follows the key in a member's name
+# What follows the key in a member's name
+ARRAY, LABEL, TEXT, FEATURES = "latent.npy", "cls", "text.npy", "features.npy"
 SYSTEM = "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "System Volume Information", "lost+found", "Thumbs.db"
 HIDDEN = re.compile(rf"(?:^|/)(?:\.[^/]|(?:{'|'.join(map(re.escape, SYSTEM))})(?:/|$))")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")

@@ -1,9 +1,10 @@
 """The index of a split: every sample validated once, its position and a checksum of it; cached.
 
-A shard is a tar with a `<key>.latent.npy` for every sample and its condition: `<key>.cls`, `<key>.text.npy` or nothing.
+A shard is a tar with a `<key>.latent.npy` for every sample and its condition: `<key>.cls`, `<key>.text.npy` or nothing;
+and with a teacher's `<key>.features.npy` (N, D_t) in half precision, where the set has them.
 Other members are ignored, and nothing is unpickled. Building the index reads every byte: shards are compared with the
 manifest's sha256, every array and label is checked, and a CRC of each array is kept, so that reading an array later is
-one `pread` and one comparison. A sample takes 18 bytes of the index, 32 with a text.
+one `pread` and one comparison. A sample takes 18 bytes of the index, 32 with a text, and 14 more with features.
 
 The cache is kept beside the shards, or in the user's cache folder if theirs is not writable, and is used only while the
 shards' names, sizes and times and the manifest are unchanged. An index that lacks something because the system failed
@@ -25,7 +26,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, TEXT, Member, members, npy_header, parse_number, sample_key, split_name
+from data.archives import (
+    ARRAY,
+    FEATURES,
+    LABEL,
+    TEXT,
+    Member,
+    members,
+    npy_header,
+    parse_number,
+    sample_key,
+    split_name,
+)
 from system import UserError
 from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
@@ -39,6 +51,7 @@ PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # me
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
 TEXT_FIELDS = [("length", "i4"), ("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4")]  # length: tokens
 FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT_FIELDS, "none": ARRAY_FIELDS}
+FEATURE_FIELDS = [("feature_offset", "i8"), ("feature_header", "u2"), ("feature_crc", "u4")]
 
 
 @dataclass(frozen=True)
@@ -52,11 +65,22 @@ class Layout:
     text_width: Positive | None = None  # texts are (tokens, text_width)
     text_dtype: Literal["float16", "float32"] | None = None
     text_length: Positive | None = None  # tokens of the longest text; None = unknown
+    feature_shape: tuple[Positive, Positive] | None = None  # of a teacher's features, (N, D_t) float16; None = no such
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
-        values = {name: manifest[name] for name in cls.__annotations__}
-        return cls(**values | {"shape": tuple(values["shape"])})
+        values = {name: manifest[name] for name in cls.__annotations__ if name in manifest}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Members of a sample."""
+        return PARTS[self.condition] + ((FEATURES,) if self.feature_shape else ())
+
+    @property
+    def fields(self) -> np.dtype:
+        """Of a sample's entry."""
+        return np.dtype(FIELDS[self.condition] + (FEATURE_FIELDS if self.feature_shape else []))
 
 
 @dataclass
@@ -65,7 +89,7 @@ class Index:
 
     shards: list[str]
     ends: np.ndarray  # (number of shards,) int64: number of samples in this shard and those before it
-    entries: np.ndarray  # (number of samples,) of FIELDS[layout.condition], in the order of the archives
+    entries: np.ndarray  # (number of samples,) of layout.fields, in the order of the archives
     layout: Layout
     faults: list[str]
 
@@ -119,7 +143,7 @@ def build_index(folder: Path, shards: list[str], manifest: dict, before: Index |
 
     def validate(name: str) -> tuple[np.ndarray, list[str]]:
         found, faults = validate_shard(folder / name, layout, described.get(name), earlier.get(name))
-        return np.array(found, FIELDS[layout.condition]), [f"{name}: {fault}" for fault in faults]
+        return np.array(found, layout.fields), [f"{name}: {fault}" for fault in faults]
 
     with ThreadPoolExecutor(usable_cpus()) as pool:  # reading, hashing and CRCs release the interpreter's lock
         entries, faults = zip(*pool.map(validate, shards))
@@ -167,7 +191,7 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
     with open_regular(path) as file:
         for member in members(file, faults):
             key, extension = split_name(member.name)
-            if extension not in PARTS[layout.condition]:
+            if extension not in layout.parts:
                 others.add(extension)
             elif extension in found.setdefault(key, {}):
                 faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
@@ -181,12 +205,12 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
                 rows.append(_row(file.fileno(), parts, layout))
             except UserError as error:
                 faults.append(f"sample {key!r} at byte {next(iter(parts.values())).offset} {error}")
-    return np.array(rows, FIELDS[layout.condition]), faults
+    return np.array(rows, layout.fields), faults
 
 
 def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     """The entry of a sample. Raises UserError saying what is wrong with it."""
-    if missing := [extension for extension in PARTS[layout.condition] if extension not in parts]:
+    if missing := [extension for extension in layout.parts if extension not in parts]:
         raise UserError(f"has no .{missing[0]}")
     _, *row = _read_array(fd, parts[ARRAY], layout.dtype, layout.shape)
     if layout.condition == "class":
@@ -199,6 +223,11 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
             )
         except UserError as error:
             raise UserError(f"has a .{TEXT} that {error}") from None
+    if layout.feature_shape:
+        try:
+            row += _read_array(fd, parts[FEATURES], "float16", layout.feature_shape)[1:]
+        except UserError as error:
+            raise UserError(f"has a .{FEATURES} that {error}") from None
     return tuple(row)
 
 
@@ -228,22 +257,28 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     extensions: set[str] = set()
     for path in paths:
         with open_regular(path) as file:
+            before = None
             for member in members(file, []):
-                extensions.add(extension := split_name(member.name)[1])
-                if extension in (ARRAY, TEXT) and extension not in found:
+                key, extension = split_name(member.name)
+                complete = (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"])
+                if complete and key != before:  # after the whole of a sample, which may have features too
+                    break
+                before, extensions = key, extensions | {extension}
+                if extension in (ARRAY, TEXT, FEATURES) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
                         contents = os.pread(file.fileno(), min(member.size, 4096), member.offset)
                         found[extension] = _float_header(contents, member.size)
-                if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]):
-                    break
         if ARRAY in found:
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
     condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
+    features, half, _ = found.get(FEATURES, ((), "", 0))
+    layout = Layout(shape, dtype, condition, num_classes)
+    layout = replace(layout, feature_shape=features) if len(features) == 2 and half == "float16" else layout
     if condition != "text":
-        return Layout(shape, dtype, condition, num_classes)
+        return layout
     text_shape, text_dtype, _ = found.get(TEXT, ((0,), dtype, 0))
-    return Layout(shape, dtype, condition, num_classes, text_shape[-1] if text_shape else 0, text_dtype)
+    return replace(layout, text_width=text_shape[-1] if text_shape else 0, text_dtype=text_dtype)
 
 
 def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:
@@ -271,7 +306,10 @@ def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
         with contextlib.suppress(FileNotFoundError):
             stat = os.stat(folder / file[0])
             file[1:] = stat.st_size, stat.st_mtime_ns
-    return json.dumps([files, {key: manifest.get(key) for key in ("shards", *Layout.__annotations__)}])
+    about = {key: manifest.get(key) for key in ("shards", *Layout.__annotations__)}
+    if about["feature_shape"] is None:
+        del about["feature_shape"]  # as in the stamps of before there were features
+    return json.dumps([files, about])
 
 
 def _cache_paths(folder: Path, split: str) -> list[Path]:
@@ -305,7 +343,7 @@ def _fits(index: Index, layout: Layout) -> bool:
 def _is_consistent(index: Index) -> bool:
     """Whether an index, which may have come with its set, keeps to its own layout."""
     ends, entries, layout = index.ends, index.entries, index.layout
-    if entries.dtype != np.dtype(FIELDS[layout.condition]) or entries.ndim != 1 or ends.dtype != np.int64:
+    if entries.dtype != layout.fields or entries.ndim != 1 or ends.dtype != np.int64:
         return False
     counted = ends.shape == (len(index.shards),) and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(entries)
     labels = entries["label"] if layout.condition == "class" else np.zeros(1)

@@ -32,14 +32,16 @@ class Latents:
     condition: what `read` gives beside latents: class, text or none, which ignores what else the shards hold.
     shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. meta: contents of meta.json, {}
     without one. labels: (n,) int32; num_classes: meta.json's, or the largest label + 1; both None without classes.
-    text_length, text_width: the tokens of the longest text, and their width; both 0 without texts. fingerprint: 16 hex
-    digits that change with any sample, label, text, scale or kind. faults: a line for everything that was left out.
+    text_length, text_width: the tokens of the longest text, and their width; both 0 without texts. feature_shape: (N,
+    D_t) of a teacher's features, which `read` gives too; None = it does not. fingerprint: 16 hex digits that change
+    with any sample, label, text, feature read, scale or kind. faults: a line for everything that was left out.
     Raises UserError for an encoding that does not fit the stored shape.
     """
 
     def __init__(
-        self, folder: Path, manifest: dict, index: Index, encoding: LatentEncoding, on_error: str, condition: str
-    ):
+        self, folder: Path, manifest: dict, index: Index, encoding: LatentEncoding, on_error: str, condition: str,
+        features: bool = False,
+    ):  # fmt: skip
         self.folder, self.meta, self.encoding, self.on_error = folder, manifest, encoding, on_error
         self.kind, self.condition = encoding.kind, condition
         self.stored_shape, self.dtype = index.layout.shape, getattr(torch, index.layout.dtype)
@@ -53,9 +55,10 @@ class Latents:
         elif condition == "text":
             self.text_length = manifest.get("text_length") or int(index.entries["length"].max())
             self.text_width = index.layout.text_width
+        self.feature_shape = index.layout.feature_shape if features else None
         about = [encoding.kind, manifest.get("scale"), manifest.get("bias"), self.stored_shape, index.layout.dtype]
         digest = hashlib.sha256(json.dumps(about).encode())
-        for name in ("crc", "label", "text_crc", "length"):
+        for name in ("crc", "label", "text_crc", "length", *(["feature_crc"] if features else [])):
             if name in index.entries.dtype.names:
                 digest.update(index.entries[name].tobytes())
         self.fingerprint = digest.hexdigest()[:16]
@@ -64,22 +67,25 @@ class Latents:
         self._index = index
         self._row_bytes = math.prod(self.stored_shape) * self.dtype.itemsize
         self._token_bytes = self.text_width * np.dtype(index.layout.text_dtype).itemsize if condition == "text" else 0
+        self._feature_bytes = 2 * math.prod(self.feature_shape) if features else 0
         self._files: dict[int, int] = {}  # shard number -> file descriptor
 
     def __len__(self) -> int:
         return len(self._index.entries)
 
     def read(self, indices: Sequence[int], faults: list[str] | None = None) -> tuple[torch.Tensor, Condition]:
-        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length.
+        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length; and the
+        teacher's features (B, N, D_t) float16 where there is a feature_shape.
 
         Damage raises UserError or, with on_error="skip", is reported: to the list `faults`, if there is one, by loader
         processes, whose own reports would be lost.
         """
         rows = np.empty((len(indices), self._row_bytes), np.uint8)
         texts = np.empty((len(indices), self.text_length, self._token_bytes), np.uint8)
+        features = np.empty((len(indices), self._feature_bytes), np.uint8)
         used, skipped = np.array(indices, np.int64), []
         for i, index in enumerate(used.tolist()):
-            while fault := self._read_sample(int(used[i]), rows[i], texts[i]):
+            while fault := self._read_sample(int(used[i]), rows[i], texts[i], features[i]):
                 if self.on_error == "stop":
                     raise UserError(f"damaged data in {self.folder}: {fault}")
                 skipped.append(fault)
@@ -94,7 +100,9 @@ class Latents:
             states = torch.from_numpy(texts).view(getattr(torch, self._index.layout.text_dtype))  # (B, T, D)
             lengths = torch.from_numpy(self._index.entries["length"][used])
             condition = Text(states, torch.arange(self.text_length) < lengths[:, None])
-        return raw, condition
+        if self.feature_shape is None:
+            return raw, condition
+        return raw, condition, torch.from_numpy(features).view(torch.float16).view(len(used), *self.feature_shape)
 
     def conditions(self, count: int) -> Condition:
         """Up to `count` conditions, spread evenly over the set."""
@@ -105,10 +113,11 @@ class Latents:
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         offsets, order = self._index.entries["offset"], np.sort(indices)
+        most = self._row_bytes + self.text_length * self._token_bytes + self._feature_bytes + 4096  # and headers
         for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
-            for part in np.split(run, np.flatnonzero(np.diff(offsets[run]) <= 0) + 1):  # at shard ends
-                start = int(offsets[part[0]])
-                end = int(offsets[part[-1]]) + self._row_bytes + self.text_length * self._token_bytes + 2048  # headers
+            step = np.diff(offsets[run])
+            for part in np.split(run, np.flatnonzero((step <= 0) | (step > 2 * most)) + 1):  # shard ends; features
+                start, end = int(offsets[part[0]]), int(offsets[part[-1]]) + most
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(self._file(self._shard(part[0])), start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -128,14 +137,16 @@ class Latents:
         shards, offsets = self._index.shards, self._index.entries["offset"]
         return [sample_key(self.folder / shards[self._shard(i)], int(offsets[i])) for i in indices]
 
-    def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray) -> str | None:
-        """Fills row (bytes,) and text (T, bytes of a token); returns a line saying what is wrong, or None."""
+    def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray, features: np.ndarray) -> str | None:
+        """Fills row, features (bytes,) and text (T, bytes of a token); returns a line on what is wrong, or None."""
         entry, shard = self._index.entries[index], self._shard(index)
         parts = [(row, entry["offset"] + entry["header"], entry["crc"])]
         if self.condition == "text":
             text[entry["length"] :] = 0
             tokens = text[: entry["length"]].reshape(-1)
             parts += [(tokens, entry["text_offset"] + entry["text_header"], entry["text_crc"])]
+        if self.feature_shape is not None:
+            parts.append((features, entry["feature_offset"] + entry["feature_header"], entry["feature_crc"]))
         for numbers, start, crc in parts:
             try:
                 count = os.preadv(self._file(shard), [numbers], int(start))

@@ -56,7 +56,8 @@ def make_loader(
     latents: Latents, plan: BatchPlan, *, seed: int = 0, start_step: int = 0, num_steps: int, num_workers: int = 0,
     pin_memory: bool = False,
 ) -> "Loader":  # fmt: skip
-    """Micro-batches (raw (micro, *stored_shape), condition) of this rank for steps start_step..num_steps-1, in order.
+    """Micro-batches (raw (micro, *stored_shape), condition) of this rank for steps start_step..num_steps-1, in order;
+    and with a teacher's features, where the latents have a feature_shape.
 
     (num_steps - start_step) * plan.accumulation of them; together, those of all ranks are the global batches.
     """
@@ -161,9 +162,9 @@ class Loader(DataLoader):
             while (batch := self._next(batches)) is not None:
                 if isinstance(batch, UserError):
                     raise batch
-                raw, condition, faults = batch
+                *batch, faults = batch
                 self.dataset.latents.report(faults)
-                yield raw, condition
+                yield tuple(batch)
         finally:
             del batches  # ends the loader processes here, and not when the traceback is freed
 

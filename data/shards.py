@@ -10,6 +10,8 @@ num_classes           labels are 0..num_classes-1; null without labels
 classes               their names, where they are known
 text_width, _dtype    texts are (tokens, text_width) of text_dtype; null without texts, as is the next
 text_length           tokens of the longest text
+feature_shape         (N, D_t) of a teacher's features beside each latent, row by row, in float16; null without them
+teacher               which network they are of
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
 counts                {split: entries}
 mean, std             of each channel of the model's input
@@ -29,7 +31,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from conditions import KINDS
-from data.archives import ARRAY, LABEL, TEXT
+from data.archives import ARRAY, FEATURES, LABEL, TEXT
 from data.encoding import LatentEncoding
 from data.index import Layout, build_index, find_layout, load_index, save_index
 from data.latents import Latents, channel_stats, warn
@@ -40,7 +42,7 @@ from system.settings import Count, Kind, PerChannel, parse_known
 SPLITS = ("train", "val")
 FILE_NAME = "meta.json"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
-IMPLIED = {"condition": "class", "text_width": None, "text_dtype": None, "text_length": None}  # if absent
+IMPLIED = {"condition": "class"} | dict.fromkeys("text_width text_dtype text_length feature_shape".split())  # if absent
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,19 @@ class Meta(Layout):
     std: tuple[float, ...] | None
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None = None
+    teacher: str | None = None
 
 
 def open_latents(
-    path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop", condition: str = "class"
-) -> Latents:
+    path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop",
+    condition: str = "class", features: bool = False,
+) -> Latents:  # fmt: skip
     """The latents of one split of a data folder: shards with a meta.json, or CompVis's without one.
 
     kind: None = meta.json's, or sample_scaled without one. on_error: "stop" raises at damage; "skip" leaves damaged
     shards and samples out, with a line for each in `Latents.faults`, and replaces a sample found damaged later by the
-    next good one. condition: class, text or none, which ignores what else the shards hold. Raises UserError for a
-    folder without shards, for damage, and for a kind or a condition that does not fit.
+    next good one. condition: class, text or none, which ignores what else the shards hold. features: a teacher's are
+    read too. Raises UserError for a folder without shards, for damage, and for what the shards do not hold.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -93,7 +97,9 @@ def open_latents(
         more = f" (and {len(index.faults) - 1} more faults)" if len(index.faults) > 1 else ""
         raise UserError(f"damaged data in {folder}: {index.faults[0]}{more}")
     _check_condition(folder, index.layout.condition, condition)
-    return Latents(folder, manifest, index, encoding, on_error, condition)
+    if features and index.layout.feature_shape is None:
+        raise UserError(f"{folder} holds no features of a teacher; needed: latents with them, see docs/data.md")
+    return Latents(folder, manifest, index, encoding, on_error, condition, features)
 
 
 def _check_condition(folder: Path, held: str, wanted: str) -> None:
@@ -166,18 +172,21 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, int | np.ndarray | None]]) -> None:
+def write_shard(path: Path, samples: Iterable[tuple]) -> None:
     """A tar of (key, array, condition) samples: written whole or not at all, and to the same bytes every time.
 
-    condition: a label; a text's embedding (T_i, D), float16 or float32, not padded; or None.
+    condition: a label; a text's embedding (T_i, D), float16 or float32, not padded; or None. A fourth: a teacher's
+    features (N, D_t), float16.
     """
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, array, condition in samples:
+        for key, array, condition, *features in samples:
             _add(tar, f"{key}.{ARRAY}", array)
             if condition is not None:
                 _add(tar, f"{key}.{TEXT if isinstance(condition, np.ndarray) else LABEL}", condition)
+            for part in features:
+                _add(tar, f"{key}.{FEATURES}", part)
 
 
 def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int) -> None:
