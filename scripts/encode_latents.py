@@ -1,6 +1,7 @@
 """Encodes pictures into latents, ready to train on, with any diffusers AutoencoderKL.
 
     python scripts/encode_latents.py images=photos/ out=datasets/photos vae=stabilityai/sd-vae-ft-ema
+    python scripts/encode_latents.py images=photos/ out=... vae=... features=vit_base_patch14_dinov2.lvd142m
     python scripts/encode_latents.py images=hf:ILSVRC/imagenet-1k split=train out=... vae=... shard_size=32768
     accelerate launch --num_processes 8 scripts/encode_latents.py images=imagenet/train.zip out=... vae=... flip=both
 
@@ -14,8 +15,8 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +32,8 @@ from data.convert import entries, plan_shards
 from data.encoding import LatentEncoding
 from data.images import Images, center_crop, decoded_ahead, open_images
 from data.latents import warn
-from data.shards import finalize, reserve, write_shard
+from data.shards import finalize, reserve, write_manifest, write_shard
+from evaluation.features import load_teacher
 from randomness import seeded_generator
 from system import UserError, cli, hub
 from system.settings import Count, Positive, above, parse
@@ -55,6 +57,7 @@ class Encoding:
     val: Count = 0
     shard_size: Positive = 4096
     batch_size: Positive = 32
+    features: str | None = None
     num_threads: Positive = 8
     timeout_s: Positive = 600
 
@@ -70,6 +73,7 @@ def main(arguments: list[str]) -> None:
         what = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in counts.most_common())
         warn(f"{cfg.images}: files that are not pictures are left out: {what}")
     shards = plan_shards(len(images.labels), cfg.shard_size, cfg.val)
+    teacher = None if cfg.features is None else load_teacher(cfg.features, device())
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
@@ -79,14 +83,16 @@ def main(arguments: list[str]) -> None:
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
     with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
         for name, chosen in mine.items():
-            write_shard(folder / name, encode(codec, images, chosen, cfg, progress))
+            write_shard(folder / name, encode(codec, teacher, images, chosen, cfg, progress))
     if rank == 0:
         wait_for_shards(folder, list(shards), cfg.timeout_s)
         finish(folder, images, cfg, vae_sha256)
 
 
-def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: Encoding, progress: tqdm) -> Iterator[tuple]:
-    """(key, array (C or 2C, h, w), label) of each entry that the chosen pictures become.
+def encode(
+    codec: VAECodec, teacher: Callable | None, images: Images, chosen: np.ndarray, cfg: Encoding, progress: tqdm
+) -> Iterator[tuple]:
+    """(key, array (C or 2C, h, w), label) of each entry that the chosen pictures become, and the teacher's features.
 
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     """
@@ -95,12 +101,15 @@ def encode(codec: VAECodec, images: Images, chosen: np.ndarray, cfg: Encoding, p
     crops = decoded_ahead(batches, lambda i: center_crop(images.read(i), cfg.size), cfg.num_threads)
     for batch, pixels in zip(batches, map(torch.from_numpy, crops)):  # (B, 3, size, size) uint8
         arrays: dict[str, np.ndarray] = {}
+        features: dict[str, tuple[np.ndarray, ...]] = defaultdict(tuple)
         for mirrored, side in ((False, pixels), (True, pixels.flip(-1)))[: 2 if cfg.flip == "both" else 1]:
             keys = [entries(image, cfg.flip)[mirrored][0] for image in batch.tolist()]
             arrays |= zip(keys, latents(codec, side, keys, cfg))
+            if teacher is not None:
+                features |= zip(keys, zip(teacher(side).half().cpu().numpy()))
         for image in batch.tolist():
             for key, _ in entries(image, cfg.flip):
-                yield key, arrays[key], images.labels[image]
+                yield key, arrays[key], images.labels[image], *features[key]
         progress.update(len(batch))
 
 
@@ -140,6 +149,8 @@ def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str) -> None
     encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")
     classes = images.classes if any(images.classes) else None
     manifest = finalize(folder, encoding, codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes)
+    if cfg.features is not None:
+        write_manifest(folder, manifest | {"teacher": cfg.features})
     found = f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes"
     print(f"{found}; look: python -m data inspect {shlex.quote(str(folder))}")
 
