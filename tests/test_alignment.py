@@ -436,8 +436,8 @@ def test_features_are_added_to_latents_that_are_there(digits, tmp_path):
     few, out = tmp_path / "few", tmp_path / "features"
     few.mkdir()
     images, labels = open_latents(digits, split="val").read(range(60))
-    for split, numbers in (("train", range(55)), ("val", range(55, 60))):
-        write_shard(few / shard_name(split, 0), ((f"{i:02d}", images[i].numpy(), int(labels[i])) for i in numbers))
+    for split, chosen in (("train", range(55)), ("val", range(55, 60))):
+        write_shard(few / shard_name(split, 0), ((f"{i:02d}", images[i].numpy(), int(labels[i])) for i in chosen))
     finalize(few, LatentEncoding("sample_scaled"), codec={"_target_": "autoencoder.PixelCodec"}, num_classes=10)
     command = [sys.executable, "scripts/add_features.py", f"data.path={few}", "data.prepare=null", f"out={out}"]
     job = started.run(command)
