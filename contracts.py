@@ -99,24 +99,23 @@ class Loss:
         *features: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """x (B, C, h, w) and its condition -> (B,). features: a teacher's (B, N, D_t), where `net` takes them."""
-        middle, found = self.network.middle_head is not None and self.middle_weight > 0, {}
-        asked = {"hidden": [MIDDLE]} if middle else {}
+        found, hidden = {}, [MIDDLE] if self.network.middle_head is not None and self.middle_weight > 0 else []
 
         def net(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-            out = self.net(x_t, t, condition, *features, routing=routing, **asked)
+            out = self.net(x_t, t, condition, *features, routing=routing, hidden=hidden)
             out, states = out if isinstance(out, tuple) else (out, {})
             found.update(states)
             return out
 
         generator = getattr(generators, "generator", generators)
-        before = generator.get_state() if middle else None
+        before = generator.get_state() if hidden else None
         loss = self.network.reduce(*self.objective.errors(net, x, condition, generators), routing)  # (B,)
-        if middle:  # of the same noise: the draws are made again
-            generator.set_state(before)
+        if hidden:
+            generator.set_state(before)  # for the same noise
             prediction, seen = found[MIDDLE]
             error, *_ = self.objective.errors(lambda *_: prediction, x, condition, generators)
-            seen_mean = pixel_mean(error) if seen is None else pixel_mean(error * seen) / pixel_mean(seen)
-            loss = loss + self.middle_weight * seen_mean
+            mean = pixel_mean(error) if seen is None else pixel_mean(error * seen) / pixel_mean(seen)
+            loss = loss + self.middle_weight * mean
         return loss + found["loss"] if "loss" in found else loss
 
 

@@ -174,11 +174,12 @@ class DiT(Network):
         """As MIDDLE in `contracts.Network`, from the tokens (B, K, D) after the block: 0 where the head saw none."""
         patches, seen = self.middle_layer(tokens.float(), c), None  # (B, K, p * p * C_out)
         if keep_ids is not None:
-            everywhere = patches.new_zeros(len(patches), self.num_tokens, patches.shape[2])
-            ones = patches.new_ones(*keep_ids.shape, self.patch_size**2)
-            seen = scatter_tokens(ones, keep_ids, everywhere[..., : self.patch_size**2])
+            nothing = patches.new_zeros(len(patches), self.num_tokens, patches.shape[2])
+            seen = nothing[..., : self.patch_size**2].scatter(
+                1, keep_ids[..., None].expand(-1, -1, self.patch_size**2), 1
+            )
             seen = unpatchify(seen, self.patch_size, self.grid)  # (B, 1, h, w)
-            patches = scatter_tokens(patches, keep_ids, everywhere)  # (B, N, p * p * C_out)
+            patches = scatter_tokens(patches, keep_ids, nothing)  # (B, N, p * p * C_out)
         return unpatchify(patches, self.patch_size, self.grid), seen
 
     def positions(self) -> tuple[torch.Tensor, ...]:

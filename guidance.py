@@ -162,9 +162,11 @@ class Branch:
     ratio: Callable  # t -> selection ratio
     masks: list[torch.Generator]  # of the routed tokens, one per image
     drop_path: bool = False
+    internal: tuple[float, ...] = ()  # the scale of its own guidance by the middle head, for `predict`
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.predict(x, t, self.condition(), routing_at(self.ratio(t), self.masks, self.drop_path))
+        routing = routing_at(self.ratio(t), self.masks, self.drop_path)
+        return self.predict(x, t, self.condition(), routing, *self.internal)
 
 
 def routing_at(ratio: float, masks: Source, drop_path: bool = False) -> Routing | None:
@@ -180,7 +182,7 @@ def pair(strong: Branch, weak: Branch) -> Callable:
             return strong(x, t), weak(x, t)
         condition = conditions.join(strong.condition(), weak.condition())
         routing = routing_at(ratio, strong.masks + weak.masks)
-        return strong.predict(torch.cat([x, x]), t, condition, routing).chunk(2)
+        return strong.predict(torch.cat([x, x]), t, condition, routing, *strong.internal).chunk(2)
 
     return both
 

@@ -139,18 +139,14 @@ class Alignment:
 
     name: Literal["none", "layersync", "repa"] = "none"
     weight: Annotated[float, at_least(0)] = 0.0
-    block: Count | None = None
-    target: Count | None = None
-    teacher: str | None = None
-    teacher_width: Positive | None = None
-    projector_width: Positive | None = None
+    block: Count = 0
+    target: Count = 1
+    teacher: str = "mnist"
+    teacher_width: Positive = 64
+    projector_width: Positive = 2048
 
     def __post_init__(self):
-        own = {"none": (), "layersync": ("target",), "repa": ("teacher", "teacher_width", "projector_width")}[self.name]
-        for key in ("block", *own) if self.name != "none" else ():
-            if getattr(self, key) is None:
-                raise UserError(f"{key}=null; needed: a value, for alignment={self.name}")
-        if self.name == "layersync" and self.target <= self.block:
+        if self.target <= self.block and self.name == "layersync":
             raise UserError(f"block={self.block}, target={self.target}; needed: a target after the block")
 
     @property

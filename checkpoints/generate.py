@@ -2,7 +2,7 @@
 generators keyed by the seed, whatever the batch size and the number of processes."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -149,20 +149,12 @@ def branches(
         "none": lambda: conditions.repeat(null, len(seeds), run.device),
         "random": lambda: conditions.another(condition, run.pool, draws),  # new in each call
     }[guidance.weak_label]
-    predict = predict_of(run, guidance)
-    weak_predict = predict if weak is run else predict_of(weak, guidance)  # `pair` joins the calls of one network
+    internal = () if guidance.internal_scale == 1 else (guidance.internal_scale,)
     ratios = [partial(setting, run, guidance, name) for name in ("gamma_strong", "gamma_weak")]
     return (
-        Branch(predict, lambda: condition, ratios[0], streams(seeds, "strong")),
-        Branch(weak_predict, weak_condition, ratios[1], streams(seeds, "weak"), guidance.weak_path == "drop"),
+        Branch(run.predict, lambda: condition, ratios[0], streams(seeds, "strong"), internal=internal),
+        Branch(weak.predict, weak_condition, ratios[1], streams(seeds, "weak"), guidance.weak_path == "drop", internal),
     )
-
-
-def predict_of(run: Run, guidance: Guidance) -> Callable:
-    """(x, t, condition, routing) -> prediction: `run.predict`, by default."""
-    if guidance.internal_scale == 1:
-        return run.predict
-    return lambda x, t, condition, routing: run.predict(x, t, condition, routing, guidance.internal_scale)
 
 
 def setting(run: Run, guidance: Guidance, name: str, t: torch.Tensor) -> float:

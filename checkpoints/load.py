@@ -141,10 +141,9 @@ def align(net: Network, settings: Settings) -> Aligned | None:
     wanted = settings.alignment
     if not wanted.on:
         return None
-    layersync = wanted.name == "layersync"
-    how = [wanted.target] if layersync else [None, wanted.teacher_width, wanted.projector_width]
+    repa = (None, wanted.teacher_width, wanted.projector_width)
     try:
-        return Aligned(net, wanted.weight, wanted.block, *how)
+        return Aligned(net, wanted.weight, wanted.block, *(repa if wanted.name == "repa" else (wanted.target,)))
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -216,18 +216,14 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     if layout.condition == "class":
         contents = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset)
         row.append(parse_number(contents, "has a label that", layout.num_classes))
-    if layout.condition == "text":
+    more = {TEXT: (layout.text_dtype, (layout.text_length, layout.text_width), True)}
+    more[FEATURES] = "float16", layout.feature_shape
+    for extension in [extension for extension in layout.parts if extension in more]:
         try:
-            row += _read_array(
-                fd, parts[TEXT], layout.text_dtype, (layout.text_length, layout.text_width), longest=True
-            )
+            array = _read_array(fd, parts[extension], *more[extension])
         except UserError as error:
-            raise UserError(f"has a .{TEXT} that {error}") from None
-    if layout.feature_shape:
-        try:
-            row += _read_array(fd, parts[FEATURES], "float16", layout.feature_shape)[1:]
-        except UserError as error:
-            raise UserError(f"has a .{FEATURES} that {error}") from None
+            raise UserError(f"has a .{extension} that {error}") from None
+        row += array if extension == TEXT else array[1:]
     return tuple(row)
 
 
@@ -257,28 +253,24 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     extensions: set[str] = set()
     for path in paths:
         with open_regular(path) as file:
-            before = None
             for member in members(file, []):
-                key, extension = split_name(member.name)
-                complete = (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"])
-                if complete and key != before:  # after the whole of a sample, which may have features too
-                    break
-                before, extensions = key, extensions | {extension}
+                extensions.add(extension := split_name(member.name)[1])
                 if extension in (ARRAY, TEXT, FEATURES) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
                         contents = os.pread(file.fileno(), min(member.size, 4096), member.offset)
                         found[extension] = _float_header(contents, member.size)
+                if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]):
+                    break
         if ARRAY in found:
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
     condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
-    features, half, _ = found.get(FEATURES, ((), "", 0))
-    layout = Layout(shape, dtype, condition, num_classes)
-    layout = replace(layout, feature_shape=features) if len(features) == 2 and half == "float16" else layout
+    features = found.get(FEATURES, (None,))[0]  # which a sample begins with
     if condition != "text":
-        return layout
+        return Layout(shape, dtype, condition, num_classes, feature_shape=features)
     text_shape, text_dtype, _ = found.get(TEXT, ((0,), dtype, 0))
-    return replace(layout, text_width=text_shape[-1] if text_shape else 0, text_dtype=text_dtype)
+    width = text_shape[-1] if text_shape else 0
+    return Layout(shape, dtype, condition, num_classes, width, text_dtype, feature_shape=features)
 
 
 def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:
@@ -306,10 +298,8 @@ def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
         with contextlib.suppress(FileNotFoundError):
             stat = os.stat(folder / file[0])
             file[1:] = stat.st_size, stat.st_mtime_ns
-    about = {key: manifest.get(key) for key in ("shards", *Layout.__annotations__)}
-    if about["feature_shape"] is None:
-        del about["feature_shape"]  # as in the stamps of before there were features
-    return json.dumps([files, about])
+    keys = [key for key in ("shards", *Layout.__annotations__) if key != "feature_shape" or manifest.get(key)]
+    return json.dumps([files, {key: manifest.get(key) for key in keys}])
 
 
 def _cache_paths(folder: Path, split: str) -> list[Path]:

@@ -112,7 +112,8 @@ class Latents:
         """Asks the system to read these samples ahead from disk, neighbours together. Only a hint."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        offsets, order = self._index.entries["offset"], np.sort(indices)
+        first, order = "offset" if self.feature_shape is None else "feature_offset", np.sort(indices)
+        offsets = self._index.entries[first]
         most = self._row_bytes + self.text_length * self._token_bytes + self._feature_bytes + 4096  # and headers
         for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
             step = np.diff(offsets[run])

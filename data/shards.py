@@ -182,11 +182,11 @@ def write_shard(path: Path, samples: Iterable[tuple]) -> None:
         leftover.unlink(missing_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, array, condition, *features in samples:
+            for part in features:  # first, so that one sample's beginning tells a set with features
+                _add(tar, f"{key}.{FEATURES}", part)
             _add(tar, f"{key}.{ARRAY}", array)
             if condition is not None:
                 _add(tar, f"{key}.{TEXT if isinstance(condition, np.ndarray) else LABEL}", condition)
-            for part in features:
-                _add(tar, f"{key}.{FEATURES}", part)
 
 
 def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int) -> None:

@@ -97,7 +97,7 @@ def test_layersync_is_on_the_tokens_that_both_blocks_have(name, block, target):
     for routing in routings():
         plain = Loss(net, net, EDM())(x, y, rows(), routing)
         seen = {}
-        spied = lambda *given, routing: seen.update(zip(("x", "t", "y"), given)) or net(*given, routing=routing)
+        spied = lambda *given, **how: seen.update(zip(("x", "t", "y"), given)) or net(*given, **how)
         Loss(spied, net, EDM())(x, y, rows(), routing)
         _, states = net(*seen.values(), routing=routing, hidden=[block, target])
         (h, kept), (deeper, others) = states[block], states[target]
@@ -117,7 +117,7 @@ def test_repa_is_on_the_features_of_the_kept_tokens(name, block):
     assert [tuple(p.shape) for p in aligned.projector.parameters()] == [(16, 32), (16,), (16, 16), (16,), (5, 16), (5,)]
     for routing in routings():
         seen = {}
-        spied = lambda *given, routing: seen.update(zip(("x", "t", "y"), given)) or net(*given, routing=routing)
+        spied = lambda *given, **how: seen.update(zip(("x", "t", "y"), given)) or net(*given, **how)
         plain = Loss(spied, net, EDM())(x, y, rows(), routing)
         h, kept = net(*seen.values(), routing=routing, hidden=[block])[1][block]
         first, second, last = (layer for layer in aligned.projector if isinstance(layer, nn.Linear))
@@ -265,7 +265,7 @@ def test_what_has_no_term_is_named_in_one_line():
     "keys, words",
     [
         (["alignment=layersync", "alignment.target=3"], "block=3, target=3; needed: a target after the block"),
-        (["alignment=repa", "alignment.teacher=null"], "teacher=null; needed: a value"),
+        (["alignment=repa", "alignment.teacher=null"], "teacher=null; needed: text"),
         (["train.middle_weight=0"], "train.middle_weight=0; needed: a number of above 0|above 0"),
     ],
 )

@@ -18,13 +18,10 @@ from system.processes import several
 
 
 def make_optimizer(
-    net: Network, settings: Optimizer, lr: float, projector: nn.Module | None = None
+    net: Network, settings: Optimizer, lr: float, more: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
     """The optimizer of a run; lr is the first step's. Muon's settings.ns_precision is fp32 or bf16, no longer auto.
-
-    projector: of an alignment, for AdamW.
-    """
-    more = [] if projector is None else projector.parameters()
+    more: what AdamW takes beside the network."""
     if settings.name == "adamw":
         return adamw([*net.parameters(), *more], settings, lr)
     return MuonAdamW(net, settings, lr, more)

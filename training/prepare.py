@@ -128,8 +128,8 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     with dist.local_main_process_first():
         folder = hub.local(wanted.path, "dataset")
     how = dict(kind=wanted.kind, on_error=wanted.on_error, condition=wanted.condition)
-    teacher = settings.alignment.teacher if settings.alignment.on else None
-    train = data.open_latents(folder, features=teacher is not None, **how)
+    repa = settings.alignment.on and settings.alignment.name == "repa"
+    train = data.open_latents(folder, features=repa, **how)
     if (found := tuple(train.shape)) != wanted.latent_shape:
         cure = "set data.channels and data.input_size, or data.path"
         raise UserError(f"{wanted.path} holds latents of shape {found}, the model is for {wanted.latent_shape}: {cure}")
@@ -137,7 +137,7 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
         raise UserError(f"{wanted.path} has {n} classes, the model has data.num_classes={wanted.num_classes}")
     if wanted.condition == "text" and train.text_width != wanted.text_width:
         raise UserError(f"{wanted.path} has texts of width {train.text_width}, not data.text_width={wanted.text_width}")
-    if teacher is not None:
+    if repa:
         check_features(train, settings)
     val = data.open_latents(folder, split="val", **how) if data.has_split(folder, "val") else train
     return TrainingData(train, val, plan)
@@ -198,12 +198,12 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     averages = make_averages(model, settings.ema.widths or ())
     for block in model.all_blocks:
         block.recompute = settings.train.gradient_checkpointing
-    projector = aligned and aligned.projector
-    optimizer = make_optimizer(model, settings.optimizer, settings.train.lr, projector)
+    projector, shape = (None, None) if aligned is None else (aligned.projector, aligned.feature_shape)
+    more = [] if projector is None else projector.parameters()
+    optimizer = make_optimizer(model, settings.optimizer, settings.train.lr, more)
     guard = FiniteGuard(optimizer, dist.device, settings.train.on_nonfinite)
     codec = build_codec(settings.data.codec, dist.device)
     ema = TrainedEma(averages["ema"], objective, codec, settings, dist.device, settings.train.precision)
-    shape = aligned and aligned.feature_shape
     return TrainState(net, model, averages, optimizer, guard, objective, ema, projector, shape)
 
 
