@@ -22,6 +22,14 @@ class Text(NamedTuple):
     mask: torch.Tensor  # (B, T) bool: True where there is a token
 
 
+class TextStats(NamedTuple):
+    """What a text encoder's states become a network's text by: of the tokens of a data set's training captions."""
+
+    mean: torch.Tensor  # (D,) float32
+    std: torch.Tensor  # (D,) float32, above 0
+    null: torch.Tensor  # (T, D) the states of the empty caption, as the encoder gave them
+
+
 Condition = torch.Tensor | Text | None
 KINDS = {"class": "class labels", "text": "texts", "none": "no condition"}
 
@@ -44,6 +52,19 @@ def rows(condition: Condition, index: slice | Sequence[int] | torch.Tensor) -> C
 def to(condition: Condition, device: torch.device | str) -> Condition:
     """The condition on a device; the host does not wait for the copy."""
     return _each(lambda tensor: tensor.to(device, non_blocking=True), condition)
+
+
+def normalize(text: Text, stats: TextStats | None) -> Text:
+    """An encoder's states with mean 0 and deviation 1 in each dimension, padding staying 0; None = as they are."""
+    if stats is None:
+        return text
+    states = ((text.states - stats.mean) / stats.std).to(text.states.dtype)
+    return Text(states.masked_fill(~text.mask[..., None], 0), text.mask)
+
+
+def empty_caption(stats: TextStats) -> Text:
+    """The null of networks that are trained on such texts: (1, T, D)."""
+    return normalize(Text(stats.null[None], torch.ones(1, len(stats.null), dtype=torch.bool)), stats)
 
 
 def join(a: Condition, b: Condition) -> Condition:
@@ -134,14 +155,16 @@ def alike(null: Condition, other: Condition) -> bool:
     return kind_of(null) == kind_of(other) and (null is None or int(null) == int(other))
 
 
-def save(condition: Condition) -> dict[str, torch.Tensor]:
-    """The tensors of a `conditions.safetensors`: labels, or states and mask, or nothing."""
+def save(condition: Condition, stats: TextStats | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a `conditions.safetensors`: labels, or states and mask, or nothing, and a data set's stats."""
     named = condition._asdict() if isinstance(condition, Text) else {"labels": condition}
+    named |= stats._asdict() if stats else {}
     return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
 
 def load(tensors: dict[str, torch.Tensor]) -> Condition:
-    """What `save` was given. Raises UserError for other tensors."""
+    """The condition that `save` was given. Raises UserError for other tensors."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in TextStats._fields}
     if (names := sorted(tensors)) not in ([], ["labels"], ["mask", "states"]):
         raise UserError(f"conditions of {', '.join(names)}; needed: labels, or states and mask, or nothing")
     found = Text(**tensors) if "mask" in tensors else tensors.get("labels")
@@ -159,6 +182,19 @@ def load(tensors: dict[str, torch.Tensor]) -> Condition:
     if not fits:
         raise UserError("conditions of odd shapes or types; needed: int64 (B,), or finite (B, T, D) and bool (B, T)")
     return found
+
+
+def load_stats(tensors: dict[str, torch.Tensor]) -> TextStats | None:
+    """The stats that `save` was given, if any. Raises UserError for other tensors of these names."""
+    if not tensors.keys() & set(TextStats._fields):
+        return None
+    mean, std, null = stats = TextStats(*(tensors.get(name, torch.empty(0)) for name in TextStats._fields))
+    width = tensors.get("states", mean).shape[-1:]
+    fits = mean.shape == std.shape == width and null.shape == (max(1, len(null)), *width)
+    if not fits or not all(tensor.isfinite().all() for tensor in stats) or not (std > 0).all():
+        needed = "finite mean (D,), std (D,) above 0 and null (T, D), D the width of the texts"
+        raise UserError(f"the texts' statistics have odd shapes or numbers; needed: {needed}")
+    return stats
 
 
 def _labels_or_mask(condition: torch.Tensor | Text) -> torch.Tensor:

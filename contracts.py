@@ -16,7 +16,8 @@ class Network(nn.Module):
     """A denoiser of latents: ten members. `net.training` decides nothing.
 
     routes: spans of blocks that some tokens bypass; () = none. num_tokens: N. latent_shape: (C, h, w) of x.
-    name: a short word for run folders, such as XS4. null_condition: what stands for "no condition": a batch of one.
+    name: a short word for run folders, such as XS4. null_condition: what stands for "no condition": a batch of one. Of
+        texts, the empty caption is put there if the data has its states.
     all_blocks: the modules that are compiled, each on its own. Those that `routing_module.run_blocks` calls are
         recomputed in the backward pass where their attribute `recompute` is set. Muon takes their 2-D weights, but not
         those of submodules that their attribute `left_to_adamw` names: what the condition alone feeds, and the output.

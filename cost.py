@@ -3,7 +3,8 @@
 Multiply-adds (MACs) are those of one forward pass at batch 1: matrix products and attention, as in DiT's "Gflops". A
 training step counts as three forward passes (the backward pass is two), a MAC as two FLOPs.
 
-Memory is that of one process in an uncompiled step, which is run on tensors without data. A text counts as one token.
+Memory is that of one process in an uncompiled step, which is run on tensors without data. A text counts as
+data.text_length tokens, or one.
 """
 
 import sys
@@ -55,9 +56,14 @@ def cost_table(model: Network, settings: Settings) -> str:
     ])  # fmt: skip
 
 
+def training_flops(macs: int, images: float) -> float:
+    """Of so many images at `macs` in a forward pass: a multiply-add is two, and the backward pass takes twice as many."""
+    return 6 * macs * images
+
+
 def gpu_hours(macs: int, settings: Settings) -> float:
     """GPU-hours of all steps at `macs` per forward pass, on GPUs that reach hardware.mfu of their peak."""
-    flops = 2 * 3 * macs * settings.train.global_batch_size * settings.train.max_steps
+    flops = training_flops(macs, settings.train.global_batch_size * settings.train.max_steps)
     return flops / (settings.hardware.peak_tflops * 1e12 * settings.hardware.mfu) / 3600
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from conditions import Condition, Text
@@ -51,11 +52,14 @@ class DiT(Network):
     input_size: of x, h = w or (h, w). size: names patch_size, hidden_size, depth and num_heads, where they are None.
     learn_sigma: True = 2 * in_channels outputs, as in official DiT and SiT.
     fp32_after_route: the block after an active route runs without autocast, as in TREAD's own code.
-    condition, text_width: "class"; "text" = token states of that width, of which the mean counts; or "none".
-    block: builds a block from (hidden_size, num_heads, mlp_ratio); None = `Block`.
+    condition: "class", "text" or "none". text_width: of a text's states. text_length: of its tokens, as `macs` counts.
+    pooled_text: the mean of a text's states modulates the blocks too; PRX's do not.
+    block: builds a block from (hidden_size, num_heads, mlp_ratio) and, for texts, `text`; None = `Block`.
     middle_head: a second head predicts after this block, counted from 0 (arXiv 2512.24176); None = there is none.
     Raises UserError for sizes that do not divide, ValueError for routes that do not fit.
     """
+
+    attends = True  # its blocks, to a text's tokens; else the text's mean modulates them
 
     def __init__(
         self,
@@ -73,7 +77,9 @@ class DiT(Network):
         size: str = "DiT-XL/2",
         condition: str = "class",
         text_width: int | None = None,
-        block: Callable[[int, int, float], nn.Module] | None = None,
+        text_length: int | None = None,
+        pooled_text: bool = False,
+        block: Callable[..., nn.Module] | None = None,
         middle_head: int | None = None,
     ):
         super().__init__()
@@ -98,8 +104,14 @@ class DiT(Network):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = condition_embedder(condition, num_classes, text_width, hidden_size)
+        self.text_length, self.reads_text = text_length or 1, condition == "text" and self.attends
+        if pooled_text and not self.reads_text:
+            raise UserError("pooled_text=true is for networks that attend to texts; needed: pooled_text=false")
+        self.modulated = condition != "none" and (pooled_text or not self.reads_text)  # the blocks, by the condition
+        self.null_condition = null_of(condition, num_classes, self.text_length, text_width)
+        text = {"text": (hidden_size, self.text_length)} if self.reads_text else {}
         self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid)[None])  # (1, N, D)
-        self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio, **text) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
         if middle_head is not None:
@@ -128,19 +140,22 @@ class DiT(Network):
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
         hidden: Collection[int | str] = (),
     ):  # fmt: skip
-        tokens, c = self.embed(x, t, condition)  # (B, N, D), (B, D)
+        tokens, c, text = self.embed(x, t, condition)  # (B, N, D), (B, D), (B, T, D)
         blocks, asked = enumerate(self.blocks), self.blocks_of(hidden)
-        tokens, states = run_blocks(blocks, tokens, (c,), self.positions(), self.routes, routing, asked)
+        tokens, states = run_blocks(blocks, tokens, (c, text), self.positions(), self.routes, routing, asked)
         return self.output(tokens, c, states, hidden)
 
-    def embed(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, N, D) and what modulates them, c (B, D)."""
+    def embed(
+        self, x: torch.Tensor, t: torch.Tensor, condition: Condition
+    ) -> tuple[torch.Tensor, torch.Tensor, Text | None]:
+        """Tokens (B, N, D), what modulates them, c (B, D), and the text that they attend to, of states (B, T, D)."""
         # Time embedding and output stay float32 under autocast: precision is cheap there, and visible in samples.
         with torch.autocast(x.device.type, enabled=False):
             c = self.t_embedder(t)
-            if self.y_embedder is not None:
+            if self.modulated:
                 c = c + self.y_embedder(condition)
-        return self.x_embedder(x) + self.pos_embed, c
+            text = self.y_embedder.tokens(condition) if self.reads_text else None
+        return self.x_embedder(x) + self.pos_embed, c, text
 
     def output(
         self, tokens: torch.Tensor, c: torch.Tensor, states: dict, hidden: Collection[int | str] = ()
@@ -190,16 +205,11 @@ class DiT(Network):
     def all_blocks(self) -> tuple[nn.Module, ...]:
         return (*self.blocks, self.final_layer, *([] if self.middle_head is None else [self.middle_layer]))
 
-    @property
-    def null_condition(self) -> Condition:
-        if isinstance(self.y_embedder, TextEmbedder):
-            return Text(torch.zeros(1, 1, self.y_embedder.proj.in_features), torch.zeros(1, 1, dtype=torch.bool))
-        return None if self.y_embedder is None else torch.tensor([self.num_classes])
-
     def macs(self, routing: Routing | None = None) -> int:
         """By formula: matrix products and attention (DiT's "Gflops"), the middle head's included."""
         embed = self.num_tokens * self.x_embedder.proj.weight.numel() + weights_of(self.t_embedder)
-        embed += weights_of(self.y_embedder) if isinstance(self.y_embedder, TextEmbedder) else 0
+        if isinstance(self.y_embedder, TextEmbedder):
+            embed += weights_of(self.y_embedder) * (self.modulated + self.reads_text * self.text_length)
         linear, modulation = self.final_layer.linear.weight.numel(), weights_of(self.final_layer.adaLN_modulation)
         output = self.num_tokens * linear + modulation
         if self.middle_head is not None:
@@ -223,48 +233,78 @@ def weights_of(module: nn.Module) -> int:
 class Block(nn.Module):
     """Attention and MLP; the condition scales and shifts their inputs and gates their outputs (adaLN-Zero)."""
 
-    left_to_adamw = ("adaLN_modulation",)
+    left_to_adamw = ("adaLN_modulation", "attn.text_kv")
     keeps_fp32 = False
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, text: tuple[int, int] | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, text)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
-        """x (B, K, D), c (B, D), positions (B or 1, K, ...) each: `DiT.positions` -> (B, K, D)."""
+    def forward(self, x: torch.Tensor, c: torch.Tensor, text: Text | None, *positions: torch.Tensor) -> torch.Tensor:
+        """x (B, K, D), c (B, D), text of states (B, T, D), positions (B or 1, K, ...) each: `DiT.positions`
+        -> (B, K, D)."""
+        told = {} if text is None else {"text": text}  # which other mixers than attention do not take
         modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *positions)
+        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *positions, **told)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
     def macs(self, num_tokens: int) -> int:
         """Multiply-adds at batch 1: (4 + 2 * mlp_ratio) D^2 per token in DiT's projections and MLP, and attention."""
         per_token = weights_of(self.attn) + weights_of(self.mlp)
-        products = 2 * num_tokens**2 * self.attn.proj.in_features  # q k^T, and with the values
-        return num_tokens * per_token + products + weights_of(self.adaLN_modulation)
+        return num_tokens * per_token + self.attn.products(num_tokens) + weights_of(self.adaLN_modulation)
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens given. Routed sequences are gathered, so there is never a mask."""
+    """Attention of the tokens given to each other and, as in PRX (github.com/Photoroom/PRX), to a text's tokens.
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    text: (width, number) of the text's tokens; they give keys and values here, and are never changed. Routed sequences
+    are gathered, so there is a mask for padded texts alone.
+    """
+
+    text_length = 0
+
+    def __init__(self, hidden_size: int, num_heads: int, text: tuple[int, int] | None = None):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        if text is not None:
+            self.text_kv, self.text_length = nn.Linear(text[0], 2 * hidden_size, bias=False), text[1]
+            width = hidden_size // num_heads
+            self.q_norm, self.k_norm, self.text_norm = (nn.RMSNorm(width, eps=1e-6) for _ in range(3))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, K, D)
-        return self.attend(*self.split(x))
+    def forward(self, x: torch.Tensor, text: Text | None = None) -> torch.Tensor:
+        """x (B, K, D), text of states (B, T, its width) -> (B, K, D)."""
+        q, k, v = self.split(x)
+        if text is not None:
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+        return self.attend(q, k, v, text)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:  # (B, K, D) -> q, k, v: (3, B, H, K, D/H)
         return linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, K, D/H) -> (B, K, D)
-        return linear(attention(q, k, v).transpose(1, 2).flatten(2), self.proj)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text | None) -> torch.Tensor:
+        """q, k, v (B, H, K, D/H), text as above -> (B, K, D)."""
+        mask = None
+        if text is not None:
+            states = self.text_kv(text.states).unflatten(-1, (2, self.num_heads, -1))  # (B, T, 2, H, D/H)
+            text_k, text_v = states.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+            text_k = self.text_norm(text_k.float()).to(v.dtype)
+            k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)  # (B, H, T + K, D/H)
+            mask = F.pad(text.mask, (0, q.shape[2]), value=True)  # (B, T + K)
+        return linear(attention(q, k, v, mask).transpose(1, 2).flatten(2), self.proj)
+
+    def products(self, num_tokens: int) -> int:
+        """Multiply-adds beyond all weights times the tokens given: q k^T, and with the values. Of a text's matrix the
+        text's own tokens count in place of these."""
+        T = self.text_length
+        in_place = (T - num_tokens) * self.text_kv.weight.numel() if T else 0
+        return 2 * num_tokens * (num_tokens + T) * self.proj.in_features + in_place
 
 
 class Mlp(nn.Module):
@@ -335,6 +375,14 @@ def condition_embedder(
     return TextEmbedder(text_width, hidden_size) if condition == "text" else None
 
 
+def null_of(condition: str, num_classes: int | None, text_length: int, text_width: int | None) -> Condition:
+    """The number of classes, or a text without tokens, which is as long as others; on the CPU, as `conditions` says."""
+    if condition != "text":
+        return torch.tensor([num_classes], device="cpu") if condition == "class" else None
+    states = torch.zeros(1, text_length, text_width, device="cpu")
+    return Text(states, torch.zeros(1, text_length, dtype=torch.bool, device="cpu"))
+
+
 class LabelEmbedder(nn.Module):
     """One row per class, and a last one for "no label"."""
 
@@ -347,7 +395,7 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """The mean of a text's token states, projected; "no text" has no tokens, and a mean of zero."""
+    """A text's token states, or their mean, projected; "no text" has no tokens, and a mean of zero."""
 
     def __init__(self, text_width: int, hidden_size: int):
         super().__init__()
@@ -357,6 +405,9 @@ class TextEmbedder(nn.Module):
         mask = text.mask.to(text.states.device).unsqueeze(-1)  # (B, T, 1)
         total = torch.where(mask, text.states.float(), 0).sum(dim=1)
         return self.proj(total / mask.sum(dim=1).clamp(min=1))
+
+    def tokens(self, text: Text) -> Text:  # states (B, T, D_text) -> (B, T, D)
+        return Text(self.proj(text.states.float()), text.mask.to(text.states.device))
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,8 @@ def portable_config(run: Run) -> dict:
     values = yaml.safe_load(to_yaml(run.settings))
     for key in ("path", "prepare", "source"):
         del values["data"][key]
+    if (encoder := run.settings.data.text_encoder) and Path(encoder).is_dir():
+        values["data"]["text_encoder"] = Path(encoder).name  # its hash is there
     if not is_trained(run.settings):  # but its label dropout may be known
         values["train"] = {"label_dropout": run.settings.train.label_dropout}
     told = ["train", "optimizer", "seed"] if is_trained(run.settings) else ["train"] * run.dropout_known
@@ -132,7 +134,7 @@ def export_folder(run: Run, tensors: Tensors, out: Path) -> None:
     metadata = {CONFIG_KEY: yaml.safe_dump(config, sort_keys=False), "step": str(run.step), "format": "pt"}
     files = {"model.safetensors": (tensors, metadata)}
     if conditions.kind_of(run.pool) == "text":
-        files[CONDITIONS_FILE] = conditions.save(run.pool), None
+        files[CONDITIONS_FILE] = conditions.save(run.pool, run.text_stats), None
     width = {} if run.ema_width is None else {"ema_width": run.ema_width}
     facts = finite({"step": run.step, "weights": run.weights, **width, **config})
     texts = {"config.json": json.dumps(facts, indent=2) + "\n"}

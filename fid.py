@@ -32,6 +32,7 @@ from checkpoints.load import Run, load_run
 from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
+from evaluation.clip import load_clip
 from evaluation.evaluate import cached_extractor, evaluate, extractor_and_reference, score_name
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
@@ -70,6 +71,9 @@ class Calc(Scoring):
     images: str | None = None
     out: str | None = None
     ema_width: Width | None = None
+    prompts: str | None = None
+    clip: str | None = None
+    clip_sha256: str | None = None
     compile: Literal["auto", "blocks", "off"] = "auto"
     codec: config.Codec = config.Codec()
     sampler: dict[str, Any] | None = None
@@ -79,6 +83,10 @@ class Calc(Scoring):
         super().__post_init__()
         if (self.ckpt is None) == (self.images is None):
             raise UserError("needed: ckpt=RUN or images=FOLDER|ZIP|TAR|NPZ, one of the two")
+        if self.clip is not None and self.prompts is None:
+            raise UserError(f"clip={self.clip} compares images with what was asked for; needed: prompts=FILE, too")
+        if self.prompts is not None and self.data.path is not None:
+            raise UserError("prompts= and data.path= both say what to draw; needed: one of them")
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,10 @@ def check(settings: Calc, given: set[str]) -> None:
         if settings.ema_width is not None:
             ema.check_reconstruction(checkpoint, settings.weights, settings.ema_width)
         shard_range(len(settings.all_seeds))
+    if settings.prompts is not None:
+        sample.read_prompts(settings.prompts)
+    if settings.clip is not None:
+        load_clip(settings.clip, settings.clip_sha256)
 
 
 def calc_row(settings: Calc, alone: bool) -> dict:
@@ -153,7 +165,8 @@ def calc_row(settings: Calc, alone: bool) -> dict:
         told = score_name(settings, extractor, len(settings.all_seeds), run.precision, run.compile)
         name = f"{run.step:07d}-{told}"
         folder = row_folder(settings, run.folder / "eval", f"{run.folder.name}-{run.sha256[:6]}", name, alone)
-        result = evaluate(run, settings, extractor, reference, folder / "parts")
+        clip = None if settings.clip is None else load_clip(settings.clip, settings.clip_sha256)
+        result = evaluate(run, settings, extractor, reference, folder / "parts", clip)
         names = {"run": run.folder.name, "guidance": sample.settings_name(settings.alone)}
     else:
         images, names = open_images(settings.images), {}
@@ -175,6 +188,9 @@ def load_scored(settings: Calc) -> Run:
     run = load_run(settings.ckpt, settings.weights, tensors=average, precision=settings.precision)
     run.ema_width = settings.ema_width
     sample.adjust(run, settings)
+    if settings.prompts is not None:
+        run.captions = sample.read_prompts(settings.prompts)
+        run.pool = sample.encode_prompts(run, run.captions, settings.data.text_encoder)
     run.compile_as(compile_for(run, settings))
     return run
 

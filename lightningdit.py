@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Attention, Block, DiT, Route, shape_of
+from dit import Attention, Block, DiT, Route, Text, shape_of
 from system import UserError
 from system.kernels import linear
 
@@ -19,7 +19,7 @@ from system.kernels import linear
 class LightningDiT(DiT):
     """DiT's call, routes and arguments. Also raises UserError where a head's width is not divisible by 4.
 
-    qk_norm: RMSNorm of queries and keys: steadier in long bf16 runs, at some cost in FID.
+    qk_norm: RMSNorm of queries and keys: steadier in long bf16 runs, at some cost in FID; with texts, always.
     norm, mlp: "rms" or "layer", "swiglu" or "gelu": "layer" and "gelu" are DiT's.
     rotary, sincos: where positions enter: as the angles of queries and keys, and added to the tokens.
     """
@@ -45,6 +45,8 @@ class LightningDiT(DiT):
         sincos: bool = True,
         condition: str = "class",
         text_width: int | None = None,
+        text_length: int | None = None,
+        pooled_text: bool = False,
         middle_head: int | None = None,
     ):
         if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu"):
@@ -54,7 +56,7 @@ class LightningDiT(DiT):
             raise UserError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads ({num_heads})")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            routes, fp32_after_route, size, condition, text_width,
+            routes, fp32_after_route, size, condition, text_width, text_length, pooled_text,
             block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp), middle_head=middle_head,
         )  # fmt: skip
         for head in self.all_blocks[len(self.blocks) :] if norm == "rms" else ():
@@ -73,10 +75,11 @@ class LightningDiT(DiT):
 
 class LightningBlock(Block):
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, norm: str = "rms", mlp: str = "swiglu"
-    ):
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, text: tuple[int, int] | None = None, *,
+        qk_norm: bool, norm: str = "rms", mlp: str = "swiglu",
+    ):  # fmt: skip
         super().__init__(hidden_size, num_heads, mlp_ratio)
-        self.attn = RotaryAttention(hidden_size, num_heads, qk_norm)
+        self.attn = RotaryAttention(hidden_size, num_heads, qk_norm, text)
         if norm == "rms":
             self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
             self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -87,19 +90,20 @@ class LightningBlock(Block):
 class RotaryAttention(Attention):
     """Attention with rotary positions (arXiv 2104.09864): queries and keys are rotated by their tokens' angles."""
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
-        super().__init__(hidden_size, num_heads)
-        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, text: tuple[int, int] | None = None):
+        super().__init__(hidden_size, num_heads, text)
+        if text is None:
+            self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+            self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: torch.Tensor, *angles: torch.Tensor) -> torch.Tensor:
-        """x (B, K, D), angles: cosine and sine (B or 1, K, D/H), or none -> (B, K, D)."""
+    def forward(self, x: torch.Tensor, *angles: torch.Tensor, text: Text | None = None) -> torch.Tensor:
+        """x (B, K, D), angles: cosine and sine (B or 1, K, D/H), or none, text of states (B, T, D) -> (B, K, D)."""
         q, k, v = self.split(x)  # (B, H, K, D/H)
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if angles:
             cos, sin = (part[:, None] for part in angles)  # (B or 1, 1, K, D/H)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.attend(q.to(v.dtype), k.to(v.dtype), v)
+        return self.attend(q.to(v.dtype), k.to(v.dtype), v, text)
 
 
 class SwiGLU(nn.Module):

@@ -50,10 +50,12 @@ class MaskDiT(DiT):
         size: str = "DiT-XL/2",
         condition: str = "class",
         text_width: int | None = None,
+        text_length: int | None = None,
+        pooled_text: bool = False,
     ):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, False,
-            [Route(selection_ratio, 0, -1, selection)], False, size, condition, text_width,
+            [Route(selection_ratio, 0, -1, selection)], False, size, condition, text_width, text_length, pooled_text,
         )  # fmt: skip
         named = SMALL_DECODER if size.removeprefix("DiT-").startswith("XS/") else DECODER
         given = (decoder_hidden_size, decoder_depth, decoder_num_heads)
@@ -68,7 +70,9 @@ class MaskDiT(DiT):
         if isinstance(self.y_embedder, LabelEmbedder):
             self.y_embedder = OneHotEmbedder(num_classes, D)
         self.decoder_layer = DecoderLayer(D, width)
-        self.decoder_blocks = nn.ModuleList([conditioned(Block(width, heads, mlp_ratio), D) for _ in range(depth)])
+        text = (D, self.text_length) if self.reads_text else None
+        blocks = [conditioned(Block(width, heads, mlp_ratio, text), D) for _ in range(depth)]
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.final_layer = conditioned(FinalLayer(width, self.patch_size, in_channels), D)
         self.register_buffer("decoder_pos_embed", sincos_positions(width, *self.grid)[None])
         masked = num_kept(self.num_tokens, selection_ratio) < self.num_tokens
@@ -81,7 +85,8 @@ class MaskDiT(DiT):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
-                    nn.init.zeros_(module.bias)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
         for part in (self.decoder_layer, *self.decoder_blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
         for layer in (self.decoder_layer, self.final_layer):
@@ -91,18 +96,18 @@ class MaskDiT(DiT):
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
         hidden: Collection[int] = (),
     ):  # fmt: skip
-        tokens, c = self.embed(x, t, condition)  # (B, N, D), (B, D)
+        tokens, c, text = self.embed(x, t, condition)  # (B, N, D), (B, D), (B, T, D)
         depth, keep_ids = len(self.blocks), None
         if routing is not None and (keep_ids := routing.draw(self.routes[0], tokens)) is not None:
             tokens = gather_tokens(tokens, keep_ids)  # (B, K, D)
-        tokens, encoded = run_blocks(enumerate(self.blocks), tokens, (c,), hidden=hidden)
+        tokens, encoded = run_blocks(enumerate(self.blocks), tokens, (c, text), hidden=hidden)
         encoded = {i: (state, keep_ids) for i, (state, _) in encoded.items()}
         tokens = self.decoder_layer(tokens, c)  # (B, K, decoder's width)
         if keep_ids is not None:
             everywhere = self.mask_token.expand(len(tokens), self.num_tokens, -1)
             tokens = scatter_tokens(tokens, keep_ids, everywhere)  # (B, N, decoder's width)
         tokens = tokens + self.decoder_pos_embed
-        tokens, decoded = run_blocks(enumerate(self.decoder_blocks, depth), tokens, (c,), hidden=hidden)
+        tokens, decoded = run_blocks(enumerate(self.decoder_blocks, depth), tokens, (c, text), hidden=hidden)
         return self.output(tokens, c, encoded | decoded)
 
     def training_routing(self, batch_size: int, generators: Source, device: torch.device) -> Routing:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Block, DiT, Route, modulate, weights_of
+from dit import Block, DiT, Route, modulate
 from routing_module import CELLS, gather_tokens, scatter_tokens
 
 LINEAR_HEAD, SSD_HEAD, SSD_STATE, CHUNK = 32, 64, 64, 64  # channels, channels, numbers per channel, tokens at once
@@ -28,8 +28,11 @@ MAX_DECAY = 30  # of BiWKV over the whole sequence: beyond it, sums in float32 a
 class Mixer(DiT):
     """DiT's call, routes and arguments, but for heads, whose width is the mixer's. mixer: as listed above.
 
+    A text's mean modulates the blocks, as a class does: they have no attention in which its tokens could take part.
     Also raises ValueError for another mixer, for widths that it cannot divide and a selection that it cannot take.
     """
+
+    attends = False
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Mixer(DiT):
         size: str = "DiT-XL/2",
         condition: str = "class",
         text_width: int | None = None,
+        text_length: int | None = None,
         mixer: str = "pom",
     ):
         kinds = {"pom": PolynomialMixer, "linear": LinearAttention, "rwkv": SpatialMix}
@@ -54,7 +58,7 @@ class Mixer(DiT):
             raise ValueError(f"mixer={mixer}; needed: {', '.join(kinds)}")
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, 1, mlp_ratio, num_classes, learn_sigma, routes,
-            fp32_after_route, size, condition, text_width,
+            fp32_after_route, size, condition, text_width, text_length,
             block=partial(RwkvBlock if mixer == "rwkv" else MixerBlock, mixer=kinds[mixer]),
         )  # fmt: skip
         self.per_token: torch.Tensor | None
@@ -89,10 +93,6 @@ class MixerBlock(Block):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mixer: Callable[[int], nn.Module]):
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.attn = mixer(hidden_size)
-
-    def macs(self, num_tokens: int) -> int:
-        per_token = weights_of(self.attn) + weights_of(self.mlp)
-        return num_tokens * per_token + self.attn.products(num_tokens) + weights_of(self.adaLN_modulation)
 
 
 # Mixers that need nothing of their tokens
@@ -251,7 +251,7 @@ class RwkvBlock(MixerBlock):
         super().__init__(hidden_size, num_heads, mlp_ratio, mixer)
         self.mlp = ChannelMix(hidden_size, int(hidden_size * mlp_ratio))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, c: torch.Tensor, text: None, ids: torch.Tensor) -> torch.Tensor:
         """x (B, K, D), c (B, D), ids (B or 1, K): the tokens' places on the grid -> (B, K, D)."""
         modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)

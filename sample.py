@@ -2,9 +2,10 @@
 
     python sample.py ckpt=runs/mnist-tread-XS4-edm
     python sample.py ckpt=runs/mnist-tread-XS4-edm guidance=cfg scale=2.0 seeds=0-9 class_idx=7
+    python sample.py ckpt=runs/emoji-tread-XS4-edm prompt="woman firefighter" seeds=0-3      or prompts=FILE, one a line
     accelerate launch sample.py ckpt=... seeds=0-49999              on several processes; a second start continues
 
-An image depends on its seed and label alone, whatever the batch size and the number of processes.
+An image depends on its seed and its label or prompt alone, whatever the batch size and the number of processes.
 """
 
 import itertools
@@ -22,7 +23,10 @@ from checkpoints.config import Count, Generation, Seeds
 from checkpoints.generate import count_calls, generate
 from checkpoints.load import Run, build_codec, load_run
 from checkpoints.naming import settings_name  # noqa: F401
+from conditions import Condition
+from data.texts import load_encoder
 from system import UserError, cli
+from system.files import read_small
 from system.launchers import own_process
 from system.processes import start_processes
 from system.settings import parse
@@ -33,9 +37,11 @@ KEPT = 64  # texts that data.path= gives
 
 @dataclass(frozen=True)
 class Source:
-    """path: a data set whose conditions are drawn, in place of those that the run has kept."""
+    """path: a data set whose conditions are drawn, in place of those that the run has kept. text_encoder: where the
+    encoder of the run's texts is on this machine."""
 
     path: str | None = None
+    text_encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,22 @@ class Sampling(Generation):
     ckpt: str | None = None
     seeds: Seeds = "0-19"
     labels: Literal["balanced", "random"] | Count = "balanced"
-    class_idx: Count | None = None
+    class_idx: Count | str | None = None
+    prompt: str | None = None
+    prompts: str | None = None
     compile: Literal["blocks", "off"] = "off"
     out: str | None = None
     npz: bool = False
     codec: config.Codec = config.Codec()
     sampler: dict[str, Any] | None = None
     data: Source = Source()
+
+    def __post_init__(self):
+        super().__post_init__()
+        told = {"labels": None if self.labels == "balanced" else self.labels, "class_idx": self.class_idx}
+        told |= {"prompt": self.prompt, "prompts": self.prompts}
+        if len(given := [f"{key}={value}" for key, value in told.items() if value is not None]) > 1:
+            raise UserError(f"{' and '.join(given)} both say what to draw; needed: one of them")
 
     @property
     def rule(self) -> str | int:
@@ -83,19 +98,84 @@ def adjust(run: Run, settings: Any) -> None:
     run.settings = replace(run.settings, sampler=sampler, data=replace(run.settings.data, codec=codec))
     if settings.data.path is not None:
         split = "val" if data.has_split(settings.data.path, "val") else "train"
-        latents = data.open_latents(settings.data.path, split=split, condition=run.settings.data.condition)
-        kept = latents.conditions(KEPT)
+        kept = open_conditions(run, settings.data.path, split).conditions(KEPT)
         conditions.check(kept, run.model.null_condition)
         run.pool = conditions.pool(run.model.null_condition, kept)
 
 
-def settings_of(run: Run, settings: Sampling) -> dict:
-    """Everything that an image depends on besides its seed."""
+def open_conditions(run: Run, path: str, split: str) -> data.Latents:
+    """A data set whose conditions a run's network is to be given. Raises UserError for texts of another encoder."""
+    latents = data.open_latents(path, split=split, condition=run.settings.data.condition)
+    found, wanted = latents.meta.get("text_sha256"), run.settings.data.text_sha256
+    if latents.condition == "text" and found != wanted:
+        raise UserError(f"{path} has texts of an encoder with the sha256 {found}; the run's has {wanted}")
+    latents.text_stats = run.text_stats  # the network knows no others
+    return latents
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file, without empty ones. Raises UserError where there are none, and where they are no text."""
+    try:
+        lines = [" ".join(line.split()) for line in read_small(Path(path)).decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"prompts={path} is no UTF-8 text; needed: a file with a prompt in each line") from None
+    if not any(lines):
+        raise UserError(f"prompts={path} is empty; needed: a file with a prompt in each line")
+    return list(filter(None, lines))
+
+
+def encode_prompts(run: Run, prompts: Sequence[str], text_encoder: str | None = None) -> conditions.Text:
+    """The condition of each prompt, by the encoder that the run's texts were made with, or its copy `text_encoder`.
+
+    Too long a prompt is cut, with a warning. Raises UserError where the network takes no texts, and for no encoder, or
+    another than the run's.
+    """
+    null, wanted = run.model.null_condition, run.settings.data
+    if (kind := conditions.kind_of(null)) != "text":
+        labels = "; needed: class_idx=, or labels=" if kind == "class" else "; needed: seeds= alone"
+        raise UserError(f"a prompt is given, and the network takes {conditions.KINDS[kind]}{labels}")
+    if (name := text_encoder or wanted.text_encoder) is None:
+        raise UserError(f"{run.checkpoint} does not say what made its texts; needed: data.text_encoder=NAME or FOLDER")
+    text = load_encoder(name, wanted.text_sha256, wanted.text_length, run.device)(prompts)
+    text = conditions.normalize(text, run.text_stats)
+    conditions.check(text, null)
+    return text
+
+
+def class_number(run: Run, class_idx: int | str) -> int:
+    """The number of a class, which the run's settings may name. Raises UserError for other names, and for networks that
+    take no class."""
+    if (kind := conditions.kind_of(run.model.null_condition)) != "class":
+        found = f"class_idx={class_idx}, and the network takes {conditions.KINDS[kind]}"
+        raise UserError(f"{found}; needed: labels=balanced, random or, of a text, its number, or prompt=")
+    if isinstance(class_idx, int):
+        return class_idx
+    names = run.settings.data.classes or ()
+    if class_idx not in names:
+        told = f"one of {', '.join(names)}"[:300] if names else f"a number: {run.checkpoint} names no classes"
+        raise UserError(f"class_idx={class_idx}; needed: {told}")
+    return names.index(class_idx)
+
+
+def what_to_draw(run: Run, settings: Sampling) -> tuple[list[gallery.Key], Condition, list[str]]:
+    """The images' keys and conditions, and the prompts if there are any: all seeds of the first one, then ..."""
+    seeds = settings.all_seeds
+    prompts = [settings.prompt] if settings.prompt else read_prompts(settings.prompts) if settings.prompts else []
+    if not prompts:
+        return seeds, conditions.choose(settings.rule, seeds, run.pool), prompts
+    texts = encode_prompts(run, prompts, settings.data.text_encoder)
+    keys = [(number, seed) for number in range(len(prompts)) for seed in seeds]
+    return keys, conditions.rows(texts, [number for number, _ in keys]), prompts
+
+
+def settings_of(run: Run, settings: Sampling, prompts: Sequence[str] = ()) -> dict:
+    """Everything that an image depends on besides its seed, and its prompt among these."""
     given = {f"codec_{key}": value for key, value in asdict(settings.codec).items() if value is not None}
     return {
         "checkpoint_sha256": run.sha256, "step": run.step, "weights": run.weights, "precision": run.precision,
         "compile": run.compile, "labels": settings.rule, **asdict(settings.alone), "sampler": run.settings.sampler,
         **given, **({} if settings.data.path is None else {"data": settings.data.path}),
+        **({"prompts": list(prompts), "text_sha256": run.settings.data.text_sha256} if prompts else {}),
     }  # fmt: skip
 
 
@@ -109,21 +189,21 @@ def default_folder(run: Run, settings: Sampling) -> Path:
 def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     """The command line. shipped: the run in assets/ that is sampled where no ckpt is given."""
     settings, dist = parse(Sampling, cli.load_config("sample", overrides)), start_processes()
-    seeds, precision = settings.all_seeds, settings.precision
+    precision = settings.precision
     if precision == "auto":  # an interrupted call may go on where it would be chosen otherwise
         precision = gallery.begun_precision(settings.out) or "auto"
     run = load_given(settings.ckpt, shipped, settings.weights, precision=precision, compile=settings.compile)
     adjust(run, settings)
     if settings.steps is not None:
         run.settings = replace(run.settings, sampler=run.settings.sampler | {"num_steps": settings.steps})
-    if settings.class_idx is not None and (kind := conditions.kind_of(run.model.null_condition)) != "class":
-        found = f"class_idx={settings.class_idx}, and the network takes {conditions.KINDS[kind]}"
-        raise UserError(f"{found}; needed: labels=balanced, random or, of a text, its number")
-    condition = conditions.choose(settings.rule, seeds, run.pool)
+    if settings.class_idx is not None:
+        settings = replace(settings, class_idx=class_number(run, settings.class_idx))
+    keys, condition, prompts = what_to_draw(run, settings)
+    seeds = [seed for _, seed in keys] if prompts else keys
     out = Path(settings.out) if settings.out else default_folder(run, settings)
-    manifest = gallery.reserve(out, settings_of(run, settings)) | {"checkpoint": str(run.checkpoint)}
+    manifest = gallery.reserve(out, settings_of(run, settings, prompts)) | {"checkpoint": str(run.checkpoint)}
 
-    missing = gallery.missing(out, seeds)
+    missing = gallery.missing(out, keys)
     rows = missing[dist.process_index :: dist.num_processes]
     asked = conditions.rows(condition, rows)
     batches = generate(run, settings.alone, [seeds[i] for i in rows], asked, settings.batch_size)
@@ -131,11 +211,11 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     first = list(itertools.islice(batches, 1))  # what cannot be sampled fails here, before the folder is claimed
     dist.wait_for_everyone()  # every process lists what is missing before the first image is written
     if dist.is_main_process:
-        print(f"{run.checkpoint}, {run.weights} weights of step {run.step}: {len(missing)} of {len(seeds)} to make")
+        print(f"{run.checkpoint}, {run.weights} weights of step {run.step}: {len(missing)} of {len(keys)} to make")
         gallery.write_manifest(out, manifest)
     dist.wait_for_everyone()  # no image is there without the settings that it was made with
     images = itertools.chain(first, batches)
-    gallery.store(out, [seeds[i] for i in rows], images, show=dist.is_main_process and sys.stderr.isatty())
+    gallery.store(out, [keys[i] for i in rows], images, show=dist.is_main_process and sys.stderr.isatty())
     dist.wait_for_everyone()
     if not dist.is_main_process:
         return
@@ -147,10 +227,10 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
             "seconds": round(seconds, 3), "images_per_s": round(len(missing) / seconds, 3),
         }  # fmt: skip
     if settings.npz:
-        gallery.write_npz(out, seeds)
-    gallery.finish(out, seeds, manifest | {"n": len(seeds), "seeds": str(settings.seeds)})
+        gallery.write_npz(out, keys)
+    gallery.finish(out, keys, manifest | {"n": len(keys), "seeds": str(settings.seeds)}, prompts)
     cost = f"{manifest['network_calls']} network calls and {manifest['gmacs_per_image']:.1f} GMACs each"
-    print(f"{len(seeds)} images, {cost}, {manifest['images_per_s']:.1f} images/s: {out / 'grid.png'}")
+    print(f"{len(keys)} images, {cost}, {manifest['images_per_s']:.1f} images/s: {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

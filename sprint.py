@@ -53,6 +53,8 @@ class Sprint(LightningDiT):
         sincos: bool = False,
         condition: str = "class",
         text_width: int | None = None,
+        text_length: int | None = None,
+        pooled_text: bool = False,
         encoder_depth: int = 2,
         decoder_depth: int = 2,
         middle_head: int | None = None,
@@ -65,7 +67,8 @@ class Sprint(LightningDiT):
         route = Route(selection_ratio, encoder_depth, -1 - decoder_depth, selection)
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width, middle_head,
+            [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width, text_length, pooled_text,
+            middle_head,
         )  # fmt: skip
         self.path_drop, hidden_size = path_drop, self.hidden_size
         self.sparse = slice(encoder_depth, -decoder_depth)  # g's blocks
@@ -79,17 +82,17 @@ class Sprint(LightningDiT):
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
         hidden: Collection[int | str] = (),
     ):  # fmt: skip
-        tokens, c = self.embed(x, t, condition)  # (B, N, D), (B, D)
+        tokens, *context = self.embed(x, t, condition)  # (B, N, D), (B, D), (B, T, D)
         blocks, asked = list(enumerate(self.blocks)), self.blocks_of(hidden)
-        tokens, found = run_blocks(blocks[: self.sparse.start], tokens, (c,), self.positions(), hidden=asked)
-        deep, inside = self.deep_stream(blocks[self.sparse], tokens, c, routing, asked)  # (B, N, D)
+        tokens, found = run_blocks(blocks[: self.sparse.start], tokens, context, self.positions(), hidden=asked)
+        deep, inside = self.deep_stream(blocks[self.sparse], tokens, context, routing, asked)  # (B, N, D)
         # In the dtype of f's tokens, or the blocks of h would be compiled separately under autocast.
         tokens = self.fusion(torch.cat([deep, tokens], dim=-1)).to(tokens.dtype)  # (B, N, D)
-        tokens, last = run_blocks(blocks[self.sparse.stop :], tokens, (c,), self.positions(), hidden=asked)
-        return self.output(tokens, c, found | inside | last, hidden)
+        tokens, last = run_blocks(blocks[self.sparse.stop :], tokens, context, self.positions(), hidden=asked)
+        return self.output(tokens, context[0], found | inside | last, hidden)
 
     def deep_stream(
-        self, blocks: list, shallow: torch.Tensor, c: torch.Tensor, routing: Routing | None, hidden: Collection[int]
+        self, blocks: list, shallow: torch.Tensor, context: list, routing: Routing | None, hidden: Collection[int]
     ) -> tuple[torch.Tensor, dict]:
         """What g makes of the shallow stream (B, N, D): (B, N, D), the mask token in the places that g did not see."""
         if routing is not None and routing.drop_path:
@@ -97,7 +100,7 @@ class Sprint(LightningDiT):
         tokens, positions, keep_ids = shallow, self.positions(), None
         if routing is not None and (keep_ids := routing.draw(self.routes[0], shallow)) is not None:
             tokens, *positions = (gather_tokens(part, keep_ids) for part in (shallow, *positions))  # (B, K, ...)
-        tokens, states = run_blocks(blocks, tokens, (c,), positions, hidden=hidden)
+        tokens, states = run_blocks(blocks, tokens, context, positions, hidden=hidden)
         states = {i: (state, keep_ids) for i, (state, _) in states.items()}
         if keep_ids is not None:
             tokens = scatter_tokens(tokens, keep_ids, self.mask_token.expand_as(shallow))  # (B, N, D)

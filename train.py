@@ -35,7 +35,7 @@ from checkpoints.generate import check_request, generate
 from checkpoints.load import Run, build_network
 from checkpoints.naming import run_name, sweep_name
 from checkpoints.resuming import begin, find_resume, flat, lock_run_folder, resume
-from checkpoints.run_folder import START_AGAIN, is_complete, save
+from checkpoints.run_folder import START_AGAIN, check_space, is_complete, save
 from conditions import Condition
 from cost import cost_table, memory_table, out_of_memory
 from evaluation.evaluate import evaluate, extractor_and_reference, score_name
@@ -55,10 +55,12 @@ from training.prepare import (
     TrainState,
     batch_plan,
     build_state,
+    check_features,
     describe,
     open_data,
-    settle_codec,
+    settle_data,
     settle_precision,
+    settle_texts,
 )
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Interrupted, PreemptionHandler
 from training.trackers import check_installed
@@ -119,23 +121,28 @@ def start(
 ) -> int:  # fmt: skip
     """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
-    settings = settle_codec(settings, loaded.train)
+    settings = settle_texts(settle_data(settings, loaded.train), loaded.train)
+    check_features(loaded.train, settings)
     chosen = {"the checkpoint to resume from": resumed and resumed.name}
     same = {key: value for key, value in flat(settings).items() if key not in PATHS}
-    agree(chosen | {"the data's fingerprint": loaded.train.fingerprint} | same)
+    agree(chosen | {f"the {name}'s fingerprint": found for name, found in loaded.fingerprints.items()} | same)
     agree({"torch": torch.__version__, "commit": commit(), "device": dist.device.type}, settings.train.deterministic)
     state = build_state(settings, dist, new=resumed is None)
     state.ema.folder, state.ema.pool = run_folder, conditions.pool(state.model.null_condition, loaded.kept)
-    state.ema.preemption = processes
+    state.ema.preemption, state.ema.text_stats = processes, loaded.train.text_stats
+    for module in state.modules.values() if state.ema.text_stats is not None else ():
+        module.null_condition = conditions.empty_caption(state.ema.text_stats)
     check_sampling(settings, state.ema)
     if settings.eval.every or settings.preview.every and dist.is_main_process:
         state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now
     if resumed is not None:
-        state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.train.fingerprint)
+        state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.fingerprints)
     if dist.is_main_process:
         if not run_folder.is_dir():  # nothing is written where something above is refused
             run_folder.mkdir(parents=True)
             locks.enter_context(lock_run_folder(run_folder))
+        if state.step < settings.train.max_steps:
+            check_space(run_folder, state.checkpoint_bytes)
         begin(run_folder, settings, state.step)
     dist.wait_for_everyone()
     torch.compiler.reset()  # a sweep trains several models in one process
@@ -145,8 +152,10 @@ def start(
     compile_blocks(state.model.all_blocks, compiled)
     compile_blocks(state.ema.model.all_blocks, compiled, dynamic=True)
     state.ema.compile = compiled
-    log = Log(settings, run_folder, state.step, dist)
-    log.say(describe(settings, state.model, loaded, resumed, compiled, why_not))
+    log = Log(settings, run_folder, state.step, dist, compiled)
+    log.say(describe(settings, state, loaded, resumed, compiled, why_not))
+    if log.compiling:
+        log.say("compiling  the blocks, once: the first step waits for it")
     if dist.is_main_process and (warning := data.scale_warning(loaded.train, state.objective.sigma_data)):
         data.latents.warn(warning)
     try:
@@ -237,8 +246,8 @@ def save_state(
 ) -> None:
     """The checkpoint of the present step, unless it is there."""
     if dist.is_main_process and not is_complete(run_folder, state.step):
-        fingerprint = loaded.train.fingerprint
-        save(run_folder, state.step, settings, state.modules, state.optimizer, fingerprint, loaded.kept)
+        kept = conditions.save(loaded.kept, loaded.train.text_stats)
+        save(run_folder, state.step, settings, state.modules, state.optimizer, loaded.fingerprints, kept)
 
 
 def train_step(

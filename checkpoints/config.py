@@ -16,6 +16,7 @@ from system.settings import (
     Check,
     Count,
     Kind,
+    Names,
     PerChannel,
     Positive,
     above,
@@ -84,7 +85,9 @@ class Train:
 class Data:
     """input_size: of square latents, or their [height, width]. path: None = not given, and not needed by a dry run.
 
-    usual_codec: where neither codec nor meta.json says one.
+    classes: their names; None = those of meta.json, if it has any. usual_codec: where neither codec nor meta.json says
+    one. text_length: tokens that texts are padded to. text_encoder, text_sha256: what made the texts (data/texts.py),
+    and the hash of its weights, as meta.json says.
     """
 
     name: str
@@ -94,9 +97,13 @@ class Data:
     path: str | None = None
     condition: Literal["class", "text", "none"] = "class"
     num_classes: Positive | None = None
+    classes: Names | None = None
     text_width: Positive | None = None
+    text_length: Positive | None = None
+    text_encoder: str | None = None
+    text_sha256: str | None = None
     num_workers: Count = 0
-    prepare: Literal["mnist", "fashion", "idx"] | None = None
+    prepare: Literal["mnist", "fashion", "idx", "emoji"] | None = None
     source: str | None = None
     kind: Kind | None = None
     on_error: Literal["stop", "skip"] = "stop"

@@ -1,9 +1,12 @@
 """Samples on disk: one PNG per seed (images/000000/000042.png), a grid, samples.json and, if asked for, `samples.npz`.
 
-A PNG is written whole or not at all: where it exists, its seed is done.
+Seed 42 of the third prompt is images/000002/000042.png. A PNG is written whole or not at all: where it exists, its seed
+is done.
 """
 
+import itertools
 import json
+import textwrap
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from system import UserError
@@ -19,13 +22,16 @@ from system.files import atomic_file, read_json, write_text_atomic
 
 MANIFEST = "samples.json"
 WRITERS = 4  # threads; Pillow encodes without the interpreter's lock
+READABLE, MOST_LINES = 128, 8  # the least pixels of an image's width in a grid with labels; lines of a label
+Key = int | tuple[int, int]  # of an image: its seed, or the number of its prompt and the seed
 
 
-def image_path(folder: Path, seed: int) -> Path:
-    return folder / "images" / f"{seed // 1000 * 1000:06d}" / f"{seed:06d}.png"
+def image_path(folder: Path, key: Key) -> Path:
+    group, seed = key if isinstance(key, tuple) else (key // 1000 * 1000, key)
+    return folder / "images" / f"{group:06d}" / f"{seed:06d}.png"
 
 
-def missing(folder: Path, seeds: Sequence[int]) -> list[int]:
+def missing(folder: Path, seeds: Sequence[Key]) -> list[int]:
     """Positions in `seeds` whose image does not exist yet; a repeated seed counts once."""
     first = {seed: i for i, seed in reversed(list(enumerate(seeds)))}
     return sorted(i for seed, i in first.items() if not image_path(folder, seed).exists())
@@ -68,14 +74,14 @@ def save_image(image: np.ndarray, path: Path) -> None:
         Image.fromarray(image).save(file, format="png")
 
 
-def read_images(folder: Path, seeds: Sequence[int]) -> Iterator[np.ndarray]:
+def read_images(folder: Path, seeds: Sequence[Key]) -> Iterator[np.ndarray]:
     """The images of `seeds`, in order: uint8 (H, W, 3)."""
     for seed in seeds:
         with Image.open(image_path(folder, seed), formats=["PNG"]) as image:
             yield np.asarray(image.convert("RGB"))
 
 
-def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
+def write_npz(folder: Path, seeds: Sequence[Key]) -> Path:
     """samples.npz, with one image in memory at a time: 50,000 of 256x256 pixels are 10 GB."""
     path = folder / "samples.npz"
     shape = (len(seeds), *next(read_images(folder, seeds[:1])).shape)
@@ -87,7 +93,7 @@ def write_npz(folder: Path, seeds: Sequence[int]) -> Path:
     return path
 
 
-def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *, show: bool) -> None:
+def store(folder: Path, seeds: Sequence[Key], batches: Iterable[torch.Tensor], *, show: bool) -> None:
     """Writes the images of `seeds`, uint8 (B, 3, H, W), a batch while the next one is made. show: a progress bar.
 
     After an error of a writer or of `batches`, every image made so far has been written if it could be.
@@ -105,17 +111,54 @@ def store(folder: Path, seeds: Sequence[int], batches: Iterable[torch.Tensor], *
             written.result()
 
 
-def finish(folder: Path, seeds: Sequence[int], manifest: dict) -> None:
+def finish(folder: Path, seeds: Sequence[Key], manifest: dict, prompts: Sequence[str] = ()) -> None:
     """Writes a grid of the first 400 images and samples.json, once all images of `seeds` are there."""
     images = torch.from_numpy(np.stack(list(read_images(folder, seeds[:400])))).permute(0, 3, 1, 2)  # (n, 3, H, W)
-    save_grid(images, folder / "grid.png", columns=10 if len(images) <= 100 else 20)
+    columns, labels = 10 if len(images) <= 100 else 20, [prompts[key[0]] for key in seeds[:400]] if prompts else None
+    if prompts and (each := len(seeds) // len(prompts)) < columns:
+        columns -= columns % each  # whole prompts in a row
+    save_grid(images, folder / "grid.png", columns, labels)
     write_manifest(folder, manifest)
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """uint8 (n, 3, H, W) => one PNG, `columns` images wide, with two black pixels around each."""
-    (n, _, H, W), columns = images.shape, min(columns, len(images))
-    grid = Image.new("RGB", (columns * (W + 2) + 2, -(-n // columns) * (H + 2) + 2))
+def save_grid(images: torch.Tensor, path: Path, columns: int, labels: Sequence[str] | None = None) -> None:
+    """uint8 (n, 3, H, W) => one PNG, `columns` images wide, with two black pixels around each.
+
+    labels: of each image, written above it, or once above neighbours of the same; small images are enlarged for that.
+    """
+    times = -(-READABLE // images.shape[3]) if labels else 1
+    images = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    (n, _, H, W), columns, top, tops, words = images.shape, min(columns, len(images)), 2, [], []
+    font = label_font(max(13, W // 16)) if labels else None
+    for row in (range(first, min(first + columns, n)) for first in range(0, n, columns)):
+        heights = [0]
+        for _, alike in itertools.groupby(row, labels.__getitem__) if labels else ():
+            first, *others = alike
+            lines = wrapped(labels[first], font, (1 + len(others)) * (W + 2) - 6)
+            places = itertools.count(top, font.size + 3)
+            words += [((first % columns * (W + 2) + 4, y), line) for y, line in zip(places, lines)]
+            heights.append(len(lines) * (font.size + 3) + 3)
+        tops.append(top + max(heights))
+        top += max(heights) + H + 2
+    grid = Image.new("RGB", (columns * (W + 2) + 2, top))
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        grid.paste(Image.fromarray(image), (i % columns * (W + 2) + 2, i // columns * (H + 2) + 2))
+        grid.paste(Image.fromarray(image), (i % columns * (W + 2) + 2, tops[i // columns]))
+    for place, line in words:
+        ImageDraw.Draw(grid).text(place, line, "white", font)
     save_image(np.asarray(grid), path)
+
+
+def label_font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's DejaVu Sans, which has Greek and Cyrillic letters, too."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, the end of a very long one left out."""
+    for letters in range(min(len(text), width // 2), 0, -1):
+        lines = textwrap.wrap(text, letters, max_lines=MOST_LINES, placeholder="...")
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return []

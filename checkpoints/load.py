@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from autoencoder import Codec
 from checkpoints import run_folder as folders
 from checkpoints.config import Settings, from_file
 from checkpoints.run_folder import CONDITIONS_FILE, WEIGHTS_FILES, load_strictly, read_tensors
+from conditions import TextStats
 from contracts import Condition, Network, Objective, Routing, check_members
 from guidance import internal
 from system import UserError
@@ -39,6 +41,8 @@ class Run:
     precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
     pool: Condition = None  # the conditions to choose from: every class, or the texts that the run has kept
+    captions: Sequence[str] = ()  # of the pool, as they read, where prompts have taken its place
+    text_stats: TextStats | None = None  # of its data set, if an encoder made its texts: what a prompt needs
     step: int = 0
     weights: str = "ema"
     ema_width: float | None = None  # of a power average in the place of the run's EMA
@@ -104,14 +108,17 @@ def load_run(
     if precision == "bf16":
         round_linears(model)
     model.to(device).eval().requires_grad_(False)
-    kept = conditions.load(read_tensors(beside)) if beside.is_file() else None
+    beside = read_tensors(beside) if beside.is_file() else {}
+    kept = conditions.load(beside)
     objective = build(settings.objective, Objective, "objective")
     codec = build_codec(settings.data.codec, device)
     run = Run(model, objective, codec, settings, device, precision, step=step, weights=weights, checkpoint=path)
     if kept is not None:
         conditions.check(kept, model.null_condition)
     run.pool, run.folder = conditions.pool(model.null_condition, kept), folder_of(ckpt, path)
-    run.dropout_known = known
+    run.dropout_known, run.text_stats = known, conditions.load_stats(beside)
+    if run.text_stats is not None:
+        model.null_condition = conditions.empty_caption(run.text_stats)
     run.compile_as(compile)
     return run
 

@@ -86,17 +86,18 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 def resume(
     path: Path, settings: Settings, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer,
-    fingerprint: str,
+    fingerprints: dict[str, str],
 ) -> int:  # fmt: skip
     """Restores weights, averages and optimizer -> the checkpoint's step. Raises UserError where the run is another.
 
-    modules: by file, as `run_folder.save` takes them. fingerprint: the data's.
+    modules: by file, as `run_folder.save` takes them, and fingerprints of the data.
     """
     differing = differences(folders.read_config(path), settings)
     state = path / "trainer_state.json"
-    was = parse_known(folders.TrainerState, read_json(state), state).data
-    if was != fingerprint and "data" not in settings.resume_allow:
-        differing.append(f"the data's fingerprint was {was}, is {fingerprint}")
+    before = parse_known(folders.TrainerState, read_json(state), state)
+    for name, was in (("data", before.data), ("validation", before.validation)):
+        if was not in (None, fingerprints[name]) and name not in settings.resume_allow:
+            differing.append(f"the {name}'s fingerprint was {was}, is {fingerprints[name]}")
     if differing:
         cure = "(resume_allow=[key,...] continues it nevertheless)"
         raise UserError(f"{path} is of another run: {'; '.join(differing)} {cure}")

@@ -29,9 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import conditions
 from checkpoints.config import Settings, from_file, to_yaml
-from conditions import Condition
 from system import UserError, cli, hub
 from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, usual_mode, write_text_atomic
 from system.processes import is_main
@@ -73,26 +71,27 @@ class Manifest:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """trainer_state.json; data: the fingerprint of what the run is trained on."""
+    """trainer_state.json; data and validation: the fingerprints of what the run is trained and validated on."""
 
     step: Count
     data: str
+    validation: str | None = None
 
 
 def save(
     run_folder: Path, step: int, settings: Settings, modules: dict[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer, fingerprint: str, kept: Condition = None,
+    optimizer: torch.optim.Optimizer, fingerprints: dict[str, str], kept: dict[str, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts.
 
-    modules: by file, "model", "ema" and averages, and an alignment's "projector". fingerprint: the data's. kept: texts
-    to sample without the data.
+    modules: by file, "model", "ema" and averages, and an alignment's "projector". fingerprints: of the data, as in
+    `TrainerState`. kept: what `conditions.save` gave of texts, to sample without the data.
     """
-    texts = {} if kept is None else {CONDITIONS_FILE: conditions.save(kept)}
+    texts = {CONDITIONS_FILE: kept} if kept else {}
     tensors = checkpoint_tensors(modules, optimizer) | texts
     for pause in (*PAUSES_S, None):
         try:
-            write_checkpoint(run_folder, step, tensors, {"data": fingerprint}, to_yaml(settings))
+            write_checkpoint(run_folder, step, tensors, fingerprints, to_yaml(settings))
             break
         except OSError as error:
             if pause is None:
@@ -126,15 +125,19 @@ def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: 
     """
     texts = {"config.yaml": config, "trainer_state.json": json.dumps({"step": step, **state}, indent=2) + "\n"}
     target = run_folder / "checkpoints" / f"step_{step:07d}"
-    needed = sum(t.nbytes for named in tensors.values() for t in named.values()) * 1.02
-    free = shutil.disk_usage(next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())).free
-    if free < needed:
-        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {needed / 1e9:.2f} GB"
-        raise OSError(errno.ENOSPC, reason, str(run_folder))
+    check_space(run_folder, sum(t.nbytes for named in tensors.values() for t in named.values()))
     write_folder(target, tensors, texts)
     write_text_atomic(target.parent / "latest", target.name + "\n")
     remove_temporaries(run_folder)
     return target
+
+
+def check_space(run_folder: Path, needed: int) -> None:
+    """Raises OSError where a checkpoint of so many bytes of tensors does not fit on the run folder's disk."""
+    free = shutil.disk_usage(next(p for p in (run_folder, *run_folder.absolute().parents) if p.exists())).free
+    if free < 1.02 * needed:
+        reason = f"{free / 1e9:.2f} GB free, and a checkpoint needs {1.02 * needed / 1e9:.2f} GB"
+        raise OSError(errno.ENOSPC, reason, str(run_folder))
 
 
 def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> None:

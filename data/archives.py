@@ -28,8 +28,9 @@ from system.files import open_regular, read_small
 from system.limits import MEMBER_BYTES
 
 BLOCK = tarfile.BLOCKSIZE
+PADDING = 1 << 16  # bytes after a tar's end in which another one is looked for
 # What follows the key in a member's name
-ARRAY, LABEL, TEXT, FEATURES = "latent.npy", "cls", "text.npy", "features.npy"
+ARRAY, LABEL, TEXT, CAPTIONS, FEATURES = "latent.npy", "cls", "text.npy", "txt", "features.npy"
 SYSTEM = "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "System Volume Information", "lost+found", "Thumbs.db"
 HIDDEN = re.compile(rf"(?:^|/)(?:\.[^/]|(?:{'|'.join(map(re.escape, SYSTEM))})(?:/|$))")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
@@ -78,6 +79,8 @@ def members(file: BinaryIO, faults: list[str]) -> Iterator[Member]:
                 yield Member(name, offset, size)
         elif kind not in (tarfile.DIRTYPE, tarfile.XGLTYPE):
             faults.append(f"member {name!r} at byte {place} is a link or a device, not a regular file")
+    if os.pread(file.fileno(), PADDING, at).strip(b"\0"):
+        faults.append(f"goes on after its end at byte {at}, as tars joined by cat do; needed: one archive a file")
 
 
 def sample_key(path: Path, offset: int) -> str:
@@ -158,21 +161,22 @@ def open_zip(path: Path, most: int = MEMBER_BYTES) -> Tree:
         archive = zipfile.ZipFile(file)
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
-    filled = {Path(name.rpartition("/")[0]) for name in sizes if not is_hidden(name)}
+    found = {info.filename.replace("\\", "/"): info for info in archive.infolist()}  # as Windows writes them
+    files = {name: info for name, info in found.items() if not name.endswith("/")}
+    filled = {Path(name.rpartition("/")[0]) for name in files if not is_hidden(name)}
     filled |= {above for folder in filled for above in folder.parents}
-    folders = [info.filename[:-1] for info in archive.infolist() if info.is_dir()]
+    folders = [name[:-1] for name in found if name.endswith("/")]
     empty = [name for name in folders if Path(name) not in filled and not is_hidden(name)]
 
     def read(name: str) -> bytes:
-        if sizes[name] > most:
-            raise UserError(f"{path}: {name!r} has {sizes[name]} bytes; at most {most} are accepted")
+        if (size := files[name].file_size) > most:
+            raise UserError(f"{path}: {name!r} has {size} bytes; at most {most} are accepted")
         try:
-            return archive.read(name)  # checks the member's CRC
+            return archive.read(files[name])  # checks the member's CRC
         except DAMAGED as error:
             raise UserError(f"{path}: {name!r} is damaged or cannot be read: {error}") from None
 
-    return Tree(sorted(sizes), read, empty=empty)
+    return Tree(sorted(files), read, empty=empty)
 
 
 def open_tars(paths: Mapping[str, Path]) -> Tree:
@@ -239,21 +243,25 @@ def is_hidden(name: str) -> bool:
 
 
 def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
-    """{relative path: label}; None if there is no such file or its labels are null."""
-    if "dataset.json" not in tree.names:
+    """{name in the tree: label}; None if there is no such file or its labels are null. It may lie in a top folder."""
+    found = [name for name in tree.names if name.rpartition("/")[2] == "dataset.json" and not is_hidden(name)]
+    if not found:
         return None
-    contents = tree.read("dataset.json")
+    if len(found) > 1 and "dataset.json" not in found:
+        raise UserError(f"{root} has {len(found)} files dataset.json; needed: the path of one set")
+    contents = tree.read(where := min(found, key=len))
+    above = where.removesuffix("dataset.json")
     try:
         labels = json.loads(contents)["labels"]
         if labels is None:
             return None
         odd = [name for name, label in labels if int(label) != label or not 0 <= label < 2**31 or label is True]
-        found = {name.replace("\\", "/"): int(label) for name, label in labels}
+        by_name = {above + name.replace("\\", "/"): int(label) for name, label in labels}
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        raise UserError(f'{root}/dataset.json is not {{"labels": [[name, label], ...]}}') from None
+        raise UserError(f'{root}/{where} is not {{"labels": [[name, label], ...]}}') from None
     if odd:
-        raise UserError(f"{root}/dataset.json: the label of {odd[0]!r:.100} is no whole number of 0 or more")
-    return found
+        raise UserError(f"{root}/{where}: the label of {odd[0]!r:.100} is no whole number of 0 or more")
+    return by_name
 
 
 def parse_number(contents: bytes, source: str, num_classes: int | None = None) -> int:

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from data.encoding import LatentEncoding, guess_kind, model_shape
 from data.foreign import Source, open_source
 from data.loader import Order
-from data.shards import finalize, reserve, shard_name, write_shard
+from data.shards import Captions, TextSource, finalize, reserve, shard_name, write_shard
 from system import UserError
 from system.files import locked
 from system.launchers import usable_cpus
-from system.settings import Count, Kind, PerChannel, Positive
+from system.settings import Count, Kind, Names, PerChannel, Positive
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Conversion:
     bias: PerChannel | None = None
     flip: Literal["none", "both"] | None = None
     num_classes: Positive | None = None
+    classes: Names | None = None
     dtype: Literal["float16", "float32"] | None = None
     shard_size: Positive = 10000
     val: Count = 0
@@ -51,13 +52,20 @@ def convert(source_path: str, target: str, settings: Conversion) -> dict:
     else.
     """
     source = open_source(source_path, settings.format)
+    if source.val and settings.val:
+        raise UserError(f"val={settings.val}, and {source_path} has {source.val} images for validation; needed: val=0")
     encoding, flip = choose_encoding(source, settings), settings.flip or source.flip
     if flip == "both" != source.flip:
         raise UserError(f"flip=both, and {source_path} has no mirror images; needed: null or none")
-    shards = plan_shards(source.count, settings.shard_size, settings.val)
+    named = settings.classes or source.classes
+    if settings.classes and settings.num_classes not in (None, len(named)):
+        raise UserError(
+            f"{len(named)} classes, and num_classes={settings.num_classes}; needed: as many, or one of them"
+        )
+    shards = plan_shards(source.count, settings.shard_size, settings.val, source.val)
     recipe = {"source": os.path.realpath(source_path), "format": source.format, "images": source.count}
     recipe |= asdict(encoding) | {"codec": source.codec, "flip": flip}
-    recipe |= {key: getattr(settings, key) for key in ("num_classes", "dtype", "shard_size", "val")}
+    recipe |= {key: getattr(settings, key) for key in ("num_classes", "classes", "dtype", "shard_size", "val")}
     folder = Path(target)
     reserve(folder, recipe)
     with locked(folder / ".convert.lock"):
@@ -69,7 +77,10 @@ def convert(source_path: str, target: str, settings: Conversion) -> dict:
             done = map(_write, jobs) if workers == 1 else pool.map(_write, jobs)
             for _ in tqdm(done, total=len(jobs), unit="shard", disable=None):  # None: only on a terminal
                 pass
-        return finalize(folder, encoding, codec=source.codec, flip=flip, num_classes=settings.num_classes)
+        texts = TextSource(source.null_text) if source.texts else None
+        classes = named if settings.num_classes in (None, len(named)) and named else settings.num_classes
+        about = dict(codec=source.codec, flip=flip, num_classes=classes, condition=texts)
+        return finalize(folder, encoding, **about)
 
 
 def choose_encoding(source: Source, settings: Conversion) -> LatentEncoding:
@@ -87,14 +98,17 @@ def choose_encoding(source: Source, settings: Conversion) -> LatentEncoding:
     return encoding
 
 
-def plan_shards(count: int, shard_size: int, val: int) -> dict[str, np.ndarray]:
+def plan_shards(count: int, shard_size: int, val: int, own_val: int = 0) -> dict[str, np.ndarray]:
     """{shard name: indices of its images} for `count` images, the last `val` of them in shuffled order in val shards.
 
-    Raises UserError if that leaves nothing to train on.
+    own_val: so many of the last are the source's validation split, in the place of `val`. Raises UserError if that
+    leaves nothing to train on.
     """
     if val >= count:
         raise UserError(f"val={val} of {count} images; needed: fewer than there are")
-    order = Order(count, seed=0)(np.arange(count))
+    order = Order(count - own_val, seed=0)(np.arange(count - own_val))
+    if own_val:
+        val, order = own_val, np.r_[order, count - own_val + Order(own_val, seed=0)(np.arange(own_val))]
     return {
         shard_name(split, number): images[start : start + shard_size]
         for split, images in (("train", order[: count - val]), ("val", order[count - val :]))
@@ -115,13 +129,17 @@ def _write(job: tuple) -> None:
     source_path, format, flip, dtype, path, images = job
     source = _open_source(source_path, format)
 
-    def samples() -> Iterator[tuple[str, np.ndarray, int]]:
+    def samples() -> Iterator[tuple[str, np.ndarray, int | Captions]]:
         for image in images.tolist():
             for key, mirrored in entries(image, flip):
                 array = source.array(image, mirrored)
                 array = array.astype(dtype or array.dtype.newbyteorder("="))
                 if not np.isfinite(array).all():
                     raise UserError(f"{source_path}: image {image} has numbers that are not finite in {array.dtype}")
-                yield key, array, source.label(image)
+                if source.texts:
+                    texts = (text.astype(dtype or text.dtype.newbyteorder("=")) for text in source.texts(image))
+                    yield key, array, Captions([], list(texts))
+                else:
+                    yield key, array, source.label(image)
 
     write_shard(path, samples())

@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageOps
 
 from data import archives
-from data.archives import LABEL, PICTURES, Tree, split_name
+from data.archives import CAPTIONS, LABEL, PICTURES, Tree, split_name
+from data.index import MAX_TEXTS
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError
 from system.files import open_regular
@@ -77,6 +78,19 @@ class Images:
         """By dataset.json, by a `.cls` beside each picture, or by class folder. Raises UserError if any is missing."""
         return self._labels_and_classes[0]
 
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """By the `.txt` beside each picture, one a line. Raises UserError where there is none."""
+        files, found = set(self.tree.names), []
+        for name in self.names:
+            beside = f"{name.rpartition('.')[0]}.{CAPTIONS}"
+            text = self.tree.read(beside).decode(errors="replace") if beside in files else ""
+            found.append([line.strip() for line in text.split("\n") if line.strip()])
+            if not 1 <= len(found[-1]) <= MAX_TEXTS:
+                needed = f"1 to {MAX_TEXTS} lines in {beside}"
+                raise UserError(f"{self.path}: picture {name} has {len(found[-1])} captions; needed: {needed}")
+        return found
+
     @property
     def classes(self) -> list[str]:
         """The class folders, empty ones too: the first folders that differ. [] if the labels are given otherwise."""
@@ -103,7 +117,10 @@ class Images:
             return np.asarray(image.convert("RGB"))
 
         parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        for batch in decoded_ahead(parts, pixels, DECODERS):
+        for number, batch in enumerate(decoded_ahead(parts, pixels, DECODERS)):
+            if number == 0 and batch.max() <= 1:
+                told = f"the first {len(batch)} pictures of {self.path} hold no pixel above 1, of 255"
+                print(f"warning: {told}: were numbers of 0..1 stored as uint8?", file=sys.stderr)
             yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
     def _decode(self, i: int) -> Image.Image:
@@ -155,18 +172,18 @@ def decoded_ahead(
                 yield np.stack([decoding.result() for decoding in ready])
 
 
-def open_images(path: str | Path, split: str | None = None) -> Images:
+def open_images(path: str | Path, split: str | None = None, beside: str = LABEL) -> Images:
     """The pictures of a folder, searched recursively, and whatever else open_pictures reads, or of an .npz.
 
-    The .npz has `arr_0` (uint8, NHWC or NHW). split: as in open_pictures. Raises UserError if there are no pictures or
-    the first cannot be decoded.
+    The .npz has `arr_0` (uint8, NHWC or NHW). split, beside: as in open_pictures. Raises UserError if there are no
+    pictures or the first cannot be decoded.
     """
     path = Path(path)
     if path.suffix == ".npz":
         pixels = _map_array(path, "arr_0")
         names = [f"arr_0[{i}]" for i in range(len(pixels))]
         return Images(path, names, Tree(names, lambda name: as_picture(pixels[int(name[6:-1])])))
-    tree = open_pictures(path, split)
+    tree = open_pictures(path, split, beside)
     names = [name for name in tree.names if archives.is_picture(name)]
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(PICTURES)})")

@@ -1,10 +1,11 @@
 """The index of a split: every sample validated once, its position and a checksum of it; cached.
 
-A shard is a tar with a `<key>.latent.npy` for every sample and its condition: `<key>.cls`, `<key>.text.npy` or nothing;
-and with a teacher's `<key>.features.npy` (N, D_t) in half precision, where the set has them.
-Other members are ignored, and nothing is unpickled. Building the index reads every byte: shards are compared with the
-manifest's sha256, every array and label is checked, and a CRC of each array is kept, so that reading an array later is
-one `pread` and one comparison. A sample takes 18 bytes of the index, 32 with a text, and 14 more with features.
+A shard is a tar with a `<key>.latent.npy` for every sample and its condition: `<key>.cls`, `<key>.text.npy` or nothing.
+Further texts of a sample are `<key>.text.1.npy`, `<key>.text.2.npy`, ...; a teacher's `<key>.features.npy` precede it
+all, where a set has them. Other members are ignored, and nothing is unpickled. Building the index reads every byte:
+shards are compared with the manifest's sha256, every array and label is checked, and a CRC of each array is kept, so
+that reading an array later is one `pread` and one comparison. A sample takes 18 bytes of the index, or 14 and 18 for
+each text, and 14 for features.
 
 The cache is kept beside the shards, or in the user's cache folder if theirs is not writable, and is used only while the
 shards' names, sizes and times and the manifest are unchanged. An index that lacks something because the system failed
@@ -16,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -46,11 +48,11 @@ from system.settings import Check, Positive, between
 
 DTYPES = ("float16", "float32")
 NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
-PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # members of a sample, by its condition
+PARTS = {"class": (ARRAY, LABEL), "text": (ARRAY, TEXT), "none": (ARRAY,)}  # what a sample needs, by its condition
+MAX_TEXTS, TEXT_NAME = 99, re.compile(r"text\.([1-9]\d?)\.npy")  # of a sample; all but the first
 # A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
 TEXT_FIELDS = [("length", "i4"), ("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4")]  # length: tokens
-FIELDS = {"class": [*ARRAY_FIELDS, ("label", "i4")], "text": ARRAY_FIELDS + TEXT_FIELDS, "none": ARRAY_FIELDS}
 FEATURE_FIELDS = [("feature_offset", "i8"), ("feature_header", "u2"), ("feature_crc", "u4")]
 
 
@@ -65,6 +67,7 @@ class Layout:
     text_width: Positive | None = None  # texts are (tokens, text_width)
     text_dtype: Literal["float16", "float32"] | None = None
     text_length: Positive | None = None  # tokens of the longest text; None = unknown
+    text_count: Annotated[int, between(1, MAX_TEXTS + 1)] | None = None  # the most texts of a sample; None = 1
     feature_shape: tuple[Positive, Positive] | None = None  # of a teacher's features, (N, D_t) float16; None = no such
 
     @classmethod
@@ -74,13 +77,15 @@ class Layout:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Members of a sample."""
+        """What a sample needs."""
         return PARTS[self.condition] + ((FEATURES,) if self.feature_shape else ())
 
     @property
-    def fields(self) -> np.dtype:
-        """Of a sample's entry."""
-        return np.dtype(FIELDS[self.condition] + (FEATURE_FIELDS if self.feature_shape else []))
+    def fields(self) -> list[tuple]:
+        """Of a sample's entry in the index. A sample with fewer texts than others has some of length 0."""
+        labels, texts = [("label", "i4")], [(name, kind, (self.text_count or 1,)) for name, kind in TEXT_FIELDS]
+        more = FEATURE_FIELDS if self.feature_shape else []
+        return ARRAY_FIELDS + {"class": labels, "text": texts, "none": []}[self.condition] + more
 
 
 @dataclass
@@ -187,11 +192,11 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
     faults: list[str] = []
     found: dict[str, dict[str, Member]] = {}
     others: set[str] = set()
-    rows = []
+    rows, known = [], {*layout.parts, *text_names(layout)}
     with open_regular(path) as file:
         for member in members(file, faults):
             key, extension = split_name(member.name)
-            if extension not in layout.parts:
+            if extension not in known:
                 others.add(extension)
             elif extension in found.setdefault(key, {}):
                 faults.append(f"sample {key!r} at byte {member.offset} has a second .{extension}")
@@ -208,6 +213,12 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
     return np.array(rows, layout.fields), faults
 
 
+def text_names(layout: Layout) -> list[str]:
+    """What follows the key in the names of a sample's texts."""
+    count = (layout.text_count or 1) if layout.condition == "text" else 0
+    return [TEXT, *(f"text.{number}.npy" for number in range(1, count))][:count]
+
+
 def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     """The entry of a sample. Raises UserError saying what is wrong with it."""
     if missing := [extension for extension in layout.parts if extension not in parts]:
@@ -216,15 +227,19 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     if layout.condition == "class":
         contents = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset)
         row.append(parse_number(contents, "has a label that", layout.num_classes))
-    more = {TEXT: (layout.text_dtype, (layout.text_length, layout.text_width), True)}
-    more[FEATURES] = "float16", layout.feature_shape
-    for extension in [extension for extension in layout.parts if extension in more]:
+    texts, features = [], ()
+    for name in text_names(layout):
         try:
-            array = _read_array(fd, parts[extension], *more[extension])
+            needed = layout.text_length, layout.text_width
+            texts.append(_read_array(fd, parts[name], layout.text_dtype, needed, True) if name in parts else (0,) * 4)
         except UserError as error:
-            raise UserError(f"has a .{extension} that {error}") from None
-        row += array if extension == TEXT else array[1:]
-    return tuple(row)
+            raise UserError(f"has a .{name} that {error}") from None
+    if layout.feature_shape:
+        try:
+            _, *features = _read_array(fd, parts[FEATURES], "float16", layout.feature_shape)
+        except UserError as error:
+            raise UserError(f"has a .{FEATURES} that {error}") from None
+    return (*row, *zip(*texts), *features)
 
 
 def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: bool = False) -> tuple[int, int, int, int]:
@@ -251,6 +266,7 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     """
     found: dict[str, tuple] = {}  # {extension: (shape, dtype, bytes of header)}
     extensions: set[str] = set()
+    count = 1  # of the texts of a sample
     for path in paths:
         with open_regular(path) as file:
             for member in members(file, []):
@@ -259,9 +275,11 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
                     with contextlib.suppress(UserError):  # validation will name it
                         contents = os.pread(file.fileno(), min(member.size, 4096), member.offset)
                         found[extension] = _float_header(contents, member.size)
-                if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]):
+                if (found.keys() | extensions & {LABEL}) >= set(PARTS[condition or "class"]) != set(PARTS["text"]):
                     break
-        if ARRAY in found:
+                if match := TEXT_NAME.fullmatch(extension):
+                    count = max(count, int(match[1]) + 1)
+        if ARRAY in found and TEXT not in extensions:  # else the most texts of a sample may be in any shard
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
     condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
@@ -270,7 +288,8 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
         return Layout(shape, dtype, condition, num_classes, feature_shape=features)
     text_shape, text_dtype, _ = found.get(TEXT, ((0,), dtype, 0))
     width = text_shape[-1] if text_shape else 0
-    return Layout(shape, dtype, condition, num_classes, width, text_dtype, feature_shape=features)
+    several = count if count > 1 else None
+    return Layout(shape, dtype, condition, num_classes, width, text_dtype, None, several, features)
 
 
 def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:
@@ -298,8 +317,7 @@ def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:
         with contextlib.suppress(FileNotFoundError):
             stat = os.stat(folder / file[0])
             file[1:] = stat.st_size, stat.st_mtime_ns
-    keys = [key for key in ("shards", *Layout.__annotations__) if key != "feature_shape" or manifest.get(key)]
-    return json.dumps([files, {key: manifest.get(key) for key in keys}])
+    return json.dumps([files, {key: manifest.get(key) for key in ("shards", *Layout.__annotations__)}])
 
 
 def _cache_paths(folder: Path, split: str) -> list[Path]:
@@ -333,7 +351,7 @@ def _fits(index: Index, layout: Layout) -> bool:
 def _is_consistent(index: Index) -> bool:
     """Whether an index, which may have come with its set, keeps to its own layout."""
     ends, entries, layout = index.ends, index.entries, index.layout
-    if entries.dtype != layout.fields or entries.ndim != 1 or ends.dtype != np.int64:
+    if entries.dtype != np.dtype(layout.fields) or entries.ndim != 1 or ends.dtype != np.int64:
         return False
     counted = ends.shape == (len(index.shards),) and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(entries)
     labels = entries["label"] if layout.condition == "class" else np.zeros(1)

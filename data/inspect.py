@@ -26,7 +26,8 @@ def inspect(path: str | Path) -> dict:
     Keys: path, format, counts {split: entries}, kind, reason, stored_shape, dtype, shape, mean, std (C numbers each, of
     the model's input; of the stored numbers if the scale is unknown), flip, condition, for classes num_classes,
     labels (the number of each class; of a sample if the format is not ours) and classes (their names, if known), for
-    texts text_width and text_length, wrong (a line for every fault), next (what to do with them).
+    texts text_width, text_length, text_count and text_encoder (None if unknown), wrong (a line for every fault), next
+    (what to do with them).
     """
     path = Path(path)
     if not path.exists():
@@ -80,7 +81,10 @@ def _inspect_shards(folder: Path) -> dict:
     else:
         settings += [f"data.condition={report['condition']}"]
     if report["condition"] == "text":
-        report |= {"text_width": index.layout.text_width, "text_length": int(entries["length"].max())}
+        length = manifest.get("text_length") or int(entries["length"].max())
+        report |= {"text_width": index.layout.text_width, "text_length": length}
+        report |= {"text_count": index.layout.text_count or 1, "text_encoder": manifest.get("text_encoder")}
+        settings += [f"data.text_width={report['text_width']}", f"data.text_length={length}"]
     if manifest or report["kind"] == "sample_scaled":
         return report | {"next": f"python train.py data=folder {shlex.join(settings)}"}
     return report | {"next": f"python -m data index {shlex.quote(str(folder))} kind={report['kind']} scale=..."}
@@ -103,19 +107,24 @@ def _inspect_source(path: Path) -> dict:
     raw = torch.from_numpy(np.stack(arrays))
     report = _describe(raw, vars(source), f"given by the format {source.format}")
     wrong += [] if torch.isfinite(raw).all() else [f"{path}: some numbers are not finite"]
-    labels = [source.label(i) for i in spread_evenly(source.count, MAX_LABELS).tolist()]
+    labels = [source.label(i) for i in spread_evenly(source.count, MAX_LABELS).tolist()] if source.label else [0]
     wrong += [f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []
+    held = {"condition": "class", "num_classes": max(labels) + 1}
+    held["labels"] = np.bincount(labels).tolist() if min(labels) >= 0 else []
+    if source.texts:
+        first = source.texts(0)
+        held = {"condition": "text", "text_width": first[0].shape[1], "text_length": max(map(len, first))}
+        held |= {"text_count": len(first), "text_encoder": None}
     kind = f" kind={report['kind']}" if source.kind is None else ""
     scale = " scale=..." if source.scale is None and report["kind"] != "sample_scaled" else ""
     return {
         "path": str(path),
         "format": source.format,
-        "counts": {"train": source.count * (2 if source.flip == "both" else 1)},
+        "counts": {"train": (source.count - source.val) * (2 if source.flip == "both" else 1)}
+        | ({"val": source.val} if source.val else {}),
         **report,
         "flip": source.flip,
-        "condition": "class",
-        "num_classes": max(labels) + 1,
-        "labels": np.bincount(labels).tolist() if min(labels) >= 0 else [],
+        **held,
         "wrong": wrong,
         "next": f"python -m data convert {shlex.quote(str(path))} NEW_FOLDER format={source.format}{kind}{scale}",
     }
@@ -146,7 +155,9 @@ def as_text(report: dict) -> str:
             names = report.get("classes") or range(len(report["labels"]))
             held += ": " + " ".join(f"{names[label]}:{n}" for label, n in counts.items())
     elif held == "text":
-        held = f"texts of up to {report['text_length']} tokens of width {report['text_width']}"
+        several = f", up to {report['text_count']} of a sample" if report["text_count"] > 1 else ""
+        made = f", made by {report['text_encoder']}" if report["text_encoder"] else ""
+        held = f"texts of up to {report['text_length']} tokens of width {report['text_width']}{several}{made}"
     lines = {key: report[key] for key in ("path", "format")} | {
         "kind": f"{report['kind']} ({report['reason']})",
         "entries": ", ".join(f"{split} {n}" for split, n in report["counts"].items()) + f"; flip {report['flip']}",

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conditions import Condition, Text
+from conditions import Condition, Text, TextStats, normalize
 from data.archives import sample_key
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
-from data.index import NO_MORE_FILES, Index, describe_sample, refuse_low_limit
+from data.index import NO_MORE_FILES, TEXT_FIELDS, Index, describe_sample, refuse_low_limit
 from randomness import Generators, seeded_generator
 from system import UserError, printable
 
@@ -32,9 +32,11 @@ class Latents:
     condition: what `read` gives beside latents: class, text or none, which ignores what else the shards hold.
     shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. meta: contents of meta.json, {}
     without one. labels: (n,) int32; num_classes: meta.json's, or the largest label + 1; both None without classes.
-    text_length, text_width: the tokens of the longest text, and their width; both 0 without texts. feature_shape: (N,
-    D_t) of a teacher's features, which `read` gives too; None = it does not. fingerprint: 16 hex digits that change
-    with any sample, label, text, feature read, scale or kind. faults: a line for everything that was left out.
+    text_length, text_width: what texts are padded to, and the width of their states; text_count: the most texts of a
+    sample; all 0 without texts. text_stats: what texts are normalised by, None = they stay as they are. feature_shape:
+    (N, D_t) of a teacher's features, which `read` gives too; None = it does not. fingerprint: 16 hex digits that change
+    with any sample, label, text, feature read, scale, kind or text_stats. faults: a line for everything that was left
+    out.
     Raises UserError for an encoding that does not fit the stored shape.
     """
 
@@ -47,14 +49,14 @@ class Latents:
         self.stored_shape, self.dtype = index.layout.shape, getattr(torch, index.layout.dtype)
         self.shape = model_shape(encoding.kind, self.stored_shape)
         encoding.check_channels(self.shape[0], f" of {folder}")
-        self.labels = self.num_classes = None
-        self.text_length = self.text_width = 0
+        self.labels = self.num_classes = self.text_stats = None
+        self.text_length = self.text_width = self.text_count = 0
         if condition == "class":
             self.labels = index.entries["label"]
             self.num_classes = manifest.get("num_classes") or int(self.labels.max()) + 1
         elif condition == "text":
             self.text_length = manifest.get("text_length") or int(index.entries["length"].max())
-            self.text_width = index.layout.text_width
+            self.text_width, self.text_count = index.layout.text_width, index.layout.text_count or 1
         self.feature_shape = index.layout.feature_shape if features else None
         about = [encoding.kind, manifest.get("scale"), manifest.get("bias"), self.stored_shape, index.layout.dtype]
         digest = hashlib.sha256(json.dumps(about).encode())
@@ -73,10 +75,21 @@ class Latents:
     def __len__(self) -> int:
         return len(self._index.entries)
 
-    def read(self, indices: Sequence[int], faults: list[str] | None = None) -> tuple[torch.Tensor, Condition]:
-        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length; and the
+    def set_stats(self, stats: TextStats) -> None:
+        """Has texts normalised by these statistics from now on."""
+        self.text_stats = stats
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for tensor in stats:
+            digest.update(tensor.numpy().tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def read(
+        self, indices: Sequence[int], faults: list[str] | None = None, draws: Sequence[float] | None = None
+    ) -> tuple[torch.Tensor, Condition]:
+        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length; and a
         teacher's features (B, N, D_t) float16 where there is a feature_shape.
 
+        draws: numbers from [0, 1), which choose one of a sample's texts each; None = the first of each.
         Damage raises UserError or, with on_error="skip", is reported: to the list `faults`, if there is one, by loader
         processes, whose own reports would be lost.
         """
@@ -84,8 +97,9 @@ class Latents:
         texts = np.empty((len(indices), self.text_length, self._token_bytes), np.uint8)
         features = np.empty((len(indices), self._feature_bytes), np.uint8)
         used, skipped = np.array(indices, np.int64), []
+        chosen = np.zeros(len(used)) if draws is None else draws
         for i, index in enumerate(used.tolist()):
-            while fault := self._read_sample(int(used[i]), rows[i], texts[i], features[i]):
+            while fault := self._read_sample(int(used[i]), rows[i], texts[i], chosen[i], features[i]):
                 if self.on_error == "stop":
                     raise UserError(f"damaged data in {self.folder}: {fault}")
                 skipped.append(fault)
@@ -98,8 +112,10 @@ class Latents:
             condition = torch.from_numpy(self.labels[used].astype(np.int64))
         elif self.condition == "text":
             states = torch.from_numpy(texts).view(getattr(torch, self._index.layout.text_dtype))  # (B, T, D)
-            lengths = torch.from_numpy(self._index.entries["length"][used])
-            condition = Text(states, torch.arange(self.text_length) < lengths[:, None])
+            slots = [self._slot(i, draw) for i, draw in zip(used.tolist(), chosen)]
+            lengths = torch.from_numpy(self._index.entries["length"][used, slots])
+            mask = torch.arange(self.text_length) < lengths[:, None]
+            condition = normalize(Text(states, mask), self.text_stats)
         if self.feature_shape is None:
             return raw, condition
         return raw, condition, torch.from_numpy(features).view(torch.float16).view(len(used), *self.feature_shape)
@@ -114,7 +130,8 @@ class Latents:
             return
         first, order = "offset" if self.feature_shape is None else "feature_offset", np.sort(indices)
         offsets = self._index.entries[first]
-        most = self._row_bytes + self.text_length * self._token_bytes + self._feature_bytes + 4096  # and headers
+        most = self._row_bytes + self._feature_bytes + 4096  # headers
+        most += self.text_count * (self.text_length * self._token_bytes + 1024)
         for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
             step = np.diff(offsets[run])
             for part in np.split(run, np.flatnonzero((step <= 0) | (step > 2 * most)) + 1):  # shard ends; features
@@ -138,14 +155,21 @@ class Latents:
         shards, offsets = self._index.shards, self._index.entries["offset"]
         return [sample_key(self.folder / shards[self._shard(i)], int(offsets[i])) for i in indices]
 
-    def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray, features: np.ndarray) -> str | None:
+    def _slot(self, index: int, draw: float) -> int:
+        """Which of a sample's texts a number from [0, 1) chooses."""
+        held = np.flatnonzero(self._index.entries["length"][index])
+        return int(held[int(draw * len(held))])
+
+    def _read_sample(
+        self, index: int, row: np.ndarray, text: np.ndarray, draw: float, features: np.ndarray
+    ) -> str | None:
         """Fills row, features (bytes,) and text (T, bytes of a token); returns a line on what is wrong, or None."""
         entry, shard = self._index.entries[index], self._shard(index)
         parts = [(row, entry["offset"] + entry["header"], entry["crc"])]
         if self.condition == "text":
-            text[entry["length"] :] = 0
-            tokens = text[: entry["length"]].reshape(-1)
-            parts += [(tokens, entry["text_offset"] + entry["text_header"], entry["text_crc"])]
+            length, offset, header, crc = (entry[name][self._slot(index, draw)] for name, _ in TEXT_FIELDS)
+            text[length:] = 0
+            parts += [(text[:length].reshape(-1), offset + header, crc)]
         if self.feature_shape is not None:
             parts.append((features, entry["feature_offset"] + entry["feature_header"], entry["feature_crc"]))
         for numbers, start, crc in parts:
@@ -215,6 +239,22 @@ def channel_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[lis
         latents.to_model_input(latents.read(indices)[0], generator)
         for indices in np.array_split(chosen, -(-len(chosen) // 256))
     )
+
+
+def text_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std (D,) of each dimension over the tokens of all texts of at most `max_samples` samples.
+
+    Some dimensions of an encoder hardly vary: no std is below a hundredth of the median one.
+    """
+    chosen, tokens, total, square = spread_evenly(len(latents), max_samples), 0, 0.0, 0.0
+    for draw in (np.arange(latents.text_count) + 0.5) / latents.text_count:
+        for indices in np.array_split(chosen, -(-len(chosen) // 256)):
+            text = latents.read(indices, draws=np.full(len(indices), draw))[1]
+            states = text.states[text.mask].double()  # (tokens, D)
+            tokens, total, square = tokens + len(states), total + states.sum(0), square + states.square().sum(0)
+    mean = total / tokens
+    std = (square / tokens - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), std.clamp(min=max(std.median().item() / 100, 1e-6)).float()
 
 
 def scale_warning(latents: Latents, sigma_data: float) -> str | None:

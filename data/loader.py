@@ -10,22 +10,26 @@ the shards are sorted by class, while the disk can be read in whole runs, a wind
 """
 
 import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from conditions import Condition
+from conditions import Condition, save
 from data.latents import Latents
-from randomness import BatchSlice, seeded_generator
+from randomness import BatchSlice, seeded_generator, uniform
 from system import UserError
 
 RUN = 32  # samples
 WINDOW = 32768  # samples; a set no larger than this is shuffled as a whole
+SHARED = "/dev/shm"  # where loader processes put their batches
+ROOM_S = 60  # that a loader process waits there for room
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,35 @@ class MicroBatches(Dataset):
                 self.latents.will_need(self.order.window(*window))
             self._requested = windows
         faults: list[str] = []
+        draws = None
+        if self.latents.text_count > 1:  # a text of each sample, for the whole global batch as all draws are
+            step, micro = divmod(i, self.plan.accumulation)
+            rows = self.plan.slice(seeded_generator("captions", self.order.seed, step), micro)
+            draws = uniform((self.plan.micro_batch_size,), rows).tolist()
         try:
-            return *self.latents.read(self.order(positions), faults), faults
+            raw, condition, *features = self.latents.read(self.order(positions), faults, draws)
+            if (worker := get_worker_info()) is not None:
+                parts = (raw, *save(condition).values(), *features)
+                wait_for_room(worker.num_workers * sum(part.nbytes for part in parts))
+            return raw, condition, *features, faults
         except UserError as error:
             return error  # raised in a worker, it would arrive with its traceback in its message
+
+
+def wait_for_room(needed: int) -> None:
+    """Returns when so many bytes of shared memory are free: torch loses a batch that finds none, and waits for ever.
+
+    Raises UserError where there is less altogether, or none in ROOM_S.
+    """
+    until = time.monotonic() + ROOM_S
+    while os.path.isdir(SHARED) and (room := shutil.disk_usage(SHARED)).free < needed:
+        if room.total < needed or time.monotonic() > until:
+            found = f"{SHARED} has {room.free / 1e6:.3g} of {room.total / 1e6:.3g} MB free"
+            raise UserError(
+                f"{found}, and batches of the loader processes take {needed / 1e6:.3g} MB; needed: data.num_workers=0, "
+                "or more (docker run --shm-size=1g)"
+            )
+        time.sleep(0.1)
 
 
 class Loader(DataLoader):

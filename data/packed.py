@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +29,12 @@ IDX_NAME = re.compile(r"(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-u
 SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 
 
-def open_pictures(path: Path, split: str | None = None) -> Tree:
+def open_pictures(path: Path, split: str | None = None, beside: str = LABEL) -> Tree:
     """The files of a folder, a zip or a tar; of a folder without pictures, those in its parquet, tar or IDX files.
 
-    split: train, val or test, as the names of packed files say; None = the only one. Raises UserError where there is
-    no such split, or more than one and None is given, for damaged files, and as open_tree.
+    split: train, val or test, as the names of packed files say; None = the only one. beside: LABEL or CAPTIONS, what
+    pictures in a folder's tars have beside them. Raises UserError where there is no such split, or more than one and
+    None is given, for damaged files, and as open_tree.
     """
     if not path.is_dir():
         if path.suffix == ".parquet" and path.is_file():
@@ -43,7 +44,7 @@ def open_pictures(path: Path, split: str | None = None) -> Tree:
             return _open_idx(_choose(path, find_idx(path), split))
     tree = open_tree(path)
     if path.is_dir() and not any(map(is_picture, tree.names)):
-        for suffix, opener in ((".parquet", _open_parquet), (".tar", _open_labelled_tars)):
+        for suffix, opener in ((".parquet", _open_parquet), (".tar", partial(_open_tars, beside=beside))):
             groups = defaultdict(list)  # by the last word of a file's path that names a split
             for name in (name for name in tree.names if name.endswith(suffix) and not is_hidden(name)):
                 words = [word for word in re.findall("[a-z]+", name.lower()) if word in SPLITS]
@@ -66,11 +67,12 @@ def _choose(path: Path, groups: dict, split: str | None):
     return groups[split]
 
 
-def _open_labelled_tars(folder: Path, names: list[str]) -> Tree:
+def _open_tars(folder: Path, names: list[str], beside: str) -> Tree:
     tree = open_tars({f"{name}/": folder / name for name in names})
-    labelled = {name.partition(".tar/")[0] + ".tar" for name in tree.names if split_name(name)[1] == LABEL}
-    if bare := [name for name in names if name not in labelled]:
-        raise UserError(f"{folder / bare[0]} has no labels; needed: <key>.cls beside each picture, as in WebDataset")
+    told = {name.partition(".tar/")[0] + ".tar" for name in tree.names if split_name(name)[1] == beside}
+    if bare := [name for name in names if name not in told]:
+        what = f"{'labels' if beside == LABEL else 'captions'}; needed: <key>.{beside}"
+        raise UserError(f"{folder / bare[0]} has no {what} beside each picture, as in WebDataset")
     return tree
 
 

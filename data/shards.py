@@ -9,7 +9,10 @@ condition             "class", "text" or "none": what samples hold beside latent
 num_classes           labels are 0..num_classes-1; null without labels
 classes               their names, where they are known
 text_width, _dtype    texts are (tokens, text_width) of text_dtype; null without texts, as is the next
-text_length           tokens of the longest text
+text_length           tokens of the longest text; of those that an encoder has made, what it pads to
+text_count            the most texts of a sample; null = 1
+text_encoder, _sha256 what made the texts (texts.py), and the hash of its weights; null if unknown
+text_stats            the hash of texts.safetensors, what texts are normalised by; null = they stay as they are
 feature_shape         (N, D_t) of a teacher's features beside each latent, row by row, in float16; null without them
 teacher               which network they are of
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
@@ -26,23 +29,48 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
+from safetensors.torch import save
 
-from conditions import KINDS
-from data.archives import ARRAY, FEATURES, LABEL, TEXT
+from conditions import KINDS, TextStats, load_stats
+from data.archives import ARRAY, CAPTIONS, FEATURES, LABEL, TEXT
 from data.encoding import LatentEncoding
 from data.index import Layout, build_index, find_layout, load_index, save_index
-from data.latents import Latents, channel_stats, warn
+from data.latents import Latents, channel_stats, text_stats, warn
 from system import UserError
 from system.files import atomic_file, check_name, read_json, sha256_of, write_text_atomic
 from system.settings import Count, Kind, PerChannel, parse_known
+from system.tensors import read_safetensors
 
 SPLITS = ("train", "val")
-FILE_NAME = "meta.json"
+FILE_NAME, STATS_NAME = "meta.json", "texts.safetensors"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
-IMPLIED = {"condition": "class"} | dict.fromkeys("text_width text_dtype text_length feature_shape".split())  # if absent
+# Where they are absent:
+IMPLIED = {"condition": "class"} | dict.fromkeys(
+    "text_width text_dtype text_length text_count text_encoder text_sha256 text_stats feature_shape".split()
+)
+
+
+class Captions(NamedTuple):
+    """The texts of a sample: as they read, and their states (T_i, D), float16 or float32, not padded."""
+
+    captions: Sequence[str]
+    states: Sequence[np.ndarray]
+
+
+class TextSource(NamedTuple):
+    """What made the texts of a set: an encoder (texts.py), its hash and the length that it pads to, where known.
+
+    null: (T, D), the states of the empty caption.
+    """
+
+    null: np.ndarray
+    encoder: str | None = None
+    sha256: str | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,9 @@ class Meta(Layout):
     std: tuple[float, ...] | None
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None = None
+    text_encoder: str | None = None
+    text_sha256: str | None = None
+    text_stats: str | None = None
     teacher: str | None = None
 
 
@@ -99,7 +130,13 @@ def open_latents(
     _check_condition(folder, index.layout.condition, condition)
     if features and index.layout.feature_shape is None:
         raise UserError(f"{folder} holds no features of a teacher; needed: latents with them, see docs/data.md")
-    return Latents(folder, manifest, index, encoding, on_error, condition, features)
+    latents = Latents(folder, manifest, index, encoding, on_error, condition, features)
+    if condition == "text" and (recorded := manifest.get("text_stats")):
+        path = folder / STATS_NAME
+        if not path.is_file() or sha256_of(path) != recorded:
+            raise UserError(f"{path} is missing or has changed: its sha256 is not the one in {FILE_NAME}")
+        latents.set_stats(load_stats(read_safetensors(path)[0]))
+    return latents
 
 
 def _check_condition(folder: Path, held: str, wanted: str) -> None:
@@ -175,8 +212,8 @@ def shard_name(split: str, number: int) -> str:
 def write_shard(path: Path, samples: Iterable[tuple]) -> None:
     """A tar of (key, array, condition) samples: written whole or not at all, and to the same bytes every time.
 
-    condition: a label; a text's embedding (T_i, D), float16 or float32, not padded; or None. A fourth: a teacher's
-    features (N, D_t), float16.
+    condition: a label; a text's states (T_i, D), float16 or float32, not padded; several with their captions; or None.
+    A fourth: a teacher's features (N, D_t), float16.
     """
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
@@ -185,16 +222,21 @@ def write_shard(path: Path, samples: Iterable[tuple]) -> None:
             for part in features:  # first, so that one sample's beginning tells a set with features
                 _add(tar, f"{key}.{FEATURES}", part)
             _add(tar, f"{key}.{ARRAY}", array)
-            if condition is not None:
+            if isinstance(condition, Captions):
+                for i, states in enumerate(condition.states):
+                    _add(tar, f"{key}.{f'text.{i}.npy' if i else TEXT}", states)
+                if condition.captions:
+                    _add(tar, f"{key}.{CAPTIONS}", "\n".join(condition.captions) + "\n")
+            elif condition is not None:
                 _add(tar, f"{key}.{TEXT if isinstance(condition, np.ndarray) else LABEL}", condition)
 
 
-def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int) -> None:
+def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int | str) -> None:
     contents = BytesIO()
     if isinstance(part, np.ndarray):
         np.save(contents, np.ascontiguousarray(part), allow_pickle=False)
     else:
-        contents.write(b"%d" % part)
+        contents.write(str(part).encode())
     info = tarfile.TarInfo(name)  # mode 644, owner 0, time 0: nothing of this machine
     info.size = contents.tell()
     contents.seek(0)
@@ -218,14 +260,16 @@ def reserve(folder: Path, recipe: dict) -> None:
 
 def finalize(
     folder: Path, encoding: LatentEncoding, *, codec: dict | None = None, codec_sha256: str | None = None,
-    flip: str = "none", num_classes: int | Sequence[str] | None = None, condition: str | None = None,
+    flip: str = "none", num_classes: int | Sequence[str] | None = None, condition: str | TextSource | None = None,
 ) -> dict:  # fmt: skip
     """Reads back the shards in a folder, writes meta.json and the index of each split; returns the manifest.
 
     If there is a meta.json already, the shards are checked against it instead, and the other arguments have no effect.
     num_classes: or the classes' names; None = largest label + 1. condition: None = what the first shard holds: labels,
-    or else texts, or none. Raises UserError for damaged or missing shards.
+    or else texts, or none; or what made the texts, which are then normalised. Raises UserError for damaged or missing
+    shards.
     """
+    source, condition = (condition, "text") if isinstance(condition, TextSource) else (None, condition)
     names = None if isinstance(num_classes, int) else num_classes
     num_classes = len(names) if names else num_classes
     if existing := read_manifest(folder):
@@ -249,12 +293,20 @@ def finalize(
     elif num_classes is not None:
         raise UserError(f"{folder} holds {KINDS[manifest['condition']]}; needed: num_classes=null, not {num_classes}")
     if manifest["condition"] == "text":
-        manifest["text_length"] = max(int(part["length"].max()) for part in entries)
+        longest = max(int(part["length"].max()) for part in entries)
+        manifest["text_length"] = source.length if source and source.length else longest
     manifest |= {"classes": list(names)} if names else {}
     manifest |= asdict(encoding) | {"codec": codec, "codec_sha256": codec_sha256, "flip": flip}
     manifest["counts"] = {split: len(index.entries) for split, index in indices.items()}
     latents = Latents(folder, manifest, next(iter(indices.values())), encoding, "stop", "none")
     manifest["mean"], manifest["std"] = channel_stats(latents)
+    if source is not None:
+        manifest |= {"text_encoder": source.encoder, "text_sha256": source.sha256}
+        texts = Latents(folder, manifest, next(iter(indices.values())), encoding, "stop", "text")
+        stats = TextStats(*text_stats(texts), torch.tensor(source.null))
+        with atomic_file(folder / STATS_NAME) as file:
+            file.write(save(stats._asdict()))
+        manifest["text_stats"] = sha256_of(folder / STATS_NAME)
     for split, index in indices.items():
         save_index(folder, split, index, manifest)
     write_manifest(folder, manifest)

@@ -4,9 +4,11 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 import conditions
 from checkpoints.config import Scoring
@@ -14,6 +16,7 @@ from checkpoints.generate import count_calls, generate, load_weak
 from checkpoints.load import Run
 from checkpoints.naming import settings_name
 from conditions import Condition
+from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
 from evaluation.score import (
@@ -32,7 +35,7 @@ from system.processes import start_processes
 # Left out of folders' names: what changes no score, and what `score_name` adds in its own way.
 UNNAMED = (
     "ckpt", "images", "out", "batch_size", "digits", "fashion", "every", "extractor", "extractor_weights",
-    "extractor_sha256", "ref", "metrics", "precision", "compile",
+    "extractor_sha256", "ref", "metrics", "precision", "compile", "clip", "clip_sha256",
 )  # fmt: skip
 
 
@@ -59,19 +62,30 @@ cached_shipped_reference = functools.cache(shipped_reference)
 
 
 def evaluate(
-    run: Run, settings: Scoring, extractor: Extractor, reference: Reference, parts: Path | None = None
-) -> dict:
+    run: Run, settings: Scoring, extractor: Extractor, reference: Reference, parts: Path | None = None,
+    clip: Clip | None = None,
+) -> dict:  # fmt: skip
     """Generates images with a run and scores them -> metrics.json; an empty dict on every process but the first.
 
-    parts: a folder for the features of each finished batch, from which an interrupted call continues.
+    parts: a folder for the features of each finished batch, from which an interrupted call continues. clip: what scores
+    how images fit their captions, those of the run's pool.
     """
     started, n = time.time(), len(settings.all_seeds)
-    condition = conditions.choose(settings.labels, settings.all_seeds, run.pool)
+    condition, captions = conditions.choose(settings.labels, settings.all_seeds, run.pool), None
+    if clip is not None:
+        rows = conditions.choose(settings.labels, settings.all_seeds, torch.arange(len(run.captions)))
+        captions = [run.captions[i] for i in rows.tolist()]
     about, rows = describe_run(run, settings), shard_range(n)
+    about |= {} if clip is None else {"clip": clip.name, "clip_sha256": clip.sha256}
     if parts is not None:
         asked = json.dumps([about, str(settings.seeds), extractor.name, extractor.sha256], sort_keys=True)
         parts = parts / hashlib.sha256(asked.encode()).hexdigest()[:16]
-    batches = with_progress(generate_features(run, settings, condition, rows, extractor, parts), len(rows))
+
+    def features_of(images: torch.Tensor, rows: range) -> Features:
+        found = extractor(images)
+        return found if clip is None else found._replace(clip=clip(images, [captions[i] for i in rows]))
+
+    batches = with_progress(generate_features(run, settings, condition, rows, features_of, parts), len(rows))
     labels = conditions.labels_of(condition)
     scores = score(batches, n, extractor, reference, labels=labels, metrics=settings.metrics)
     seconds = time.time() - started
@@ -87,9 +101,9 @@ def evaluate(
 
 
 def generate_features(
-    run: Run, settings: Scoring, condition: Condition, rows: range, extractor: Extractor, parts: Path | None
+    run: Run, settings: Scoring, condition: Condition, rows: range, features_of: Callable, parts: Path | None
 ) -> Iterator[Features]:
-    """Features of the images `rows`, batch by batch; those in the folder `parts` are read back."""
+    """features_of(images, rows) of the images `rows`, batch by batch; those in the folder `parts` are read back."""
     seeds, size = settings.all_seeds, settings.batch_size
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     files = [parts and parts / f"{batch.start:07d}-{batch.stop:07d}.safetensors" for batch in batches]
@@ -97,8 +111,8 @@ def generate_features(
     chosen = [i for batch, made in zip(batches, there) if not made for i in batch]
     some = conditions.rows(condition, chosen)
     images = generate(run, settings, [seeds[i] for i in chosen], some, size, steps=settings.steps)
-    for file, made in zip(files, there):
-        features = read_part(file, extractor.device) if made else extractor(next(images))
+    for batch, file, made in zip(batches, files, there):
+        features = read_part(file, run.device) if made else features_of(next(images), batch)
         if file and not made:
             write_part(file, features)
         yield features
@@ -119,7 +133,12 @@ def describe_run(run: Run, settings: Scoring) -> dict:
         "checkpoint_sha256": run.sha256 if run.checkpoint else None,
         "weak_sha256": weak.sha256 if weak is not run else None,
         "codec": run.settings.data.codec, "rounding": "nearest",
+        **({"prompts": len(run.captions), "prompts_sha256": digest(run.captions)} if run.captions else {}),
     }  # fmt: skip
+
+
+def digest(captions: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(captions).encode()).hexdigest()
 
 
 def score_name(settings: Scoring, extractor: Extractor, n: int, precision: str = "fp32", compile: str = "off") -> str:

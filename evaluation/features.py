@@ -38,6 +38,7 @@ class Features(NamedTuple):
     pool: torch.Tensor  # (B, D)
     logits: torch.Tensor | None = None  # (B, K): classes, or Inception's logits without bias
     spatial: torch.Tensor | None = None  # (B, 2023): sFID
+    clip: torch.Tensor | None = None  # (B,): CLIP scores, which evaluate.py adds
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, as a key of caches

@@ -42,6 +42,7 @@ class Measured(NamedTuple):
     spatial: FeatureStats | None
     logits: torch.Tensor | None  # (N, K)
     pool: torch.Tensor | None  # (M, D), of the images selected by `keep`
+    clip: torch.Tensor | None  # (N,), where the batches have it
 
 
 def shard_range(n: int) -> range:
@@ -63,7 +64,7 @@ def measure(
     on = extractor.device if extractor.device.type == "cuda" else "cpu"  # Apple's GPUs lack float64
     stats = FeatureStats(extractor.num_features, on)
     spatial_stats = FeatureStats(extractor.num_spatial, on) if spatial else None
-    all_logits, kept, seen = [], [], 0
+    all_logits, kept, clips, seen = [], [], [], 0
     with together():  # one that failed alone would leave the others waiting in the sums
         for features in batches:
             stats.update(features.pool)
@@ -73,8 +74,10 @@ def measure(
                 all_logits.append(features.logits)
             if keep is not None:
                 kept.append(features.pool[keep[seen : seen + len(features.pool)].to(features.pool.device)])
+            if features.clip is not None:
+                clips.append(features.clip)
             seen += len(features.pool)
-        own = [torch.cat(parts) if parts else None for parts in (all_logits, kept)]
+        own = [torch.cat(parts) if parts else None for parts in (all_logits, kept, clips)]
     for sums in (stats, spatial_stats)[: 1 + spatial]:
         sums.all_reduce()
     return Measured(stats, spatial_stats, *(None if rows is None else gather_rows(rows) for rows in own))
@@ -100,7 +103,7 @@ def score(
             raise UserError(f"{fewest} images are too few for metric {name}; needed: {least}, or metrics= without it")
     if not start_processes().is_main_process:
         return {}
-    stats, spatial, logits, pool = measured
+    stats, spatial, logits, pool, clip = measured
     assert stats.count == n, f"{stats.count} images instead of {n}"
     if n <= extractor.num_features:
         few = f"{n} images are too few for {extractor.num_features} features: distances are overestimated"
@@ -119,6 +122,8 @@ def score(
         scores["precision"], scores["recall"] = precision_recall(generated, real)
     if "kid" in metrics:
         scores["kid"], scores["kid_std"] = kernel_distance(generated, real)
+    if clip is not None:
+        scores["clip_score"] = clip.double().mean().item()
     if with_classes:
         scores["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     return scores

@@ -9,7 +9,18 @@ from system.files import atomic_file, own
 
 SETTINGS = ("run", "step", "weights", "ema_width", "guidance", "images", "n")
 AXES = {"step": ("training step", "scores.png"), "ema_width": ("relative width of the average", "widths.png")}
-SCORES = ("fid", "fd_", "sfid", "sfd_", "inception_score", "precision", "recall", "kid", "class_accuracy")  # prefixes
+SCORES = (
+    "fid",
+    "fd_",
+    "sfid",
+    "sfd_",
+    "inception_score",
+    "precision",
+    "recall",
+    "kid",
+    "clip_score",
+    "class_accuracy",
+)  # prefixes
 COSTS = ("network_calls", "gmacs_per_image", "images_per_s")
 
 

@@ -60,6 +60,7 @@ from scripts.plot import canvas, markdown
 from system import UserError, cli
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
+from system.precision import peak_tflops
 from system.processes import start_processes
 from system.settings import parse
 from train import train_step
@@ -71,7 +72,6 @@ ROUNDS, STEPS = 7, 3  # each round times STEPS steps of each kind
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 # Operators that return a value to the host, which on a GPU waits for all queued work.
 ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount")
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
 BASE = ["data=imagenet256", "model=tread", "model.size=DiT-B/2"]  # of guidance and growth
 TOKENS = [64, 256, 1024, 4096]
 
@@ -98,7 +98,7 @@ VARIED |= {f"tokens of {mixer}": (TOKENS, partial(tokens_of, mixer)) for mixer i
 
 
 class PlainAttention(dit.Attention):
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: None) -> torch.Tensor:
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -122,7 +122,7 @@ class PlainDiT(dit.DiT):
                 shuffled = uniform((B, N), routing.generators, device=x.device).argsort(dim=1, descending=True)
                 keep = shuffled[:, : N - int(N * starts[i].selection_ratio), None].expand(-1, -1, D)  # (B, K, D)
                 full, x = x.clone(), x.gather(1, keep)
-            x = block(x, c)
+            x = block(x, c, None)
             if i in ends:
                 x = full.scatter(1, keep, x)
         return dit.unpatchify(self.final_layer(x, c), self.patch_size, self.grid)
@@ -354,14 +354,12 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
         median = statistics.median(seconds[kind])
         row |= {"gmacs": gmacs[kind[1]], "step_s": median, "img_per_s": plan.global_batch_size / median}
         row["product_share"] = row.pop("product_s") / median
-        row["tflops"] = 6e-3 * gmacs[kind[1]] * row["img_per_s"]
+        row["tflops"] = cost.training_flops(gmacs[kind[1]], row["img_per_s"]) / 1e3
     ours = {way: report["ours", way] for way in ways}
     predicted, realised = gmacs["dense"] / gmacs["routed"], ours["dense"]["step_s"] / ours["routed"]["step_s"]
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if on_gpu else on_cpu
-    peak = next(
-        (peak for known, peak in PEAK_TFLOPS.items() if known in name and settings.train.precision == "bf16"), None
-    )
+    peak = peak_tflops(next(model.parameters()).device, settings.train.precision)
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "model": f"{type(model).__name__} {model.name}", "parameters": parameters,

@@ -5,12 +5,14 @@
     python scripts/encode_latents.py images=hf:ILSVRC/imagenet-1k split=train out=... vae=... shard_size=32768
     accelerate launch --num_processes 8 scripts/encode_latents.py images=imagenet/train.zip out=... vae=... flip=both
 
+With text=<encoder> (data/texts.py), the captions in the .txt beside each picture become texts, in place of its class.
 The keys: configs/encode.yaml. Each process takes every n-th shard. A shard that exists in `out` is complete: after an
 interruption the same command resumes, to the same bytes as an undisturbed run. Process 0 writes meta.json last.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import shlex
 import sys
@@ -28,17 +30,20 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from autoencoder import VAECodec
+from data.archives import CAPTIONS, LABEL
 from data.convert import entries, plan_shards
 from data.encoding import LatentEncoding
 from data.images import Images, center_crop, decoded_ahead, open_images
 from data.latents import warn
-from data.shards import finalize, reserve, write_manifest, write_shard
+from data.shards import TextSource, finalize, reserve, write_manifest, write_shard
+from data.texts import Encoder, captioned, load_encoder
 from evaluation.features import load_teacher
 from randomness import seeded_generator
 from system import UserError, cli, hub
-from system.settings import Count, Positive, above, parse
+from system.settings import Count, Names, Positive, above, parse
+from system.tensors import weights_sha256
 
-UNRECORDED = ("out", "num_threads", "timeout_s")  # which change no byte
+UNRECORDED = ("out", "num_threads", "timeout_s", "text_length")  # which change no byte
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,11 @@ class Encoding:
     scale: Annotated[float, above(0)] = 0.18215
     size: Positive = 256
     kind: Literal["sample", "moments"] = "sample"
+    classes: Names | None = None
     flip: Literal["none", "both"] = "none"
     dtype: Literal["float16", "float32"] = "float16"
+    text: str | None = None
+    text_length: Positive = 77
     val: Count = 0
     shard_size: Positive = 4096
     batch_size: Positive = 32
@@ -67,32 +75,44 @@ def main(arguments: list[str]) -> None:
     # No process group: the work is split by rank, and its results meet as files.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     path = hub.local(cfg.images, "dataset")
-    images = open_images(path, cfg.split)
-    if rank == 0 and images.others:
-        counts = Counter(Path(name).suffix for name in images.others)
+    images = open_images(path, cfg.split, CAPTIONS if cfg.text else LABEL)
+    others = [name for name in images.others if not cfg.text or not name.endswith(f".{CAPTIONS}")]
+    if rank == 0 and others:
+        counts = Counter(Path(name).suffix for name in others)
         what = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in counts.most_common())
         warn(f"{cfg.images}: files that are not pictures are left out: {what}")
-    shards = plan_shards(len(images.labels), cfg.shard_size, cfg.val)
-    teacher = None if cfg.features is None else load_teacher(cfg.features, device())
+    if cfg.classes and (cfg.text or any(images.classes)):
+        found = "text=" if cfg.text else f"the folders of {cfg.images} name them"
+        raise UserError(f"classes=, and {found}; needed: one of the two")
+    if cfg.classes and max(images.labels) >= len(cfg.classes):
+        raise UserError(f"classes= has {len(cfg.classes)} names, and {cfg.images} a label {max(images.labels)}")
+    told = images.captions if cfg.text else images.labels
+    shards = plan_shards(len(told), cfg.shard_size, cfg.val)
+    encoder = load_encoder(cfg.text, length=cfg.text_length, device=device()) if cfg.text else None
+    teacher = load_teacher(cfg.features, device()) if cfg.features else None
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
+    held = json.dumps([images.names, told]).encode()  # a class folder renamed moves the labels of all
     recipe = {"images": os.path.realpath(path), "count": len(images), "vae": vae_sha256}
+    recipe["names_and_labels"] = hashlib.sha256(held).hexdigest()
+    recipe |= {"text_sha256": encoder and encoder.sha256, "text_length": encoder and encoder.length}
     recipe = {key: value for key, value in asdict(cfg).items() if key not in UNRECORDED} | recipe
     reserve(folder, recipe)
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
     with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
         for name, chosen in mine.items():
-            write_shard(folder / name, encode(codec, teacher, images, chosen, cfg, progress))
+            write_shard(folder / name, encode(codec, encoder, teacher, images, chosen, cfg, progress))
     if rank == 0:
         wait_for_shards(folder, list(shards), cfg.timeout_s)
-        finish(folder, images, cfg, vae_sha256)
+        finish(folder, images, cfg, vae_sha256, encoder and encoder.source)
 
 
 def encode(
-    codec: VAECodec, teacher: Callable | None, images: Images, chosen: np.ndarray, cfg: Encoding, progress: tqdm
-) -> Iterator[tuple]:
-    """(key, array (C or 2C, h, w), label) of each entry that the chosen pictures become, and the teacher's features.
+    codec: VAECodec, encoder: Encoder | None, teacher: Callable | None, images: Images, chosen: np.ndarray,
+    cfg: Encoding, progress: tqdm,
+) -> Iterator[tuple]:  # fmt: skip
+    """(key, array (C or 2C, h, w), label or captions) of each entry that the chosen pictures become; and features.
 
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     """
@@ -107,9 +127,10 @@ def encode(
             arrays |= zip(keys, latents(codec, side, keys, cfg))
             if teacher is not None:
                 features |= zip(keys, zip(teacher(side).half().cpu().numpy()))
+        told = images.labels if encoder is None else captioned(encoder, {i: images.captions[i] for i in batch.tolist()})
         for image in batch.tolist():
             for key, _ in entries(image, cfg.flip):
-                yield key, arrays[key], images.labels[image], *features[key]
+                yield key, arrays[key], told[image], *features[key]
         progress.update(len(batch))
 
 
@@ -143,28 +164,22 @@ def wait_for_shards(folder: Path, names: list[str], timeout_s: float) -> None:
         time.sleep(0.2)
 
 
-def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str) -> None:
+def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str, texts: TextSource | None) -> None:
     """Process 0, when all shards exist: meta.json, and what to do next."""
     moments, codec = cfg.kind == "moments", {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
     encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")
-    classes = images.classes if any(images.classes) else None
-    manifest = finalize(folder, encoding, codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes)
+    classes = cfg.classes or (images.classes if texts is None and any(images.classes) else None)
+    about = dict(codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes, condition=texts)
+    manifest = finalize(folder, encoding, **about)
     if cfg.features is not None:
         write_manifest(folder, manifest | {"teacher": cfg.features})
-    found = f"{folder}: {manifest['counts']}, {manifest['num_classes']} classes"
+    held = "with texts" if texts else f"{manifest['num_classes']} classes"
+    found = f"{folder}: {manifest['counts']}, {held}"
     print(f"{found}; look: python -m data inspect {shlex.quote(str(folder))}")
 
 
 def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def weights_sha256(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

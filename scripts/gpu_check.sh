@@ -1,5 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most ten minutes on one: bash scripts/gpu_check.sh [--small] [out=FILE.json]
+# What this code does on a GPU (tests/gpu_check.py): bash scripts/gpu_check.sh step|race|exact|several [--small] [out=FOLDER]
+# Where a python3 has torch, that one is used, with the wheels in .gpu/ (scripts/gpu_pack.sh): no pip, no package index.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
-python -m tests.gpu_check "$@"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=python3
+if [ -d .gpu ] && "$python" -c 'import torch' 2> /dev/null; then
+    for wheel in .gpu/*.whl; do
+        [ -e ".gpu/site/$(basename "$wheel")" ] && continue
+        "$python" -m zipfile -e "$wheel" .gpu/site && touch ".gpu/site/$(basename "$wheel")"
+    done
+    export PYTHONPATH="$PWD/.gpu/site${PYTHONPATH:+:$PYTHONPATH}"
+else
+    source scripts/venv.sh
+    python=python
+fi
+exec "$python" -m tests.gpu_check "$@"

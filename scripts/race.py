@@ -43,6 +43,7 @@ from checkpoints.curves import read_log
 from checkpoints.run_folder import complete_checkpoints, step_of
 from fid import Calc
 from scripts.plot import LINES, canvas, logarithmic, markdown
+from scripts.retrieval import Retrieval
 from system import UserError, cli
 from system.files import own, write_text_atomic
 from system.launchers import end_with_parent, usable_cpus
@@ -50,6 +51,7 @@ from system.settings import parse
 
 SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
 POLL_S = 0.5
+SCORERS = {"fid": (Calc, "fid.py", "calc"), "retrieval": (Retrieval, "scripts/retrieval.py")}
 LOG_EVERY = 10  # steps from one line of a run's log to the next
 
 
@@ -58,17 +60,19 @@ class Race:
     """A file of configs/race/: the rule of a race."""
 
     question: str
-    contestants: dict[str, list[str]]  # overrides of train.py and, after "score.", of fid.py; the first is the baseline
+    contestants: dict[str, list[str]]  # overrides of train.py and, after "score.", the scorer's; first the baseline
     common: list[str]  # of all contestants
     seeds: list[int]
-    score: list[str]  # overrides of `fid.py calc`
+    score: list[str]  # overrides of the scorer
     keep_every: int  # steps from one score to the next
     steps: int | None = None  # a run ends after so many,
     seconds: float | None = None  # or with the first log line at which it has computed for so long
+    scorer: str = "fid"  # or retrieval
     metric: str = "fd_mnist"  # of metrics.json; lower is better
+    accuracy: str = "class_accuracy"  # of metrics.json; higher is better
     cores: int = 1  # of each run
     save_every: int | None = None  # steps from one checkpoint to the next; None = keep_every
-    last: list[str] = dataclasses.field(default_factory=list)  # more overrides of `fid.py calc`, for the last step's
+    last: list[str] = dataclasses.field(default_factory=list)  # more overrides of the scorer, for the last step's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Command:
 
 def as_yaml(race: Race) -> str:
     rule = dataclasses.asdict(race)
-    return OmegaConf.to_yaml({key: value for key, value in rule.items() if value or key != "last"})
+    unsaid = {"last": [], "scorer": "fid", "accuracy": "class_accuracy"}  # as in records of before there was a choice
+    return OmegaConf.to_yaml({key: value for key, value in rule.items() if key not in unsaid or value != unsaid[key]})
 
 
 def run_names(race: Race) -> dict[str, tuple[str, int]]:
@@ -118,6 +123,8 @@ def load_race(name: str) -> Race:
         race = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Race), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {cli.one_line(error)}") from error
+    if race.scorer not in SCORERS:
+        raise UserError(f"{path}: scorer {race.scorer}; needed: {' or '.join(SCORERS)}")
     if (race.steps is None) == (race.seconds is None):
         raise UserError(f"{path}: needed: steps or seconds, one of the two")
     if race.save_every and race.keep_every % race.save_every:
@@ -150,7 +157,8 @@ def check(command: Command, race: Race) -> None:
         raise UserError(f"at_once={command.at_once} runs of {race.cores} cores; found {usable_cpus()} cores")
     for contestant in race.contestants:
         parse(Settings, cli.load_config("config", training_overrides(race, contestant)))
-        parse(Calc, cli.load_config("fid", ["ckpt=run", *scoring_overrides(race, contestant), *race.last]))
+        asked = ["ckpt=run", *scoring_overrides(race, contestant), *race.last]
+        parse(SCORERS[race.scorer][0], cli.load_config(race.scorer, asked))
 
 
 def run(command: Command, race: Race, folder: Path) -> None:
@@ -260,7 +268,8 @@ def score(race: Race, contestant: str, run_folder: Path, scores: Path) -> None:
     before = {step for step in saved if step % race.keep_every == 0} - {max(saved)}
     for part, steps, more in (("before", before, ()), ("last", {max(saved)}, race.last)):
         if left := [str(saved[step]) for step in sorted(steps - done)]:
-            command = [sys.executable, str(ROOT / "fid.py"), "calc", f"ckpt={','.join(left)}", f"out={scores / part}"]
+            _, script, *verb = SCORERS[race.scorer]
+            command = [sys.executable, str(ROOT / script), *verb, f"ckpt={','.join(left)}", f"out={scores / part}"]
             if code := start([*command, *scoring_overrides(race, contestant), *more], race.cores, run_folder).wait():
                 raise RuntimeError(f"the scores of {run_folder.name} ended with exit code {code}: {run_folder}.log")
 
@@ -363,7 +372,7 @@ def read_run(race: Race, folder: Path) -> Scored:
     scored = sorted({*kept, max(steps)})
     if [score["step"] for score in scores] != scored:
         raise UserError(f"{folder / 'scores.jsonl'} has steps {[s['step'] for s in scores]}; needed: {scored}")
-    columns = ([s[race.metric] for s in scores], [s["class_accuracy"] for s in scores])
+    columns = ([s[race.metric] for s in scores], [s[race.accuracy] for s in scores])
     return Scored(step_seconds(race, steps), scored, (*columns, [steps[step]["val/loss_dense"] for step in kept]))
 
 
@@ -373,8 +382,9 @@ def read_steps(run_folder: Path) -> dict[int, dict]:
 
 
 def step_seconds(race: Race, steps: dict[int, dict]) -> float:
-    """The median time of a step: CPU time, shared by the run's cores."""
-    return float(np.median([line["perf/cpu_s"] for line in steps.values()])) / race.cores
+    """The median time of a step: CPU time, shared by the run's cores; on a GPU, the time that has passed."""
+    costs = [line["perf/step_s"] if "perf/host_s" in line else line["perf/cpu_s"] / race.cores for line in steps.values()]
+    return float(np.median(costs))
 
 
 def values_at(runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
@@ -395,7 +405,8 @@ def statistics(
         own = common_seconds(read)
         moments.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
         moments.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
-    better = {race.metric: "less", "class accuracy": "greater", "validation loss (EMA, without routing)": "less"}
+    accuracy = race.accuracy.replace("_", " ")
+    better = {race.metric: "less", accuracy: "greater", "validation loss (EMA, without routing)": "less"}
     for column, (name, alternative) in enumerate(better.items()):
         head = ["", "n", "mean", "standard deviation", f"difference to {baseline}"]
         head.append(f"p ({alternative} than {baseline})")
@@ -413,7 +424,7 @@ def statistics(
     for at in range(race.keep_every, step + 1, race.keep_every):
         means = [values_at(those, step=at).mean(0) for those in runs.values()]
         rows.append([f"{at:,}", *(f"{mean[0]:.4g}, {mean[1]:.3f}" for mean in means)])
-    text += f"## {race.metric}, class accuracy by steps\n\n{markdown(['steps', *runs], rows)}\n"
+    text += f"## {race.metric}, {accuracy} by steps\n\n{markdown(['steps', *runs], rows)}\n"
     text += "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on "
     return text + "the straight line through them.\n"
 
@@ -430,13 +441,14 @@ def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float |
         head.append(f"steps in {seconds:,.0f} s")
         moments.insert(0, ("then", {"seconds": seconds}))
     for title, _ in moments:
-        head += [f"{race.metric} {title}", "class accuracy then"]
+        head += [f"{race.metric} {title}", f"{race.accuracy.replace('_', ' ')} then"]
     for contestant, those in runs.items():
         pace = those[0].step_seconds
         rows.append([contestant, f"{pace:.3f}", *([] if seconds is None else [f"{seconds / pace:,.0f}"])])
         for _, at in moments:
             score, accuracy, _ = values_at(those, **at).T
-            rows[-1] += [f"{score.mean():.1f} ± {spread(score):.1f}", f"{accuracy.mean():.3f} ± {spread(accuracy):.3f}"]
+            columns = (score, 1 if race.scorer == "fid" else 3), (accuracy, 3)
+            rows[-1] += [f"{values.mean():.{digits}f} ± {spread(values):.{digits}f}" for values, digits in columns]
     return markdown(head, rows)
 
 

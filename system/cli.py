@@ -35,7 +35,7 @@ USER_ERRORS = (UserError, OSError, HydraException, OmegaConfBaseException)
 # Keys, by their last part, whose values are paths or names: taken as they are, whatever characters they hold.
 LITERAL = {
     "ckpt", "weak_ckpt", "init_from", "resume", "images", "from", "ref", "out", "path", "results_dir", "run_name",
-    "digits", "fashion", "source", "vae", "extractor_weights",
+    "digits", "fashion", "source", "vae", "extractor_weights", "prompts", "text_encoder", "clip",
 }  # fmt: skip
 
 
@@ -82,6 +82,8 @@ def swept_keys(argv: Sequence[str]) -> set[str]:
 
 def _literal_path(override: str, sweep: bool) -> str:
     key, _, value = override.partition("=")
+    if key.lstrip("+") == "prompt" and value not in ("", "null"):  # words, whatever they hold
+        return f"{key}=" + _quoted(value.replace("${", r"\${"))
     if key.lstrip("+").rpartition(".")[2] not in LITERAL or value in ("", "null", "???") or value[0] in "'\"":
         return override
     value = re.sub(r"(^|(?<=,))(\w+:)?~(?=/|$)", lambda found: (found[2] or "") + os.path.expanduser("~"), value)

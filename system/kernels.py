@@ -22,17 +22,22 @@ def as_on_gpus(on: bool = True) -> Iterator[None]:
         plain_on.update(before)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v: (B, H, K, d) each -> (B, H, K, d)."""
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v: q (B, H, K, d), k and v (B, H, L, d) -> (B, H, K, d).
+
+    mask: (B, L) bool, True for keys that count: one of them at least in each row; None = all.
+    """
+    mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
     if q.device.type in plain_on:
         # On CPUs, flash attention's backward pass is slow at DiT's lengths; the plain form is faster, and compiles.
-        scores = Scores.apply((q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1))  # (B H, K, K)
-        return scores.unflatten(0, q.shape[:2]).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = Scores.apply((q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1))  # (B H, K, L)
+        scores = scores.unflatten(0, q.shape[:2])
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Scores(torch.autograd.Function):
-    """q @ k^T: (P, K, d), (P, K, d) -> (P, K, K) for P pairs of a sample and a head.
+    """q @ k^T: (P, K, d), (P, L, d) -> (P, K, L) for P pairs of a sample and a head.
 
     Autograd would make the gradient of k^T and transpose it. What torch.compile makes of that is wrong in bf16 where K
     is no multiple of 32 (seen with torch 2.14 and GCC 12 on a Xeon with AMX).

@@ -13,6 +13,15 @@ from system.launchers import launcher_arguments
 from system.processes import from_first, is_main
 
 
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
+
+
+def peak_tflops(device: torch.device, precision: str) -> float | None:
+    """What a GPU's data sheet says of its bf16 products; None = not known, or the precision is another."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
 def decide_precision(wanted: str, device: torch.device) -> str:
     """bf16 or fp32, the same on all processes, all of which must call this.
 

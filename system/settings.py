@@ -56,6 +56,7 @@ def between(low: float, high: float) -> Check:
 Count = Annotated[int, at_least(0)]  # 0 = never, or none
 Positive = Annotated[int, at_least(1)]
 Kind = Literal["sample_scaled", "sample_raw", "moments_logvar", "mean_std"]  # of latents, see data/encoding.py
+Names = Annotated[tuple[str, ...], Check("none of them twice", lambda names: 0 < len(names) == len(set(names)))]
 PerChannel = float | tuple[float, ...]  # a number, or one per channel; meta.json has lists
 
 

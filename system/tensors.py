@@ -1,6 +1,7 @@
 """Files of tensors from elsewhere, .safetensors and .pt: read without running code, and refused in one line."""
 
 import argparse
+import hashlib
 import math
 import re
 import zipfile
@@ -70,3 +71,12 @@ def check_numbers(tensors: Tensors, source: object, held: float = math.inf) -> N
             raise UserError(f"{source}: its tensors have more bytes than the file, as {key}: numbers stand for several")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{source}: {key} has numbers that are not finite")
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Of a module's names and numbers, whatever files they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

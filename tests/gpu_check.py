@@ -1,10 +1,13 @@
-"""What this code does on a GPU, in at most ten minutes: `bash scripts/gpu_check.sh [--small] [out=FILE.json]`.
+"""What this code does on a GPU, in four runs of at most seven minutes: `bash scripts/gpu_check.sh NAME`.
 
-The tests marked gpu, then the training step of four sizes, dense and routed (scripts/bench.py), with its memory beside
-the prediction of cost.py, then reading data, sampling and scoring. It ends with a table for docs/performance.md, and
-writes all figures to a JSON file. It trains on noise in a temporary folder and changes no run.
+    step      the training step of four sizes, dense and routed (scripts/bench.py): speed, MFU, measured / predicted,
+              memory beside the prediction of cost.py; then reading data, sampling and scoring
+    race      dense, tread and sprint on Fashion-MNIST at 196 tokens, three seeds (configs/race/gpu.yaml)
+    exact     the tests marked gpu: exact resume, no waits, sampling and gradients beside the CPU's
+    several   the tests of several processes, by NCCL; needs two GPUs
 
---small: the same program on tiny networks, on a CPU too, in less than two minutes.
+out=FOLDER (runs/gpu_check) gets each figure as it is found, so that a run that is cut off leaves what it had. --small:
+the same program on tiny networks, on a CPU too.
 """
 
 import json
@@ -35,7 +38,7 @@ from system.processes import start_processes
 from training.prepare import batch_plan
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = 540  # seconds; what would begin later is left out, and the end says so
+BUDGET = 400  # seconds; what would begin later is left out, and the end says so
 SIZES = {"DiT-S/2": 256, "DiT-B/2": 256, "DiT-L/2": 128, "DiT-XL/2": 128}  # micro-batches that fit in 40 GB
 SMALL = ["model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.compile=off", "data.num_workers=0"]
 SMALL += ["data.input_size=8", "data.num_classes=10", "train.precision=fp32", "train.global_batch_size=4"]
@@ -44,13 +47,15 @@ COLUMNS = ("model", "batch", "dense img/s", "routed img/s", "dense MFU", "routed
            "dense GB", "routed GB", "predicted GB", "waits")  # fmt: skip
 
 
-def run_tests() -> str:
-    """The last line of the tests marked gpu, or how many are skipped without one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=BUDGET)
-    if done.returncode not in (0, 5):
-        print(done.stdout)
-    return done.stdout.strip().splitlines()[-1]
+def run_tests(out: Path, name: str, *what: str) -> None:
+    """pytest, whose output also goes to <name>.txt, line by line. Raises UserError where a test fails."""
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *what]
+    with open(out / f"{name}.txt", "w") as file, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as tests:
+        for line in tests.stdout:
+            print(line := line.decode(errors="replace"), end="", flush=True)
+            print(line, end="", flush=True, file=file)
+    if tests.returncode not in (0, 5):  # 5: all were left out
+        raise UserError(f"tests failed: {out / name}.txt")
 
 
 def config_of(size: str, batch: int, small: bool) -> Settings:
@@ -111,44 +116,76 @@ def table(rows: list[dict]) -> str:
     return markdown(COLUMNS, [[text(row[name]) for name in COLUMNS] for row in rows])
 
 
-def main(arguments: list[str]) -> None:
-    options = dict(argument.partition("=")[::2] for argument in arguments)
-    if unknown := options.keys() - {"--small", "out"}:
-        raise UserError(f"unknown argument {min(unknown)}; needed: --small, out=FILE.json")
-    small, out = "--small" in options, Path(options.get("out", "runs/gpu_check.json"))
-    if not (small or torch.cuda.is_available()):
-        raise UserError("no GPU; needed: one that CUDA finds, or --small")
+def check_step(out: Path, small: bool) -> None:
+    """step.json, anew after each row, and at the end step.md."""
     started, device = time.monotonic(), start_processes().device
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    rows, left_out, tests = [], [], run_tests()
-    print(f"tests      {tests}", flush=True)
+    found = {"device": name, "torch": torch.__version__, "goals": GOALS, "rows": [], "left_out": []}
+
+    def keep(**more) -> None:
+        found.update(more, seconds=time.monotonic() - started)
+        write_text_atomic(out / "step.json", json.dumps(found, indent=2) + "\n")
+
     for size, batch in SIZES.items():
         if time.monotonic() - started > BUDGET * 0.75:
-            left_out.append(size)
+            found["left_out"].append(size)
             continue
         settings = config_of(size, batch, small)
         try:
             report = bench.bench(settings, compare=False, rounds=1 if small else bench.ROUNDS)
         except torch.OutOfMemoryError:
-            left_out.append(f"{size} (out of memory at {batch})")
+            found["left_out"].append(f"{size} (out of memory at {batch})")
             continue
-        rows.append(row_of(size, report, settings))
+        found["rows"].append(row_of(size, report, settings))
+        keep()
         print(f"bench      {size}: {report['measured_over_predicted']:.3f} measured / predicted", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     settings = config_of("DiT-B/2", 256, small)
-    found = {
-        "device": name, "torch": torch.__version__, "goals": GOALS, "tests": tests, "rows": rows, "left_out": left_out,
-        "loader_samples_per_s": loader_rate(settings),
-        "sampling_images_per_s": sampling_rates(settings, 4 if small else 256),
-        "scoring_images_per_s": scoring_rate(16 if small else 5000), "seconds": time.monotonic() - started,
-    }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out, json.dumps(found, indent=2) + "\n")
-    print(f"\n{name}, torch {torch.__version__}\n\n{table(rows)}")
+    keep(loader_samples_per_s=loader_rate(settings))
+    keep(sampling_images_per_s=sampling_rates(settings, 4 if small else 256))
+    keep(scoring_images_per_s=scoring_rate(16 if small else 5000))
     sampling = ", ".join(f"{rate:.4g} {precision}" for precision, rate in found["sampling_images_per_s"].items())
-    print(f"Loader: {found['loader_samples_per_s']:.4g} samples/s. Sampling B/2, 10 guided steps: {sampling} images/s.")
-    print(f"Left out: {', '.join(left_out) or 'nothing'}. {found['seconds']:.0f} s. {out}")
+    said = f"{name}, torch {torch.__version__}\n\n{table(found['rows'])}\nLoader: {found['loader_samples_per_s']:.4g} "
+    said += f"samples/s. Sampling B/2, 10 guided steps: {sampling} images/s.\n"
+    said += f"Left out: {', '.join(found['left_out']) or 'nothing'}. {found['seconds']:.0f} s.\n"
+    (out / "step.md").write_text(said)
+    print(f"\n{said}{out}/step.json", flush=True)
+
+
+def check_race(out: Path, small: bool) -> None:
+    """The race of a rule, its record below `out`; what is finished is not run again."""
+    keys = [f"name={'smoke' if small else 'gpu'}", f"records={out}", f"runs={out / 'runs'}", "at_once=1"]
+    done = subprocess.run([sys.executable, "scripts/race.py", "run", *keys], cwd=ROOT)
+    if done.returncode:
+        raise UserError(f"the race failed; its record: {out}")
+
+
+def check_exact(out: Path, small: bool) -> None:
+    run_tests(out, "exact", "-m", "gpu", "tests/test_gpu.py")
+
+
+def check_several(out: Path, small: bool) -> None:
+    if (found := torch.cuda.device_count()) < 2 and not small:
+        print(f"left out: {found} GPU found; needed: 2")
+        return
+    chosen = "two_processes or signal_to_one_process or drift_apart or another_number or bad_gradient"
+    run_tests(out, "several", "-k", chosen, "tests/test_processes.py")
+
+
+CHECKS = {"step": check_step, "race": check_race, "exact": check_exact, "several": check_several}
+
+
+def main(arguments: list[str]) -> None:
+    name, *others = arguments or [""]
+    options = dict(argument.partition("=")[::2] for argument in others)
+    if name not in CHECKS or options.keys() - {"--small", "out"}:
+        raise UserError(f"found: {' '.join(arguments)}; needed: {', '.join(CHECKS)}, then --small, out=FOLDER")
+    small, out = "--small" in options, Path(options.get("out", "runs/gpu_check")).absolute()
+    if not (small or torch.cuda.is_available()):
+        raise UserError("no GPU; needed: one that CUDA finds, or --small")
+    out.mkdir(parents=True, exist_ok=True)
+    CHECKS[name](out, small)
 
 
 if __name__ == "__main__":

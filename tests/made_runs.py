@@ -15,7 +15,7 @@ def made_settings(overrides):
     return parse(Settings, cli.load_config("config", overrides))
 
 
-def make_run(folder, overrides, steps=(1,), kept=None):
+def make_run(folder, overrides, steps=(1,), kept=None, stats=None):
     """A run folder with a checkpoint at each of `steps`, each of other weights; overrides as for train.py."""
     settings = made_settings([*overrides, f"run_name={folder.name}"])
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def make_run(folder, overrides, steps=(1,), kept=None):
             torch.nn.init.normal_(parameter, std=0.05)
         tensors = checkpoint_tensors({"model": net, "ema": net}, torch.optim.AdamW(net.parameters()))
         if kept is not None:
-            tensors[CONDITIONS_FILE] = conditions.save(kept)
+            tensors[CONDITIONS_FILE] = conditions.save(kept, stats)
         write_checkpoint(folder, step, tensors, {}, to_yaml(settings))
     return folder
 

@@ -139,7 +139,7 @@ def test_the_middle_heads_error_is_of_the_same_noise_on_the_tokens_it_has_seen(n
         plain = Loss(net, net, objective, 0)(x, y, rows(), routing)
 
         def middle(x_t, t, y):
-            tokens, c = net.embed(x_t, t, y)
+            _, c, *_ = net.embed(x_t, t, y)
             tokens, kept = net(x_t, t, y, routing=routing, hidden=[2])[1][2]
             patches = net.middle_layer(tokens, c)
             everywhere = torch.zeros(3, N, 16)

@@ -43,7 +43,7 @@ def batch():
 
 def by_hand(name, net, x, t, y, keep_ids=None):
     """(tokens, keep_ids) after each block, in loops over the network's own blocks."""
-    tokens, c = net.embed(x, t, y)
+    tokens, c, text = net.embed(x, t, y)
     everywhere, found, kept = net.positions(), [], None
     (route,) = net.routes
     first, last = route.start_layer_idx, route.end_layer_idx
@@ -54,7 +54,7 @@ def by_hand(name, net, x, t, y, keep_ids=None):
             tokens, *places = (gather_tokens(part, keep_ids) for part in (tokens, *everywhere))
         elif i == first:
             full = tokens
-        tokens = block(tokens, c, *places)
+        tokens = block(tokens, c, text, *places)
         found.append((tokens, kept))
         if i == last and name == "maskdit":
             tokens = net.decoder_layer(tokens, c)
@@ -68,7 +68,7 @@ def by_hand(name, net, x, t, y, keep_ids=None):
         elif i == last and kept is not None:
             tokens, places, kept = scatter_tokens(tokens, kept, full), everywhere, None
     for block in getattr(net, "decoder_blocks", ()):
-        tokens = block(tokens, c)
+        tokens = block(tokens, c, text)
         found.append((tokens, None))
     return found
 
@@ -162,7 +162,7 @@ KINDS["text"] = Text(torch.zeros(2, 1, 4), torch.ones(2, 1, dtype=torch.bool))
 @pytest.mark.parametrize("given", KINDS)
 @pytest.mark.parametrize("taken", KINDS)
 def test_a_condition_of_another_kind_than_the_networks_is_named(given, taken):
-    shape = SHAPE | dict(condition=taken, num_classes=3, text_width=4, learn_sigma=False)
+    shape = SHAPE | dict(condition=taken, num_classes=3, text_width=4, text_length=3, learn_sigma=False)
     null = DiT(**shape).null_condition
     refused = [lambda: conditions.check(KINDS[given], null), lambda: conditions.check_kind(given, null)]
     for check in refused if given != taken else ():
@@ -177,5 +177,5 @@ def test_a_config_of_another_kind_is_refused_before_anything_slow():
     with pytest.raises(UserError, match="data.condition=class, and the network takes no condition"):
         build_network(made_settings(["model=dit", "model.condition=none"]))
     with pytest.raises(UserError, match="data.condition=text, and the network takes class labels"):
-        text = ["data=folder", "data.condition=text", "data.text_width=4"]
+        text = ["data=folder", "data.condition=text", "data.text_width=4", "data.text_length=3"]
         build_network(made_settings(["model=dit", *text, "model.condition=class"]))

@@ -20,7 +20,7 @@ import data.latents
 import data.loader
 from data import BatchPlan, channel_stats, has_split, make_loader, open_latents, prepare, scale_warning
 from data.encoding import LatentEncoding
-from data.index import FIELDS, Index, Layout, save_index
+from data.index import Index, Layout, save_index
 from data.loader import RUN, WINDOW, Order
 from data.shards import finalize, read_manifest, shard_name, write_shard
 from randomness import BatchSlice, seeded_generator
@@ -309,9 +309,10 @@ def test_speed_and_memory(tmp_path):
     big, count = tmp_path / "big", 200_000
     big.mkdir()
     (big / "train-0.tar").touch()
-    entries = np.zeros(count, FIELDS["class"])
+    layout = Layout((4, 32, 32), "float16", "class")
+    entries = np.zeros(count, layout.fields)
     entries["offset"], entries["header"], entries["label"] = np.arange(count) * 9216, 128, np.arange(count) % 1000
-    index = Index(["train-0.tar"], np.array([count]), entries, Layout((4, 32, 32), "float16", "class"), [])
+    index = Index(["train-0.tar"], np.array([count]), entries, layout, [])
     save_index(big, "train", index, {})
     start = time.monotonic()
     latents = open_latents(big)

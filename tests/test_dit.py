@@ -54,7 +54,10 @@ def test_counts_are_the_published_ones(size):
 
 CONDITIONS = {
     "class": (dict(num_classes=7), torch.zeros(1, dtype=torch.int64)),
-    "text": (dict(condition="text", text_width=5), Text(torch.randn(1, 3, 5), torch.ones(1, 3, dtype=torch.bool))),
+    "text": (
+        dict(condition="text", text_width=5, text_length=3),
+        Text(torch.randn(1, 3, 5), torch.ones(1, 3, dtype=torch.bool)),
+    ),
     "none": (dict(condition="none"), None),
 }
 
@@ -142,7 +145,7 @@ def test_block_is_the_published_arithmetic():
     h = h @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]
     h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     expected = a + gate2 * (h @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"])
-    torch.testing.assert_close(block(x, c), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(block(x, c, None), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_patches_return_to_their_places():
@@ -224,7 +227,7 @@ def test_lightning_block_is_its_arithmetic():
     h = norm(a, w["norm2.weight"]) * (1 + scale2) + shift2
     one, two = (h @ w["mlp.w12.weight"].T + w["mlp.w12.bias"]).chunk(2, -1)
     expected = a + gate2 * ((F.silu(one) * two) @ w["mlp.w3.weight"].T + w["mlp.w3.bias"])
-    got = block(x, c, angles.cos()[None], angles.sin()[None])
+    got = block(x, c, None, angles.cos()[None], angles.sin()[None])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -239,12 +242,12 @@ def test_a_routed_token_keeps_its_own_angle():
 
     def run(tokens, kept_angles):
         every = angles.cos()[None], angles.sin()[None]
-        tokens = net.blocks[0](tokens, c, *every)
+        tokens = net.blocks[0](tokens, c, None, *every)
         kept = gather_tokens(tokens, keep_ids)
         for block in net.blocks[1:3]:
-            kept = block(kept, c, kept_angles.cos(), kept_angles.sin())
+            kept = block(kept, c, None, kept_angles.cos(), kept_angles.sin())
         full = torch.stack([rows.index_copy(0, ids, new) for rows, ids, new in zip(tokens, keep_ids, kept)])
-        return unpatchify(net.final_layer(net.blocks[3](full, c, *every), c), 2, (4, 4))
+        return unpatchify(net.final_layer(net.blocks[3](full, c, None, *every), c), 2, (4, 4))
 
     tokens = net.x_embedder(x) + net.pos_embed
     got = net(x, t, y, routing=Routing(generators=torch.Generator().manual_seed(5)))

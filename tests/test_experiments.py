@@ -42,12 +42,15 @@ OTHER_METHODS = {
     "MaskDiT": "experiment=maskdit",
     "MaskDiT, unmasked": "experiment=maskdit_finetune init_from=null",
 }
+COCO = {"DiT B/2 on texts": "experiment=coco256 model=dit", "DiT + TREAD B/2 on texts": "experiment=coco256"}
 SMALL = ["model.depth=6", "model.hidden_size=64", "model.num_heads=2", "train.global_batch_size=2"]
 
 
 @functools.cache
 def settings_of(row, *overrides):
-    return parse(Settings, cli.load_config("config", [*(ROWS | OTHER_METHODS).get(row, row).split(), *overrides]))
+    return parse(
+        Settings, cli.load_config("config", [*(ROWS | OTHER_METHODS | COCO).get(row, row).split(), *overrides])
+    )
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def network(row):
 MODELS = sorted(path.stem for path in (cli.CONFIG_DIR / "model").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [*ROWS, *COCO])
 def test_each_row_dry_runs(row, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "open_data", None)  # no data is asked for
     overrides = [*SMALL, "train.dry_run=true", f"results_dir={tmp_path}", "run_name=dry"]
@@ -145,7 +148,7 @@ def test_the_documented_rows_are_these_and_cost_as_predicted():
         values = [float(value) for value in hours.split("/")]
         sizes = [f" model.size=DiT-{size}/2" for size in SIZES] if len(values) > 1 else [""]
         found |= {overrides + size: value for size, value in zip(sizes, values, strict=True)}
-    documented = ROWS | OTHER_METHODS
+    documented = ROWS | OTHER_METHODS | COCO
     assert found.keys() == set(documented.values())
     for row, overrides in documented.items():
         hours = cost.gpu_hours(network(row).macs(Routing()), settings_of(row))

@@ -154,16 +154,17 @@ def test_routed_training_is_as_on_the_cpu():
 
 
 def test_the_small_check_runs_anywhere_and_ends_with_a_table(tmp_path):
-    out = tmp_path / "check.json"
-    command = [sys.executable, "-m", "tests.gpu_check", "--small", f"out={out}"]
+    out = tmp_path / "check"
+    command = [sys.executable, "-m", "tests.gpu_check", "step", "--small", f"out={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
+    found = json.loads((out / "step.json").read_text())
     assert [row["model"] for row in found["rows"]] == ["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2"]
     assert all(row["waits"] == 0 and row["routed GB"] > 0 < row["predicted GB"] for row in found["rows"])
     assert (
         min(found["loader_samples_per_s"], found["scoring_images_per_s"], *found["sampling_images_per_s"].values()) > 0
     )
+    assert (out / "step.md").read_text() in done.stdout
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 6 and len({line.count("|") for line in table}) == 1
 
@@ -171,8 +172,10 @@ def test_the_small_check_runs_anywhere_and_ends_with_a_table(tmp_path):
 def test_without_a_gpu_the_full_check_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "-m", "tests.gpu_check"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: no GPU; needed")
+    for arguments, said in ((["step"], "no GPU; needed"), ([], "found: ; needed: step, race, exact, several")):
+        command = [sys.executable, "-m", "tests.gpu_check", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith(f"error: {said}")
 
 
 @on_gpu

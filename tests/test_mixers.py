@@ -228,7 +228,7 @@ def by_hand(net, mixer, selection, tokens, c, ids):
             order = net.per_token[0, ids][..., block.attn.path.item()].argsort(dim=1)
             along = gather_tokens(tokens, order)
             ranks = torch.arange(ids.shape[1])[None, :, None].expand(1, -1, 8)
-            tokens = scatter_tokens(block(along, c, ranks), order, tokens)
+            tokens = scatter_tokens(block(along, c, None, ranks), order, tokens)
         return tokens
     if mixer == "rwkv" and selection in ("random", "structured"):  # neighbours that are not there are zeros
         for block in net.blocks[1:3]:
@@ -238,7 +238,7 @@ def by_hand(net, mixer, selection, tokens, c, ids):
     grid = {"rows": (2, 6), "columns": (4, 3), "cells": (2, 3)}.get(selection, (1, ids.shape[1]))
     small = smaller(net, mixer, grid)
     for block in small.blocks[1:3]:
-        tokens = block(tokens, c, *small.positions())
+        tokens = block(tokens, c, None, *small.positions())
     return tokens
 
 
@@ -271,10 +271,10 @@ CASES = [(mixer, selection) for mixer in MIXERS for selection in KEPT if (mixer,
 def test_routed_is_the_network_run_by_hand_on_the_kept_tokens(mixer, selection):
     net, (x, t, y) = made(mixer, [(KEPT[selection], selection)]), batch()
     ids = draw_keep_ids(3, 24, KEPT[selection], generators=seeded_generator(5), selection=selection, grid=GRID)
-    tokens, c = net.embed(x, t, y)
-    tokens = net.blocks[0](tokens, c, *net.positions())
+    tokens, c, _ = net.embed(x, t, y)
+    tokens = net.blocks[0](tokens, c, None, *net.positions())
     kept = by_hand(net, mixer, selection, gather_tokens(tokens, ids), c, ids)
-    expected = net.output(net.blocks[3](scatter_tokens(kept, ids, tokens), c, *net.positions()), c, {})
+    expected = net.output(net.blocks[3](scatter_tokens(kept, ids, tokens), c, None, *net.positions()), c, {})
     torch.testing.assert_close(net(x, t, y, routing=Routing(None, seeded_generator(5))), expected, rtol=1e-4, atol=2e-5)
     assert torch.equal(net(x, t, y), net(x, t, y, routing=Routing(0.0)))
     assert not torch.allclose(net(x, t, y), expected, atol=1e-3)
@@ -287,8 +287,8 @@ def test_swapped_tokens_give_the_swapped_output(mixer):
     swapped[[3, 17]] = torch.tensor([17, 3])
     blocks, route = list(enumerate(net.blocks)), net.routes
     ids = draw_keep_ids(2, 24, 0.5, generators=seeded_generator(2))
-    out, _ = run_blocks(blocks, x, (c,), routes=route, routing=Routing(keep_ids=ids))
-    turned, _ = run_blocks(blocks, x[:, swapped], (c,), routes=route, routing=Routing(keep_ids=swapped[ids]))
+    out, _ = run_blocks(blocks, x, (c, None), routes=route, routing=Routing(keep_ids=ids))
+    turned, _ = run_blocks(blocks, x[:, swapped], (c, None), routes=route, routing=Routing(keep_ids=swapped[ids]))
     torch.testing.assert_close(turned, out[:, swapped], rtol=1e-4, atol=1e-5)
 
 

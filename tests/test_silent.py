@@ -1,8 +1,12 @@
 """What would go wrong in silence, in data and in images, is right, said at the start, or refused in one line."""
 
+import io
 import json
 import os
+import re
+import shutil
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +16,12 @@ from PIL import Image
 import data
 import data.prepared
 import sample
-from checkpoints import generate
+from checkpoints import generate, run_folder
 from checkpoints.config import Train
 from checkpoints.run_folder import latest_checkpoint, read_config
+from data.convert import Conversion, convert
 from data.encoding import LatentEncoding
+from data.foreign import open_source
 from data.images import open_images
 from data.inspect import as_text, inspect
 from data.shards import finalize, open_latents, write_shard
@@ -23,7 +29,7 @@ from evaluation.metrics import frechet_distance
 from system import UserError, cli
 from tests.made_runs import made_settings
 from tests.made_sets import array_of
-from training.prepare import settle_codec
+from training.prepare import settle_data
 
 VAE = "autoencoder.VAECodec"
 SD = {"_target_": VAE, "path": "sd", "scale": 0.2}
@@ -40,7 +46,7 @@ def make_set(folder, codec=None, kind="sample_scaled", scale=None, bias=None, mo
 
 def settled(folder, *overrides, name="folder"):
     keys = [f"data={name}", f"data.path={folder}", "data.channels=4", "data.input_size=4", "data.num_classes=3"]
-    return settle_codec(made_settings([*keys, *overrides]), open_latents(folder)).data.codec
+    return settle_data(made_settings([*keys, *overrides]), open_latents(folder)).data.codec
 
 
 def test_the_codec_in_meta_json_decodes(tmp_path):
@@ -211,3 +217,84 @@ def test_images_that_are_all_alike_have_a_distance_and_few_are_refused(tmp_path,
         fid.main(call)
     fid.main([*call, "metrics=[fd]"])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["fd_mnist"] > 0
+
+
+def npy(array):
+    np.save(buffer := io.BytesIO(), array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "above, slash", [("", "/"), ("set/", "/"), ("", "\\"), ("set\\", "\\")], ids=["plain", "top", "windows", "both"]
+)
+def test_labels_of_a_zip_survive_a_top_folder_and_backslashes(tmp_path, above, slash):
+    names = [f"00000{slash}img-mean-std-{i:08d}.npy" for i in range(6)]
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(above + name, npy(np.concatenate([array_of(i)] * 2)))
+        labels = [[name.replace("\\", "/"), i % 3] for i, name in enumerate(names)]
+        archive.writestr(f"{above}dataset.json", json.dumps({"labels": labels}))
+    source = open_source(tmp_path / "set.zip")
+    assert source.format == "edm2" and [source.label(i) for i in range(6)] == [0, 1, 2] * 2
+    assert np.array_equal(source.array(4, False)[:4], array_of(4))
+
+
+def test_a_format_with_a_dataset_json_is_refused_without_it(tmp_path):
+    (folder := tmp_path / "vae-sd" / "00000").mkdir(parents=True)
+    (folder / "img-mean-std-00000000.npy").write_bytes(npy(np.concatenate([array_of(0)] * 2)))
+    with pytest.raises(UserError, match="has no dataset.json, which holds this format's labels"):
+        open_source(tmp_path)
+
+
+def test_tars_joined_by_cat_are_refused(tmp_path):
+    one, two = (make_set(tmp_path / name) / "train-000000.tar" for name in "ab")
+    (folder := tmp_path / "joined").mkdir()
+    (folder / "train-000000.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(UserError, match="goes on after its end at byte .* tars joined by cat"):
+        open_latents(folder)
+    (folder / "train-000000.tar").write_bytes(one.read_bytes() + bytes(99999))
+    assert len(open_latents(folder)) == 20
+
+
+def test_pixels_of_0_to_1_are_said(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=np.random.default_rng(0).integers(0, 2, (6, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "b.npz", arr_0=np.full((6, 8, 8, 3), 2, np.uint8))
+    for name, warned in (("a", True), ("b", False)):
+        list(open_images(tmp_path / f"{name}.npz").batches(4, range(6)))
+        assert ("the first 4 pictures" in capsys.readouterr().err) == warned
+
+
+def test_names_of_classes_go_from_folders_to_a_drawn_class(run, tmp_path):
+    for i, name in enumerate(["cat", "dog", "owl"] * 6):
+        (tmp_path / "npy" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "npy" / name / f"{i}.npy").write_bytes(npy(array_of(i)))
+    meta = convert(str(tmp_path / "npy"), str(tmp_path / "set"), Conversion(kind="sample_scaled", workers=1))
+    assert meta["classes"] == ["cat", "dog", "owl"] and "cat" in as_text(inspect(tmp_path / "set"))
+    keys = [f"data.path={tmp_path / 'set'}", "data.channels=4", "data.input_size=4", "train.max_steps=1"]
+    code, folder = run("named", *keys)
+    assert code == 0 and read_config(latest_checkpoint(folder)).data.classes == ("cat", "dog", "owl")
+    ask = [f"ckpt={folder}", "seeds=0-2", "steps=1", "codec.path=null"]
+    with pytest.raises(UserError, match="class_idx=fish; needed: one of cat, dog, owl"):
+        sample.main([*ask, "class_idx=fish"])
+    run_ = sample.load_given(str(folder), "none")
+    assert [sample.class_number(run_, name) for name in ("owl", "cat")] == [2, 0]
+    for wrong, said in (("[cat,cat]", "none of them twice"), ("[a,b,c]", "names other classes than"), ("[]", "twice")):
+        with pytest.raises(UserError, match=said):
+            run("wrong", *keys, f"data.classes={wrong}")
+    named = Conversion(kind="sample_scaled", workers=1, classes=("x", "y", "z"))
+    assert convert(str(tmp_path / "npy"), str(tmp_path / "given"), named)["classes"] == ["x", "y", "z"]
+    with pytest.raises(UserError, match="3 classes, and num_classes=4"):
+        convert(str(tmp_path / "npy"), str(tmp_path / "x"), replace(named, num_classes=4))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_start_says_how_large_checkpoints_are_and_refuses_where_none_fits(run, monkeypatch, capsys, optimizer):
+    keys = [f"optimizer={optimizer}", "train.max_steps=1", "ema.widths=[0.1]", "train.keep_every=4"]
+    code, folder = run("said", *keys)
+    size = sum(path.stat().st_size for path in latest_checkpoint(folder).glob("*.safetensors"))
+    told = re.search(r"checkpoint (\S+) MB; the last 20 are kept, and every 4 steps one", capsys.readouterr().out)
+    assert code == 0 and abs(float(told[1]) * 1e6 / size - 1) < 0.1  # headers are a large part of small files
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="0.00 GB free, and a checkpoint needs 0.00 GB"):
+        run("full", *keys)
+    assert run("said", *keys)[0] == 0  # nothing is left to do

@@ -61,7 +61,7 @@ def expected(net, x, t, y, keep_ids=None):
         def through(blocks, sequence, places, condition=condition):
             where = (net.cos[:, places], net.sin[:, places]) if net.rotary else ()
             for block in blocks:
-                sequence = block(sequence, condition, *where)
+                sequence = block(sequence, condition, None, *where)
             return sequence
 
         shallow = through(net.blocks[:2], one, torch.arange(64))

@@ -257,7 +257,7 @@ def test_what_blocks_do_apart_where_cpus_compile_them_is_as_exact(block, precisi
             p.grad = None
         x.grad, x.requires_grad = None, True
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16" and x.dtype == torch.float32):
-            out = block(x, c, *where)
+            out = block(x, c, None, *where)
         out.square().mean().backward()
         return [out, x.grad, *(p.grad for p in block.parameters())]
 

@@ -143,7 +143,8 @@ def test_bare_shards_and_the_commands(folder, tmp_path, capsys):
     assert data.__main__.main(["inspect", str(bare)]) == 0
     said = capsys.readouterr().out
     assert "condition texts of up to 4 tokens of width 6" in said
-    assert f"data.path={bare}' data.channels=4 data.input_size=4 data.condition=text\n" in said
+    settings = "data.channels=4 data.input_size=4 data.condition=text data.text_width=6 data.text_length=4"
+    assert f"data.path={bare}' {settings}\n" in said
 
 
 def test_index_is_built_once_and_fingerprint_knows_every_text(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from checkpoints import run_folder
 from checkpoints.config import Train
 from checkpoints.load import build_network
 from checkpoints.run_folder import complete_checkpoints, latest_checkpoint, read_config, read_tensors, step_of
+from routing_module import Routing
 from system import UserError
 from tests.conftest import COMPARED, ROOT, assert_same_run, numbers, write_shard
 from tests.made_runs import made_settings
@@ -166,6 +168,20 @@ def test_a_preview_is_guided_by_the_runs_own_earliest_checkpoint(run, capsys):
     ]  # fmt: skip
     warnings = [line for line in capsys.readouterr().err.splitlines() if "preview failed" in line]
     assert len(warnings) == 1 and "step 2" in warnings[0] and "no earlier checkpoint" in warnings[0]
+
+
+def test_a_line_of_the_log_says_how_far_it_is_and_what_was_computed(run, monkeypatch, capsys):
+    from training import log
+
+    monkeypatch.setattr(log, "peak_tflops", lambda device, precision: 0.5)
+    code, folder = run("said", "model=tread", "train.log_every=2", "train.save_every=4", "train.max_steps=6")
+    said, lines = capsys.readouterr().out, [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    assert code == 0 and re.findall(r"step (\d)/6 .* eta (\S+)", said)[-1] == ("6", "0:00:00")
+    macs = build_network(read_config(latest_checkpoint(folder))).macs(Routing())
+    for line in lines:
+        assert line["perf/tflops"] == pytest.approx(6 * macs * line["perf/img_per_s"] / 1e12)
+        assert line["perf/mfu"] == pytest.approx(line["perf/tflops"] / 0.5) and "perf/host_s" not in line
+    assert [line["perf/paused"] > 0 for line in lines] == [False, False, True]  # the save of step 4
 
 
 def test_deterministic_algorithms_are_used_where_they_are_asked_for(run, monkeypatch):

@@ -1,5 +1,6 @@
 """The numbers of training: metrics.jsonl, the trackers that are asked for, and the terminal."""
 
+import datetime
 import json
 import math
 import os
@@ -17,9 +18,12 @@ from tqdm import tqdm
 
 from checkpoints.config import Settings
 from checkpoints.curves import log_lines
+from contracts import Routing
+from cost import training_flops
 from data.latents import warn
 from system import UserError, cli
 from system.files import own
+from system.precision import peak_tflops
 from system.processes import OtherProcessFailed, Preempted, from_first
 from training.prepare import TrainState
 from training.trackers import TRACKERS
@@ -41,11 +45,15 @@ class TimedBatches(Iterator):
 class Log:
     """Written by the main process; the others take part in the mean of the loss alone."""
 
-    def __init__(self, settings: Settings, run_folder: Path, start_step: int, dist: PartialState):
+    def __init__(
+        self, settings: Settings, run_folder: Path, start_step: int, dist: PartialState, compiled: str = "off"
+    ):
         self.settings, self.dist, self.path = settings.train, dist, run_folder / "metrics.jsonl"
         self.resumed_at, self.there = start_step, from_first(lambda: made_at(run_folder, start_step)).split()
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
-        self.started, self.paused, self.waited = clocks(), 0.0, 0.0
+        self.started, self.paused, self.waited = clocks(), np.zeros(2), 0.0
+        self.compiling = compiled == "blocks"
+        self.peak = peak_tflops(dist.device, settings.train.precision)
         self.skipped, self.unwritten, self.warned = 0.0, "", set()
         self.trackers = {}
         for name in TRACKERS.keys() & set(settings.log) if dist.is_main_process else ():
@@ -66,6 +74,9 @@ class Log:
             sys.stdout.flush()
 
     def add(self, loss: torch.Tensor) -> None:
+        if self.compiling:
+            self.say(f"compiled   in {clocks()[0] - self.started[0]:.0f} s, with the first step")
+            self.compiling = False
         self.losses += loss
         self.steps += 1
         self.bar.update()
@@ -80,23 +91,31 @@ class Log:
         if self.dist.num_processes > 1:
             torch.distributed.all_reduce(totals)
         totals[0] /= self.dist.num_processes
-        loss, left_out = totals.tolist()
+        host_seconds = clocks()[0] - self.started[0] - self.paused[0]
+        loss, left_out = totals.tolist()  # here the host waits
         norm, skipped, first_bad = torch.stack([grad_norm, guard.count, guard.first]).tolist()
         seconds, cpu_seconds = (clocks() - self.started - self.paused).tolist()
+        images_per_s = self.steps * self.settings.global_batch_size / seconds
+        tflops = training_flops(state.model.macs(Routing()), images_per_s / self.dist.num_processes) / 1e12
         good_steps = self.steps - (skipped - self.skipped)
         values = {
             "train/loss": loss / good_steps if good_steps else None,
             "train/grad_norm": norm if math.isfinite(norm) else None,
             "train/lr": lr, "train/skipped": int(skipped), "data/left_out": int(left_out),
             "perf/step_s": seconds / self.steps, "perf/cpu_s": cpu_seconds / self.steps,
-            "perf/img_per_s": self.steps * self.settings.global_batch_size / seconds,
+            "perf/img_per_s": images_per_s,
             "perf/data_wait": (waited - self.waited) / seconds,
+            "perf/paused": self.paused[0] / (seconds + self.paused[0]), "perf/tflops": tflops,
         }  # fmt: skip
+        if self.dist.device.type != "cpu":
+            values["perf/host_s"] = host_seconds / self.steps
+        if self.peak is not None:
+            values["perf/mfu"] = tflops / self.peak
         self.write(state.step, values)
         self.bar.set_postfix(loss=values["train/loss"], refresh=False)
         self.losses.zero_()
         self.skipped, self.steps = skipped, 0
-        self.started, self.paused, self.waited = clocks(), 0.0, waited
+        self.started, self.paused, self.waited = clocks(), np.zeros(2), waited
         return int(first_bad) if skipped > (0 if guard.mode == "stop" else self.settings.max_skipped) else 0
 
     @contextmanager
@@ -132,7 +151,10 @@ class Log:
             with self.survive(name, once=True):
                 log(step, known)
         shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items()]
-        self.say(f"step {step}  " + "  ".join(shown))
+        if "perf/step_s" in known:
+            left = datetime.timedelta(seconds=round(known["perf/step_s"] * (self.settings.max_steps - step)))
+            shown.append(f"eta {left}")
+        self.say(f"step {step}/{self.settings.max_steps}  " + "  ".join(shown))
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -51,9 +51,10 @@ class TrainState:
     guard: FiniteGuard
     objective: Objective
     ema: TrainedEma  # averages["ema"], ready to sample
+    step: int = 0  # the last that was taken
+    middle_weight: float = 0.5
     projector: nn.Module | None = None  # of the alignment: trained, but part of no network
     feature_shape: tuple[int, int] | None = None  # (N, D_t) of the teacher's features that `loss` takes
-    step: int = 0  # the last that was taken
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -63,12 +64,19 @@ class TrainState:
 
     @property
     def loss(self) -> Loss:
-        return Loss(self.net, self.model, self.objective, self.ema.settings.train.middle_weight)
+        return Loss(self.net, self.model, self.objective, self.middle_weight)
 
     def blank_features(self, batch_size: int) -> list[torch.Tensor]:
         """What `loss` takes of features, without data."""
         shape = self.feature_shape
         return [] if shape is None else [torch.zeros(batch_size, *shape, device=self.ema.device)]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights, averages, and of each weight two moments, or one where the optimizer is Muon."""
+        muon = {p for p, held in self.optimizer.state.items() if "momentum_buffer" in held}
+        moments = sum((1 if p in muon else 2) * p.nbytes for p in self.net.parameters())
+        return moments + sum(t.nbytes for module in self.modules.values() for t in module.state_dict().values())
 
 
 @dataclass
@@ -78,6 +86,10 @@ class TrainingData:
     train: data.Latents
     val: data.Latents
     plan: BatchPlan
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.train.fingerprint, "validation": self.val.fingerprint}
 
     @property
     def kept(self) -> Condition:
@@ -118,13 +130,15 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     """Raises UserError where the latents' shape or conditions are not the model's."""
     wanted = settings.data
     made = {"mnist": "the digits are", "fashion": "Fashion-MNIST is", "idx": "data.source's pictures are"}
+    made |= {"emoji": "emoji are"}
     if wanted.path is None:
         raise UserError("data.path is missing; needed: a folder of latents (docs/data.md)")
     if wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
             print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
         with dist.local_main_process_first():
-            data.prepare(wanted.prepare, wanted.path, wanted.source, wanted.latent_shape[1:], wanted.num_classes)
+            size, text = wanted.latent_shape[1:], (wanted.text_encoder, wanted.text_length)
+            data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes, *text)
     with dist.local_main_process_first():
         folder = hub.local(wanted.path, "dataset")
     how = dict(kind=wanted.kind, on_error=wanted.on_error, condition=wanted.condition)
@@ -137,14 +151,14 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
         raise UserError(f"{wanted.path} has {n} classes, the model has data.num_classes={wanted.num_classes}")
     if wanted.condition == "text" and train.text_width != wanted.text_width:
         raise UserError(f"{wanted.path} has texts of width {train.text_width}, not data.text_width={wanted.text_width}")
-    if repa:
-        check_features(train, settings)
     val = data.open_latents(folder, split="val", **how) if data.has_split(folder, "val") else train
     return TrainingData(train, val, plan)
 
 
 def check_features(latents: data.Latents, settings: Settings) -> None:
-    """Raises UserError where the features beside the latents are of another teacher, width or grid than configured."""
+    """Raises UserError where the features that are read are of another teacher, width or grid than configured."""
+    if latents.feature_shape is None:
+        return
     wanted, (tokens, width), teacher = settings.alignment, latents.feature_shape, latents.meta.get("teacher")
     with torch.device("meta"):
         num_tokens = build_network(settings).num_tokens
@@ -154,10 +168,25 @@ def check_features(latents: data.Latents, settings: Settings) -> None:
         raise UserError(f"{found}; needed: {needed}, and the network's {num_tokens} tokens")
 
 
-def settle_codec(settings: Settings, latents: data.Latents) -> Settings:
-    """data.codec, completed with what meta.json says of the latents.
+def settle_texts(settings: Settings, latents: data.Latents) -> Settings:
+    """data.text_encoder, its hash and the length of texts, as the set says. Raises UserError where another is given."""
+    given, meta = settings.data, f"{settings.data.path}/meta.json"
+    made = {key: latents.meta.get(key) for key in ("text_encoder", "text_sha256")} | {
+        "text_length": latents.text_length
+    }
+    made = made if latents.condition == "text" else dict.fromkeys(made)
+    for key, value in made.items():
+        if getattr(given, key) not in (None, value):
+            found = f"data.{key}={getattr(given, key)}, and {meta} says {value}"
+            raise UserError(f"{found}; needed: without data.{key}, or another data.path for new texts")
+    told = {"text_length": made["text_length"]} if "text_length" in settings.model else {}
+    return replace(settings, data=replace(given, **made), model=settings.model | told)
 
-    Raises UserError where the two differ, and where previews or scores are due and nobody says which VAE it is.
+
+def settle_data(settings: Settings, latents: data.Latents) -> Settings:
+    """data.codec and the names of the classes, completed with what meta.json says of them.
+
+    Raises UserError where they differ, and where previews or scores are due and nobody says which VAE it is.
     """
     vae, meta = "autoencoder.VAECodec", f"{settings.data.path}/meta.json"
     given = {key: value for key, value in settings.data.codec.items() if value is not None}
@@ -180,7 +209,13 @@ def settle_codec(settings: Settings, latents: data.Latents) -> Settings:
     if (settings.preview.every or settings.eval.every) and None in (codec.get("path", ""), codec.get("scale", "")):
         what = f"{settings.data.path} does not say which VAE decodes its latents for previews and scores"
         raise UserError(f"{what}; needed: data.codec.path=, data.codec.scale= and data.codec.bias=, or preview.every=0")
-    return replace(settings, data=replace(settings.data, codec=codec, usual_codec=None))
+    named, names = settings.data.classes, tuple(latents.meta.get("classes") or ()) or None
+    if named and (names or named) != named:
+        raise UserError(f"data.classes names other classes than {meta}; needed: without data.classes")
+    classes = (named or names) if settings.data.condition == "class" else None
+    if classes and len(classes) > settings.data.num_classes:
+        raise UserError(f"{len(classes)} classes have names, and data.num_classes={settings.data.num_classes}")
+    return replace(settings, data=replace(settings.data, codec=codec, classes=classes, usual_codec=None))
 
 
 def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState:
@@ -204,7 +239,8 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     guard = FiniteGuard(optimizer, dist.device, settings.train.on_nonfinite)
     codec = build_codec(settings.data.codec, dist.device)
     ema = TrainedEma(averages["ema"], objective, codec, settings, dist.device, settings.train.precision)
-    return TrainState(net, model, averages, optimizer, guard, objective, ema, projector, shape)
+    kept = dict(middle_weight=settings.train.middle_weight, projector=projector, feature_shape=shape)
+    return TrainState(net, model, averages, optimizer, guard, objective, ema, **kept)
 
 
 def start_from(ckpt: str, model: Network, objective: Objective) -> None:
@@ -217,10 +253,12 @@ def start_from(ckpt: str, model: Network, objective: Objective) -> None:
 
 
 def describe(
-    settings: Settings, model: Network, loaded: TrainingData, resumed: Path | None, compiled: str, why_not: str
+    settings: Settings, state: TrainState, loaded: TrainingData, resumed: Path | None, compiled: str, why_not: str
 ) -> str:
     """The first lines of a run's output. Memory: on GPUs, and where hardware.memory_gb asks for it."""
-    on, latents, plan = next(model.parameters()).device.type, loaded.train, loaded.plan
+    model, latents, plan, train = state.model, loaded.train, loaded.plan, settings.train
+    on, kept = next(model.parameters()).device.type, f"the last {train.keep_last} are kept"
+    kept += f", and every {train.keep_every} steps one" if train.keep_every else ""
     held = {"class": f", {latents.num_classes} classes", "text": ", with texts", "none": ""}[latents.condition]
     if latents.condition == "class" and latents.num_classes < settings.data.num_classes:
         held += f" of data.num_classes={settings.data.num_classes}"
@@ -233,11 +271,11 @@ def describe(
         f"data       {settings.data.path}: {len(latents)} samples of {tuple(latents.shape)}{held}",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated",
-        f"precision  {settings.train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
+        f"precision  {train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
+        f"checkpoint {state.checkpoint_bytes / 1e6:.3g} MB; {kept}",
     ]
     if on == "cuda" or settings.hardware.memory_gb is not None:
-        lines.insert(-1, memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size))
-    train = settings.train
+        lines.insert(-2, memory_table(settings, plan.micro_batch_size, device=on, processes=plan.world_size))
     if max(train.warmup_steps, 1) > train.max_steps + 1 - train.decay_steps:
         steps = f"train.warmup_steps={train.warmup_steps} and decay_steps={train.decay_steps} of {train.max_steps}"
         lines.append(f"warning    {steps} never let the learning rate reach train.lr={train.lr:g}")

