@@ -190,9 +190,7 @@ class DiT(Network):
         patches, seen = self.middle_layer(tokens.float(), c), None  # (B, K, p * p * C_out)
         if keep_ids is not None:
             nothing = patches.new_zeros(len(patches), self.num_tokens, patches.shape[2])
-            seen = nothing[..., : self.patch_size**2].scatter(
-                1, keep_ids[..., None].expand(-1, -1, self.patch_size**2), 1
-            )
+            seen = nothing[..., :1].scatter(1, keep_ids[..., None], 1).expand(-1, -1, self.patch_size**2)
             seen = unpatchify(seen, self.patch_size, self.grid)  # (B, 1, h, w)
             patches = scatter_tokens(patches, keep_ids, nothing)  # (B, N, p * p * C_out)
         return unpatchify(patches, self.patch_size, self.grid), seen

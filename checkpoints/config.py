@@ -158,7 +158,7 @@ class Alignment:
 
     @property
     def on(self) -> bool:
-        return self.weight > 0
+        return self.name != "none" and self.weight > 0
 
 
 @dataclass(frozen=True)
