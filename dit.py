@@ -242,7 +242,9 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, text: Text | None, *positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, c: torch.Tensor, text: Text | None = None, *positions: torch.Tensor
+    ) -> torch.Tensor:
         """x (B, K, D), c (B, D), text of states (B, T, D), positions (B or 1, K, ...) each: `DiT.positions`
         -> (B, K, D)."""
         told = {} if text is None else {"text": text}  # which other mixers than attention do not take
