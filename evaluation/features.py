@@ -5,12 +5,9 @@
     inception  torch-fidelity's port of the 2015 TensorFlow graph: FID, sFID and Inception score of the ADM protocol
     dinov2     timm's DINOv2 ViT-L/14
 
-And teachers of alignment=repa, whose features have one row per token: `load_teacher`. None of them is an extractor.
-
-Shapes: B images, D features, K classes, N tokens.
+Shapes: B images, D features, K classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +25,6 @@ from system.files import sha256_once
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 CLASSIFIERS = {name: ASSETS / f"{name}_classifier.safetensors" for name in ("mnist", "fashion")}
-TEACHERS = {name: ASSETS / f"{name}_teacher.safetensors" for name in CLASSIFIERS}
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 
 
@@ -87,46 +83,6 @@ def load_extractor(
     if name in CLASSIFIERS:
         load_strictly(net, read_tensors(path), str(path))
     return Extractor(name, net.eval().requires_grad_(False).to(device), found, torch.device(device))
-
-
-def load_teacher(name: str, device: torch.device | str = "cpu") -> Callable:
-    """A teacher by name: uint8 (B, 3, H, W) -> its features (B, N, D) float32, row by row.
-
-    mnist, fashion: the map of a second classifier, of another seed and half of the data, before its second pooling:
-    (B, 196, 64). Any other name is that of a ViT of timm: its last patch tokens, one for 16 x 16 pixels, of pictures
-    that are normalised and then resized, bicubic, as REPA has them. Raises UserError where there are no such weights.
-    """
-    if name not in TEACHERS:
-        return torch.no_grad()(PatchTokens(name).eval().to(device))
-    path, net = TEACHERS[name], Classifier()
-    if not path.is_file():
-        raise UserError(f"no {path}; needed: python scripts/train_classifier.py data={name} teacher=true")
-    load_strictly(net, read_tensors(path), str(path))
-    return torch.no_grad()(net.eval().to(device).tokens)
-
-
-class PatchTokens(nn.Module):
-    """A ViT of timm, with its published weights."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        try:
-            import timm
-        except ImportError:
-            raise UserError(f"features={name} needs the package timm: pip install timm") from None
-        try:
-            self.net = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
-        except (RuntimeError, OSError, ValueError, TypeError) as error:
-            found = " ".join(str(error).split())[:200]
-            raise UserError(f"features={name}: {found}; needed: a ViT of timm that has weights") from None
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(self.net.pretrained_cfg[key]).view(3, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
-        size = [side // 16 * patch for side, patch in zip(images.shape[2:], self.net.patch_embed.patch_size)]
-        tokens = self.net.forward_features(F.interpolate(pixels, size, mode="bicubic"))
-        return tokens[:, self.net.num_prefix_tokens :]  # without class and register tokens
 
 
 class Inception(nn.Module):

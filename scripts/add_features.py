@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import conditions
 from autoencoder import Codec
-from checkpoints.load import build_codec
+from checkpoints.load import build_codec, load_strictly, read_tensors
 from data import Latents, open_latents, prepare
 from data.shards import finalize, read_manifest, reserve, shard_name, write_manifest, write_shard
-from evaluation.features import load_teacher
+from evaluation.features import ASSETS, CLASSIFIERS, Classifier
 from randomness import seeded_generator
 from system import UserError, cli
 from system.settings import MISSING, parse
 
 BATCH_SIZE, SHARD_SIZE = 50, 1500
+TEACHERS = {name: ASSETS / f"{name}_teacher.safetensors" for name in CLASSIFIERS}  # second ones, which score nothing
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ def main(arguments: list[str]) -> None:
     meta = read_manifest(Path(path))
     if not meta.get("codec"):
         raise UserError(f"{path}/meta.json does not say which VAE decodes its latents; needed: its codec")
+    if meta["condition"] == "text":
+        raise UserError(
+            f"{path} holds texts; needed: encode_latents.py text=... features={cfg.teacher}, from the pictures"
+        )
     codec, how = build_codec(meta["codec"], device), {key: meta[key] for key in ("codec", "codec_sha256", "flip")}
     reserve(out, {"path": str(Path(path).resolve()), "teacher": cfg.teacher})
     for split in meta["counts"]:
@@ -66,21 +70,54 @@ def main(arguments: list[str]) -> None:
 
 
 def samples(latents: Latents, chosen: range, codec: Codec, teacher: Callable) -> Iterator[tuple]:
-    """(key, array, label or text or None, features) of each of the chosen."""
+    """(key, array, label or None, features) of each of the chosen."""
     for part in (chosen[start : start + BATCH_SIZE] for start in range(0, len(chosen), BATCH_SIZE)):
         raw, condition = latents.read(part)
         keys = latents.keys(part)
         x = latents.to_model_input(raw, [seeded_generator("features", key) for key in keys])
         features = teacher(codec.decode(x)).half().cpu().numpy()  # (B, N, D_t)
         for i, key in enumerate(keys):
-            yield key, raw[i].numpy(), told(conditions.rows(condition, [i])), features[i]
+            yield key, raw[i].numpy(), None if condition is None else int(condition[i]), features[i]
 
 
-def told(one: conditions.Condition) -> int | np.ndarray | None:
-    """A condition of one row, as shards hold it."""
-    if isinstance(one, conditions.Text):
-        return one.states[one.mask].numpy()
-    return None if one is None else int(one)
+def load_teacher(name: str, device: torch.device | str = "cpu") -> Callable:
+    """A teacher by name: uint8 (B, 3, H, W) -> its features (B, N, D) float32, row by row.
+
+    mnist, fashion: the map of a second classifier, of another seed and half of the data, before its second pooling:
+    (B, 196, 64). Any other name is that of a ViT of timm: its last patch tokens, one for 16 x 16 pixels, of pictures
+    that are normalised and then resized, bicubic, as REPA has them. Raises UserError where there are no such weights.
+    """
+    if name not in TEACHERS:
+        return torch.no_grad()(PatchTokens(name).eval().to(device))
+    path, net = TEACHERS[name], Classifier()
+    if not path.is_file():
+        raise UserError(f"no {path}; needed: python scripts/train_classifier.py data={name} teacher=true")
+    load_strictly(net, read_tensors(path), str(path))
+    return torch.no_grad()(net.eval().to(device).tokens)
+
+
+class PatchTokens(torch.nn.Module):
+    """A ViT of timm, with its published weights."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise UserError(f"features={name} needs the package timm: pip install timm") from None
+        try:
+            self.net = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+        except (RuntimeError, OSError, ValueError, TypeError) as error:
+            found = " ".join(str(error).split())[:200]
+            raise UserError(f"features={name}: {found}; needed: a ViT of timm that has weights") from None
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(self.net.pretrained_cfg[key]).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        size = [side // 16 * patch for side, patch in zip(images.shape[2:], self.net.patch_embed.patch_size)]
+        tokens = self.net.forward_features(F.interpolate(pixels, size, mode="bicubic"))
+        return tokens[:, self.net.num_prefix_tokens :]  # without class and register tokens
 
 
 if __name__ == "__main__":

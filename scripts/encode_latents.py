@@ -37,8 +37,8 @@ from data.images import Images, center_crop, decoded_ahead, open_images
 from data.latents import warn
 from data.shards import TextSource, finalize, reserve, write_manifest, write_shard
 from data.texts import Encoder, captioned, load_encoder
-from evaluation.features import load_teacher
 from randomness import seeded_generator
+from scripts.add_features import load_teacher
 from system import UserError, cli, hub
 from system.settings import Count, Names, Positive, above, parse
 from system.tensors import weights_sha256

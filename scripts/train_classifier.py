@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoints.config import Data
 from data import prepare
-from evaluation.features import CLASSIFIERS, TEACHERS, Classifier, real_images
+from evaluation.features import CLASSIFIERS, Classifier, real_images
 from randomness import seeded_generator, uniform
+from scripts.add_features import TEACHERS
 from system import UserError, cli
 from system.files import usual_mode
 from system.settings import convert, parse

@@ -31,6 +31,7 @@ from maskdit import MaskDiT
 from randomness import BatchSlice, seeded_generator
 from rf import RectifiedFlow
 from routing_module import Routing, draw_keep_ids
+from scripts.add_features import TEACHERS, load_teacher
 from sprint import Sprint
 from system import UserError
 from system.compiling import compile_blocks
@@ -390,14 +391,14 @@ def test_a_network_without_a_middle_head_ends_a_command_in_one_line(program, key
 
 
 def test_the_digits_teacher_is_a_second_network_and_its_tokens_are_a_map(digits):
-    assert not features.TEACHERS["mnist"].samefile(features.CLASSIFIERS["mnist"])
+    assert not TEACHERS["mnist"].samefile(features.CLASSIFIERS["mnist"])
     images = features.real_images("mnist", "val", digits)[0][:6]
-    tokens = features.load_teacher("mnist")(images)
+    tokens = load_teacher("mnist")(images)
     assert tokens.shape == (6, 196, 64) and (tokens >= 0).all() and not tokens.requires_grad
     other = features.load_extractor("mnist").net.tokens(images)
     assert F.cosine_similarity(tokens.mean((0, 1)), other.mean((0, 1)), dim=0) < 0.99
     with pytest.raises(UserError, match="needed: python scripts/train_classifier.py data=fashion teacher=true"):
-        features.load_teacher("fashion")
+        load_teacher("fashion")
 
 
 class Vit(nn.Module):
@@ -420,16 +421,16 @@ def test_a_vits_tokens_are_of_sixteen_pixels_each_without_its_class_token(monkey
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
     images = torch.zeros(2, 3, 64, 32, dtype=torch.uint8)
     images[:, :, 16:32, 16:] = 255
-    tokens = features.load_teacher("vit")(images)
+    tokens = load_teacher("vit")(images)
     assert tokens.shape == (2, 8, 3)
     mean, std = torch.tensor(Vit.pretrained_cfg["mean"]), torch.tensor(Vit.pretrained_cfg["std"])
     torch.testing.assert_close(tokens[0, 0], -mean / std, atol=0.2, rtol=0)
     torch.testing.assert_close(tokens[0, 3], (1 - mean) / std, atol=0.7, rtol=0)
     with pytest.raises(UserError, match="features=resnet: Unknown model .*; needed: a ViT of timm"):
-        features.load_teacher("resnet")
+        load_teacher("resnet")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="needs the package timm"):
-        features.load_teacher("vit")
+        load_teacher("vit")
 
 
 def test_features_are_added_to_latents_that_are_there(digits, tmp_path):
@@ -446,7 +447,7 @@ def test_features_are_added_to_latents_that_are_there(digits, tmp_path):
     assert (meta["teacher"], meta["feature_shape"], meta["counts"]) == ("mnist", [196, 64], {"train": 55, "val": 5})
     raw, given, rows = open_latents(out, features=True).read(range(55))
     assert torch.equal(raw, images[:55]) and torch.equal(given, labels[:55])
-    teacher, pictures = features.load_teacher("mnist"), features.real_images("mnist", "val", digits)[0]
+    teacher, pictures = load_teacher("mnist"), features.real_images("mnist", "val", digits)[0]
     torch.testing.assert_close(rows.float(), teacher(pictures[:55]), atol=1e-2, rtol=1e-2)
     refused = started.run([*command[:-1], f"out={few}"])
     assert refused.returncode == 2 and "holds other shards" in refused.stderr
