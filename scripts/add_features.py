@@ -52,9 +52,7 @@ def main(arguments: list[str]) -> None:
     if not meta.get("codec"):
         raise UserError(f"{path}/meta.json does not say which VAE decodes its latents; needed: its codec")
     if meta["condition"] == "text":
-        raise UserError(
-            f"{path} holds texts; needed: encode_latents.py text=... features={cfg.teacher}, from the pictures"
-        )
+        raise UserError(f"{path} holds texts; needed: from the pictures, by encode_latents.py features=")
     codec, how = build_codec(meta["codec"], device), {key: meta[key] for key in ("codec", "codec_sha256", "flip")}
     reserve(out, {"path": str(Path(path).resolve()), "teacher": cfg.teacher})
     for split in meta["counts"]:
