@@ -68,7 +68,7 @@ class Sprint(LightningDiT):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width, text_length, pooled_text,
-            middle_head,
+            middle_head=middle_head,
         )  # fmt: skip
         self.path_drop, hidden_size = path_drop, self.hidden_size
         self.sparse = slice(encoder_depth, -decoder_depth)  # g's blocks
