@@ -1,12 +1,15 @@
 """What a network and an objective bring, so that everything else of this repository works with them."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from conditions import Condition
 from routing_module import Route, Routing, Source
+
+MIDDLE = "middle"  # in `hidden`: what the middle head predicts
 
 
 class Network(nn.Module):
@@ -19,6 +22,7 @@ class Network(nn.Module):
         recomputed in the backward pass where their attribute `recompute` is set. Muon takes their 2-D weights, but not
         those of submodules that their attribute `left_to_adamw` names: what the condition alone feeds, and the output.
         Where their attribute `keeps_fp32` is set, sampling in bf16 leaves their weights as they are.
+    A network may have a second head: `middle_head` is the number of the block that it comes after.
     """
 
     routes: tuple[Route, ...] = ()
@@ -27,15 +31,17 @@ class Network(nn.Module):
     name: str
     null_condition: Condition
     all_blocks: tuple[nn.Module, ...]
+    middle_head = None
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
-        hidden: Collection[int] = (),
+        hidden: Collection[int | str] = (),
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:  # fmt: skip
         """x (B, C, h, w), t (B,) in the objective's units -> (B, C_out, h, w): the prediction is the first C channels.
 
         routing: None = dense. hidden: numbers of blocks, whose tokens come second: {number: (tokens (B, K, D), keep_ids
-        (B, K), or None where all were kept)}.
+        (B, K), or None where all were kept)}. MIDDLE among them: the middle head's prediction (B, C_out, h, w), and the
+        pixels that it has seen, (B, 1, h, w) of 0 and 1, or None for all.
         """
         raise NotImplementedError
 
@@ -79,6 +85,44 @@ class Objective:
         """The network's own time t (B,) on a scale from 0 = data to 1 = noise, (B,), on which validation has five bins;
         None = it has none."""
         return None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of each sample in a training step: the objective's error, as the network reduces it, and what is added to it.
+
+    net: the network, in DDP for several processes, or an `alignment.Aligned` of it, whose "loss" is added.
+    middle_weight: of the middle head's error (arXiv 2512.24176), a mean over the pixels that it has seen.
+    """
+
+    net: Callable
+    network: Network
+    objective: Objective
+    middle_weight: float = 0.5
+
+    def __call__(
+        self, x: torch.Tensor, condition: Condition, generators: Source, routing: Routing | None,
+        *features: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """x (B, C, h, w) and its condition -> (B,). features: a teacher's (B, N, D_t), where `net` takes them."""
+        found, hidden = {}, [MIDDLE] if self.network.middle_head is not None and self.middle_weight > 0 else []
+
+        def net(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+            out = self.net(x_t, t, condition, *features, routing=routing, hidden=hidden)
+            out, states = out if isinstance(out, tuple) else (out, {})
+            found.update(states)
+            return out
+
+        generator = getattr(generators, "generator", generators)
+        before = generator.get_state() if hidden else None
+        loss = self.network.reduce(*self.objective.errors(net, x, condition, generators), routing)  # (B,)
+        if hidden:
+            generator.set_state(before)  # for the same noise
+            prediction, seen = found[MIDDLE]
+            error, *_ = self.objective.errors(lambda *_: prediction, x, condition, generators)
+            mean = pixel_mean(error) if seen is None else pixel_mean(error * seen) / pixel_mean(seen)
+            loss = loss + self.middle_weight * mean
+        return loss + found["loss"] if "loss" in found else loss
 
 
 def weighted(squared: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

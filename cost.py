@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 import conditions
 from checkpoints.config import Settings, Train
-from checkpoints.load import build_network
-from contracts import Network, Objective, Routing, muon_matrices
+from checkpoints.load import align, build_network
+from contracts import Loss, Network, Objective, Routing, muon_matrices
 from system import cli
 from system.building import build
 from system.kernels import as_on_gpus, at_once
@@ -93,16 +93,17 @@ def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepM
     bf16, ns_bytes = settings.train.precision in fast, 2 if settings.optimizer.ns_precision in fast else 4
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as made:
         net, objective = build_network(settings), build(settings.objective, Objective, "objective")
-        state, update = count_update(net, settings, made)
+        loss = Loss(align(net, settings) or net, net, objective, settings.train.middle_weight)
+        state, update = count_update(loss, settings, made)
         update += ns_bytes * newton_schulz_numbers(net, processes, device) if settings.optimizer.name == "muon" else 0
-    gradients = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    gradients = sum(p.nbytes for p in loss.net.parameters() if p.requires_grad)
 
     @cache
     def count(dense: bool, checkpointed: bool) -> np.ndarray:
         for block in net.all_blocks:
             block.recompute = checkpointed
         with fake, as_on_gpus(device == "cuda"):
-            return count_backward(net, objective, dense, bf16, made.alive)
+            return count_backward(loss, dense, bf16, made.alive)
 
     def peak(micro_batch: int, *, dense=False, checkpointed=settings.train.gradient_checkpointing) -> int:
         held = processes > 1 or micro_batch < settings.train.global_batch_size  # as DDP's buckets, or sums so far
@@ -113,18 +114,18 @@ def step_memory(settings: Settings, *, device: str, processes: int = 1) -> StepM
 
 
 @torch.no_grad()
-def count_update(net: Network, settings: Settings, live: "LiveBytes") -> tuple[int, int]:
+def count_update(loss: Loss, settings: Settings, live: "LiveBytes") -> tuple[int, int]:
     """Bytes between two steps, and those beyond them while AdamW and EMA work. `live` has counted the network."""
-    parameters, averages = list(net.parameters()), 1 + len(settings.ema.widths or ())
-    averaged = [p.clone() for p in parameters * averages]
-    matrices = set(muon_matrices(net) if settings.optimizer.name == "muon" else ())
+    averaged_of = list(loss.network.parameters()) * (1 + len(settings.ema.widths or ()))
+    parameters, averaged = list(loss.net.parameters()), [p.clone() for p in averaged_of]
+    matrices = set(muon_matrices(loss.network) if settings.optimizer.name == "muon" else ())
     momenta = [torch.zeros_like(p) for p in matrices]  # noqa: F841 - alive until all is counted
     optimizer = torch.optim.AdamW([p for p in parameters if p not in matrices], fused=True)
     for p in parameters:
         p.grad = torch.empty_like(p) if p.requires_grad else None
     optimizer.step()
-    torch._foreach_lerp_(averaged, parameters * averages, 0.1)
-    net.zero_grad()
+    torch._foreach_lerp_(averaged, averaged_of, 0.1)
+    loss.net.zero_grad()
     total = np.cumsum(live.events, axis=0) @ (1, COUNTED, 1)
     return int(total[-1]), int(total.max() - total[-1])
 
@@ -136,16 +137,17 @@ def newton_schulz_numbers(net: Network, processes: int, device: str) -> int:
     return max(2 * min(n, at_once(r * c, device)) * r * (r + c) for (r, c), n in alike)
 
 
-def count_backward(net: Network, objective: Objective, dense: bool, bf16: bool, known: Iterable) -> np.ndarray:
+def count_backward(loss: Loss, dense: bool, bf16: bool, known: Iterable) -> np.ndarray:
     """What lives during a micro-batch's forward and backward pass: (events, 3), the parts as in LiveBytes."""
+    net, shape = loss.network, getattr(loss.net, "feature_shape", None)
     with LiveBytes(known) as live:
         x, condition = torch.empty(COUNTED, *net.latent_shape), conditions.repeat(net.null_condition, COUNTED, "cpu")
-        hooks = [p.register_post_accumulate_grad_hook(live.set_aside) for p in net.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(live.set_aside) for p in loss.net.parameters() if p.requires_grad]
+        features = [] if shape is None else [torch.empty(COUNTED, *shape)]
         routing = None if dense else net.training_routing(COUNTED, None, x.device)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            errors = objective.errors(partial(net, routing=routing), x, condition)
-            loss = net.reduce(*errors, routing).mean()
-        loss.backward()
+            total = loss(x, condition, torch.Generator(), routing, *features).mean()
+        total.backward()
     for hook in hooks:
         hook.remove()
     return np.cumsum(live.events, axis=0)

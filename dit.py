@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from conditions import Condition, Text
-from contracts import Network
+from contracts import MIDDLE, Network
 from routing_blocks import block_tokens, resolve_routes
-from routing_module import Route, Routing, run_blocks
+from routing_module import Route, Routing, run_blocks, scatter_tokens
 from system import UserError
 from system.kernels import attention, gelu, linear
 
@@ -55,6 +55,7 @@ class DiT(Network):
     condition: "class", "text" or "none". text_width: of a text's states. text_length: of its tokens, as `macs` counts.
     pooled_text: the mean of a text's states modulates the blocks too; PRX's do not.
     block: builds a block from (hidden_size, num_heads, mlp_ratio) and, for texts, `text`; None = `Block`.
+    middle_head: a second head predicts after this block, counted from 0 (arXiv 2512.24176); None = there is none.
     Raises UserError for sizes that do not divide, ValueError for routes that do not fit.
     """
 
@@ -79,6 +80,7 @@ class DiT(Network):
         text_length: int | None = None,
         pooled_text: bool = False,
         block: Callable[..., nn.Module] | None = None,
+        middle_head: int | None = None,
     ):
         super().__init__()
         patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
@@ -112,6 +114,8 @@ class DiT(Network):
         self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio, **text) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+        if middle_head is not None:
+            self.add_middle_head(middle_head)
         for after in {route.end_layer_idx + 1 for route in self.routes} - {depth} if fp32_after_route else ():
             self.blocks[after].keeps_fp32 = True
 
@@ -134,13 +138,12 @@ class DiT(Network):
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
-        hidden: Collection[int] = (),
+        hidden: Collection[int | str] = (),
     ):  # fmt: skip
         tokens, c, text = self.embed(x, t, condition)  # (B, N, D), (B, D), (B, T, D)
-        blocks = enumerate(self.blocks)
-        per_token = self.token_context(tokens, c)
-        tokens, states = run_blocks(blocks, tokens, (c, text), per_token, self.routes, routing, hidden)
-        return self.output(tokens, c, states)
+        blocks, asked, per_token = enumerate(self.blocks), self.blocks_of(hidden), self.token_context(tokens, c)
+        tokens, states = run_blocks(blocks, tokens, (c, text), per_token, self.routes, routing, asked)
+        return self.output(tokens, c, states, hidden)
 
     def embed(
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition
@@ -154,12 +157,43 @@ class DiT(Network):
             text = self.y_embedder.tokens(condition) if self.reads_text else None
         return self.x_embedder(x) + self.pos_embed, c, text
 
-    def output(self, tokens: torch.Tensor, c: torch.Tensor, states: dict) -> torch.Tensor | tuple[torch.Tensor, dict]:
+    def output(
+        self, tokens: torch.Tensor, c: torch.Tensor, states: dict, hidden: Collection[int | str] = ()
+    ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """Tokens (B, N, D), c (B, D) -> (B, C_out, h, w), and the states of hidden blocks where there are any."""
         with torch.autocast(tokens.device.type, enabled=False):
             patches = self.final_layer(tokens.float(), c)  # (B, N, p * p * C_out)
+            if MIDDLE in hidden:
+                states = states | {MIDDLE: self.middle_output(*states[self.middle_head], c)}
         out = unpatchify(patches, self.patch_size, self.grid)
         return (out, states) if states else out
+
+    def add_middle_head(self, block: int) -> None:
+        """After `block`, of the last one's kind. The other weights are drawn as without it."""
+        if not 0 <= block < len(self.blocks):
+            last = len(self.blocks) - 1
+            raise UserError(f"middle_head={block}; needed: the number of a block, from 0 to {last}, or null for none")
+        self.middle_head = block
+        with torch.random.fork_rng(devices=[]):
+            self.middle_layer = FinalLayer(self.hidden_size, self.patch_size, self.out_channels)
+        for p in self.middle_layer.parameters():
+            nn.init.zeros_(p)
+
+    def blocks_of(self, hidden: Collection[int | str]) -> Collection[int | str]:
+        """`hidden`, with the block that the middle head needs."""
+        return [*hidden, self.middle_head] if MIDDLE in hidden else hidden
+
+    def middle_output(
+        self, tokens: torch.Tensor, keep_ids: torch.Tensor | None, c: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As MIDDLE in `contracts.Network`, from the tokens (B, K, D) after the block: 0 where the head saw none."""
+        patches, seen = self.middle_layer(tokens.float(), c), None  # (B, K, p * p * C_out)
+        if keep_ids is not None:
+            nothing = patches.new_zeros(len(patches), self.num_tokens, patches.shape[2])
+            seen = nothing[..., :1].scatter(1, keep_ids[..., None], 1).expand(-1, -1, self.patch_size**2)
+            seen = unpatchify(seen, self.patch_size, self.grid)  # (B, 1, h, w)
+            patches = scatter_tokens(patches, keep_ids, nothing)  # (B, N, p * p * C_out)
+        return unpatchify(patches, self.patch_size, self.grid), seen
 
     def positions(self) -> tuple[torch.Tensor, ...]:
         """Positional inputs of the blocks, (1, N, ...) each. DiT has none."""
@@ -171,21 +205,26 @@ class DiT(Network):
 
     @property
     def all_blocks(self) -> tuple[nn.Module, ...]:
-        return (*self.blocks, self.final_layer)
+        return (*self.blocks, self.final_layer, *([] if self.middle_head is None else [self.middle_layer]))
 
     def macs(self, routing: Routing | None = None) -> int:
-        """By formula: matrix products and attention (DiT's "Gflops")."""
+        """By formula: matrix products and attention (DiT's "Gflops"), the middle head's included."""
         embed = self.num_tokens * self.x_embedder.proj.weight.numel() + weights_of(self.t_embedder)
         if isinstance(self.y_embedder, TextEmbedder):
             embed += weights_of(self.y_embedder) * (self.modulated + self.reads_text * self.text_length)
-        head = self.final_layer
-        output = self.num_tokens * head.linear.weight.numel() + weights_of(head.adaLN_modulation)
+        linear, modulation = self.final_layer.linear.weight.numel(), weights_of(self.final_layer.adaLN_modulation)
+        output = self.num_tokens * linear + modulation
+        if self.middle_head is not None:
+            output += self.tokens_seen(routing)[self.middle_head] * linear + modulation
         return embed + sum(self.block_macs(routing)) + output
+
+    def tokens_seen(self, routing: Routing | None) -> list[int]:
+        """The number of tokens that each block sees."""
+        return block_tokens(self.routes, routing, len(self.blocks), self.num_tokens)
 
     def block_macs(self, routing: Routing | None) -> list[int]:
         """Multiply-adds of each block."""
-        tokens = block_tokens(self.routes, routing, len(self.blocks), self.num_tokens)
-        return [block.macs(n) for block, n in zip(self.blocks, tokens)]
+        return [block.macs(n) for block, n in zip(self.blocks, self.tokens_seen(routing))]
 
 
 def weights_of(module: nn.Module) -> int:

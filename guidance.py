@@ -5,6 +5,7 @@
     sparse (arXiv 2601.01608)                  weak: the same label, more tokens routed away
     autoguidance (arXiv 2406.02507)            weak: another checkpoint
     path drop (arXiv 2510.21986)               weak: no label, and the network without its middle
+    internal (arXiv 2512.24176)                weak: the middle head, in the same call; in each of two branches
     interval (arXiv 2404.07724)                any of them, only for t in [lo, hi]
 
 They combine. Both branches make the same kind of prediction, denoised or velocity, at the same (x, t).
@@ -19,7 +20,7 @@ from typing import Annotated, Literal
 import torch
 
 import conditions
-from contracts import Condition, Network, Routing, Source
+from contracts import MIDDLE, Condition, Network, Routing, Source
 from routing_blocks import check_route
 from system import UserError
 from system.settings import at_least, between, check_fields
@@ -40,6 +41,7 @@ class Guidance:
     weak_ckpt: the weak branch's weights: a path, or "earliest" = the run's first checkpoint; None = the strong ones.
     weak_path: "drop" = the weak branch skips the deep path (SPRINT); None = it runs the whole network.
     cfg_channels: guide only the first so many channels; None = all.
+    internal_scale: of each branch's own guidance by its middle head; 1 = off.
 
     Raises UserError for settings that cannot guide.
     """
@@ -55,6 +57,7 @@ class Guidance:
     weak_ckpt: str | None = None
     cfg_channels: Annotated[int, at_least(1)] | None = None
     weak_path: Literal["drop"] | None = None
+    internal_scale: Annotated[float, at_least(0)] = 1.0
 
     def __post_init__(self):
         check_fields(self)
@@ -101,6 +104,14 @@ class Guidance:
 
 def check_networks(guidance: Guidance, strong: Network, weak: Network) -> None:
     """Raises UserError where guidance needs what the two branches' networks were not trained for."""
+    networks = (strong, weak)[: 2 if guidance.on else 1]
+    for network in networks if guidance.internal_scale != 1 else ():
+        block, sparse = network.middle_head, guidance.routed or guidance.weak_path
+        if block is None:
+            raise UserError("guidance=internal needs a network trained with model.middle_head=; this one has none")
+        if sparse and any(route.start_layer_idx <= block <= route.end_layer_idx for route in network.routes):
+            found = f"internal_scale={guidance.internal_scale:g} with routing, and the middle head lies inside a route"
+            raise UserError(f"{found}; needed: gamma_strong=0, gamma_weak=0, weak_path=null, or internal_scale=1")
     trained = all(any(route.selection_ratio > 0 for route in network.routes) for network in (strong, weak))
     if guidance.routed and not trained:
         raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
@@ -127,6 +138,21 @@ def user_mistakes(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {error}") from None
 
 
+def internal(net: Callable, scale: float, channels: int) -> Callable:
+    """net(x, t, condition, hidden=), guided by its own middle head: v_mid + scale (v - v_mid), in one call.
+
+    channels: of x; others, learned variances, are not guided. Every prediction is affine in what the network returns,
+    so that the rule is the same on either.
+    """
+
+    def guided(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        out, states = net(x, t, condition, hidden=[MIDDLE])
+        both = lambda x, t: (out, states[MIDDLE][0])
+        return guide(net, net, scale, both=both, channels=channels)(x, t)
+
+    return guided
+
+
 @dataclass
 class Branch:
     """One side of the rule, for one batch of images: x (B, C, h, w), t () -> prediction (B, C, h, w)."""
@@ -136,9 +162,11 @@ class Branch:
     ratio: Callable  # t -> selection ratio
     masks: list[torch.Generator]  # of the routed tokens, one per image
     drop_path: bool = False
+    internal: tuple[float, ...] = ()  # the scale of its own guidance by the middle head, for `predict`
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.predict(x, t, self.condition(), routing_at(self.ratio(t), self.masks, self.drop_path))
+        routing = routing_at(self.ratio(t), self.masks, self.drop_path)
+        return self.predict(x, t, self.condition(), routing, *self.internal)
 
 
 def routing_at(ratio: float, masks: Source, drop_path: bool = False) -> Routing | None:
@@ -154,7 +182,7 @@ def pair(strong: Branch, weak: Branch) -> Callable:
             return strong(x, t), weak(x, t)
         condition = conditions.join(strong.condition(), weak.condition())
         routing = routing_at(ratio, strong.masks + weak.masks)
-        return strong.predict(torch.cat([x, x]), t, condition, routing).chunk(2)
+        return strong.predict(torch.cat([x, x]), t, condition, routing, *strong.internal).chunk(2)
 
     return both
 

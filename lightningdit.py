@@ -50,6 +50,7 @@ class LightningDiT(DiT):
         text_length: int | None = None,
         pooled_text: bool = False,
         value_residual: bool = False,
+        middle_head: int | None = None,
     ):
         if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu", "relu2"):
             raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu, gelu or relu2")
@@ -59,10 +60,10 @@ class LightningDiT(DiT):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             routes, fp32_after_route, size, condition, text_width, text_length, pooled_text,
-            block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp),
+            block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp), middle_head=middle_head,
         )  # fmt: skip
-        if norm == "rms":
-            self.final_layer.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
+        for head in self.all_blocks[len(self.blocks) :] if norm == "rms" else ():
+            head.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
         if not sincos:
             self.pos_embed.zero_()
         self.rotary, self.value_residual = rotary, value_residual

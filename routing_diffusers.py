@@ -18,9 +18,8 @@ from inspect import signature
 import torch
 from torch import nn
 
-from routing_blocks import Active, RoutedBlocks, gather_rows, keep_others, resolve_routes
+from routing_blocks import Active, Route, RoutedBlocks, gather_rows, keep_others, resolve_routes
 from routing_blocks import routing as routing  # for those who route a model
-from routing_module import Route
 
 
 class AnglesOfSamples:

@@ -57,6 +57,7 @@ class Sprint(LightningDiT):
         pooled_text: bool = False,
         encoder_depth: int = 2,
         decoder_depth: int = 2,
+        middle_head: int | None = None,
     ):
         if min(encoder_depth, decoder_depth) < 1 or depth is not None and depth <= encoder_depth + decoder_depth:
             dense = f"{encoder_depth} + {decoder_depth} dense blocks"
@@ -67,6 +68,7 @@ class Sprint(LightningDiT):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width, text_length, pooled_text,
+            middle_head=middle_head,
         )  # fmt: skip
         self.path_drop, hidden_size = path_drop, self.hidden_size
         self.sparse = slice(encoder_depth, -decoder_depth)  # g's blocks
@@ -78,16 +80,16 @@ class Sprint(LightningDiT):
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,
-        hidden: Collection[int] = (),
+        hidden: Collection[int | str] = (),
     ):  # fmt: skip
         tokens, *context = self.embed(x, t, condition)  # (B, N, D), (B, D), (B, T, D)
-        blocks = list(enumerate(self.blocks))
-        tokens, found = run_blocks(blocks[: self.sparse.start], tokens, context, self.positions(), hidden=hidden)
-        deep, inside = self.deep_stream(blocks[self.sparse], tokens, context, routing, hidden)  # (B, N, D)
+        blocks, asked = list(enumerate(self.blocks)), self.blocks_of(hidden)
+        tokens, found = run_blocks(blocks[: self.sparse.start], tokens, context, self.positions(), hidden=asked)
+        deep, inside = self.deep_stream(blocks[self.sparse], tokens, context, routing, asked)  # (B, N, D)
         # In the dtype of f's tokens, or the blocks of h would be compiled separately under autocast.
         tokens = self.fusion(torch.cat([deep, tokens], dim=-1)).to(tokens.dtype)  # (B, N, D)
-        tokens, last = run_blocks(blocks[self.sparse.stop :], tokens, context, self.positions(), hidden=hidden)
-        return self.output(tokens, context[0], found | inside | last)
+        tokens, last = run_blocks(blocks[self.sparse.stop :], tokens, context, self.positions(), hidden=asked)
+        return self.output(tokens, context[0], found | inside | last, hidden)
 
     def deep_stream(
         self, blocks: list, shallow: torch.Tensor, context: list, routing: Routing | None, hidden: Collection[int]
@@ -110,8 +112,9 @@ class Sprint(LightningDiT):
     def macs(self, routing: Routing | None = None) -> int:
         return super().macs(routing) + self.num_tokens * self.fusion.weight.numel()
 
+    def tokens_seen(self, routing: Routing | None) -> list[int]:
+        return super().tokens_seen(None if routing is not None and routing.drop_path else routing)
+
     def block_macs(self, routing: Routing | None) -> list[int]:
-        if routing is None or not routing.drop_path:
-            return super().block_macs(routing)
-        macs = super().block_macs(None)
-        return macs[: self.sparse.start] + macs[self.sparse.stop :]
+        macs, whole = super().block_macs(routing), routing is None or not routing.drop_path
+        return macs if whole else macs[: self.sparse.start] + macs[self.sparse.stop :]

@@ -57,6 +57,7 @@ from training.prepare import (
     TrainState,
     batch_plan,
     build_state,
+    check_features,
     describe,
     open_data,
     settle_data,
@@ -124,6 +125,7 @@ def start(
     """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
     settings = settle_texts(settle_data(settings, loaded.train), loaded.train)
+    check_features(loaded.train, settings)
     chosen = {"the checkpoint to resume from": resumed and resumed.name}
     same = {key: value for key, value in flat(settings).items() if key not in PATHS}
     agree(chosen | {f"the {name}'s fingerprint": found for name, found in loaded.fingerprints.items()} | same)
@@ -212,7 +214,7 @@ def run_steps(
         if alone and state.guard.mode == "stop" and state.guard.count:
             return EXIT_NOT_FINITE
         if trained and every(cfg.check_replicas_every, state.step) and dist.num_processes > 1 and not alone:
-            check_replicas(state.model, state.step, dist)
+            check_replicas(state.net, state.step, dist)
         if trained and save_due:
             with log.pause(), nullcontext() if alone else together():
                 save_state(settings, loaded, state, run_folder, dist)
@@ -264,7 +266,7 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
     for micro in range(plan.accumulation):
-        raw, condition = next(batches)
+        raw, condition, *features = next(batches)
         rows = plan.slice(seeded_generator(settings.seed, "train", step, device=device), micro)
         x = loaded.train.to_model_input(raw.to(device, non_blocking=True), rows)  # (B, C, h, w)
         condition = conditions.drop(conditions.to(condition, device), model.null_condition, cfg.label_dropout, rows)
@@ -272,11 +274,11 @@ def train_step(
         last = micro == plan.accumulation - 1
         with nullcontext() if last or plan.world_size == 1 else state.net.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                errors = state.objective.errors(partial(state.net, routing=routing), x, condition, rows)
-                loss = model.reduce(*errors, routing).mean() / plan.accumulation
+                features = [part.to(device, non_blocking=True) for part in features]
+                loss = state.loss(x, condition, rows, routing, *features).mean() / plan.accumulation
             loss.backward()
         total += loss.detach()
-    grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    grad_norm = nn.utils.get_total_norm([p.grad for p in state.net.parameters() if p.grad is not None])
     state.optimizer.grad_scale = (grad_norm / (cfg.grad_clip or math.inf)).clamp(min=1)  # clips in the fused update
     good = state.guard.check(grad_norm, step)
     state.optimizer.step()
@@ -338,7 +340,7 @@ def validation_losses(
 
     with together():
         for chunk in range(plan.rank * VAL_BATCH, n, plan.world_size * VAL_BATCH):
-            raw, condition = latents.read(range(chunk, min(chunk + VAL_BATCH, n)))
+            raw, condition, *_ = latents.read(range(chunk, min(chunk + VAL_BATCH, n)))
             raw, condition = raw.to(ema.device), conditions.to(condition, ema.device)
             for i, routed in enumerate(modes.values()):
                 processes.poll()
@@ -432,7 +434,8 @@ def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan) -> int
     shape = (plan.micro_batch_size, *state.model.latent_shape)
     nothing = conditions.repeat(state.model.null_condition, plan.micro_batch_size, dist.device)
     no_data = SimpleNamespace(to_model_input=lambda raw, generators: raw)
-    batches = ((normal(shape, noise), nothing) for _ in range(plan.accumulation))
+    features = state.blank_features(plan.micro_batch_size)
+    batches = ((normal(shape, noise), nothing, *features) for _ in range(plan.accumulation))
     state.step = 1
     loss, grad_norm = train_step(settings, TrainingData(no_data, no_data, plan), state, batches)
     if dist.is_main_process:
@@ -453,15 +456,14 @@ def wrap(state: TrainState) -> nn.Module:
     torch._dynamo.config.optimize_ddp = False  # or its buckets would cut the compiled blocks in pieces
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases call broadcast_buffers by another name
-        net = nn.parallel.DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    model, device = state.model, state.ema.device
+        net = nn.parallel.DistributedDataParallel(state.net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model, device, features = state.model, state.ema.device, state.blank_features(2)
     x = torch.zeros(2, *model.latent_shape, device=device)  # (2, C, h, w)
     rows = BatchSlice(seeded_generator("first pass", device=device), 0, len(x))
     routing = model.training_routing(len(x), rows, device)
     nothing = conditions.repeat(model.null_condition, len(x), device)
-    errors = state.objective.errors(partial(net, routing=routing), x, nothing, rows)
-    (model.reduce(*errors, routing) * 0).sum().backward()
-    model.zero_grad(set_to_none=True)
+    (replace(state, net=net).loss(x, nothing, rows, routing, *features) * 0).sum().backward()
+    net.zero_grad(set_to_none=True)
     return net
 
 

@@ -79,6 +79,7 @@ class Train:
     max_skipped: Count = 10
     timeout_s: Positive = 600
     check_replicas_every: Count = 1000
+    middle_weight: Annotated[float, above(0)] = 0.5
 
     @property
     def routed_steps(self) -> int:
@@ -143,6 +144,27 @@ class Optimizer:
 @dataclass(frozen=True)
 class Ema:
     widths: tuple[Width, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Of the tokens after `block`. target: layersync's. teacher, teacher_width, projector_width: repa's."""
+
+    name: Literal["none", "layersync", "repa"] = "none"
+    weight: Annotated[float, at_least(0)] = 0.0
+    block: Count = 0
+    target: Count = 1
+    teacher: str = "mnist"
+    teacher_width: Positive = 64
+    projector_width: Positive = 2048
+
+    def __post_init__(self):
+        if self.target <= self.block and self.name == "layersync":
+            raise UserError(f"block={self.block}, target={self.target}; needed: a target after the block")
+
+    @property
+    def on(self) -> bool:
+        return self.name != "none" and self.weight > 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +244,7 @@ class Settings:
     sampler: dict[str, Any]
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
+    alignment: Alignment = Alignment()
     preview: Preview = Preview()
     eval: Eval = Eval()
     run_name: str | None = None
@@ -249,6 +272,8 @@ def to_yaml(settings: Settings) -> str:
     plain = {"format": FORMAT} | asdict(settings)
     if settings.optimizer.name != "muon":  # whose settings the others are
         plain["optimizer"] = {key: plain["optimizer"][key] for key in ("name", "betas", "eps", "weight_decay")}
+    if settings.alignment.name == "none":
+        del plain["alignment"]
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 

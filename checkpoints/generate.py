@@ -124,7 +124,7 @@ def count_calls(run: Run, guidance: Guidance, steps: int | None = None) -> tuple
     def counted(run: Run) -> Run:
         """The run, its network's calls being noted in place of made."""
 
-        def predict(x, t, condition, routing) -> torch.Tensor:
+        def predict(x, t, condition, routing, internal_scale=1.0) -> torch.Tensor:
             macs.extend([run.model.macs(routing)] * len(x))
             return torch.zeros_like(x).repeat(1, 2, 1, 1)  # as of a network that has learned its variance
 
@@ -149,10 +149,11 @@ def branches(
         "none": lambda: conditions.repeat(null, len(seeds), run.device),
         "random": lambda: conditions.another(condition, run.pool, draws),  # new in each call
     }[guidance.weak_label]
+    internal = () if guidance.internal_scale == 1 else (guidance.internal_scale,)
     ratios = [partial(setting, run, guidance, name) for name in ("gamma_strong", "gamma_weak")]
     return (
-        Branch(run.predict, lambda: condition, ratios[0], streams(seeds, "strong")),
-        Branch(weak.predict, weak_condition, ratios[1], streams(seeds, "weak"), guidance.weak_path == "drop"),
+        Branch(run.predict, lambda: condition, ratios[0], streams(seeds, "strong"), internal=internal),
+        Branch(weak.predict, weak_condition, ratios[1], streams(seeds, "weak"), guidance.weak_path == "drop", internal),
     )
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 import conditions
+from alignment import Aligned
 from autoencoder import Codec
 from checkpoints import run_folder as folders
 from checkpoints.config import Settings, from_file
 from checkpoints.run_folder import CONDITIONS_FILE, WEIGHTS_FILES, load_strictly, read_tensors
 from conditions import TextStats
 from contracts import Condition, Network, Objective, Routing, check_members
+from guidance import internal
 from system import UserError
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
@@ -62,11 +64,16 @@ class Run:
             print(f"warning: compile off: {reason}", file=sys.stderr)
         compile_blocks(self.model.all_blocks, self.compile, dynamic=True)
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None) -> torch.Tensor:
-        """The objective's prediction at (x, t), (B, C, h, w)."""
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, condition: Condition, routing: Routing | None,
+        internal_scale: float = 1.0,
+    ) -> torch.Tensor:  # fmt: skip
+        """The objective's prediction at (x, t), (B, C, h, w). internal_scale: `guidance.internal`'s; 1 = none."""
+        net = partial(self.model, routing=routing)
+        net = net if internal_scale == 1 else internal(net, internal_scale, x.shape[1])
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with tf32(self.device.type == "cuda" and self.precision == "fp32"), autocast:
-            return self.objective.predict(partial(self.model, routing=routing), x, t, condition)
+            return self.objective.predict(net, x, t, condition)
 
 
 def load_run(
@@ -132,6 +139,18 @@ def build_network(settings: Settings) -> Network:
         check_members(model)
         conditions.check_kind(settings.data.condition, model.null_condition)
         return model
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def align(net: Network, settings: Settings) -> Aligned | None:
+    """The network, on the CPU, with what aligns its tokens; None = nothing. Raises UserError where that cannot be."""
+    wanted = settings.alignment
+    if not wanted.on:
+        return None
+    repa = (None, wanted.teacher_width, wanted.projector_width)
+    try:
+        return Aligned(net, wanted.weight, wanted.block, *(repa if wanted.name == "repa" else (wanted.target,)))
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -120,7 +120,7 @@ def resume(
         if not file.is_file():
             raise UserError(f"{path} has no {file.name}; needed: a run with this average from its first step on")
         folders.load_strictly(module, folders.read_tensors(file), source=str(file))
-    folders.load_optimizer(path, modules["model"], optimizer)
+    folders.load_optimizer(path, modules["model"], optimizer, modules.get("projector"))
     return step_of(path)
 
 

@@ -84,8 +84,8 @@ def save(
 ) -> None:  # fmt: skip
     """Writes the checkpoint of a step and deletes what is not to be kept. Raises OSError after three attempts.
 
-    modules: by file, "model", "ema" and averages. fingerprints: of the data, as in `TrainerState`. kept: what
-    `conditions.save` gave of texts, to sample without the data.
+    modules: by file, "model", "ema" and averages, and an alignment's "projector". fingerprints: of the data, as in
+    `TrainerState`. kept: what `conditions.save` gave of texts, to sample without the data.
     """
     texts = {CONDITIONS_FILE: kept} if kept else {}
     tensors = checkpoint_tensors(modules, optimizer) | texts
@@ -104,10 +104,18 @@ def save(
 
 def checkpoint_tensors(modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> NamedTensors:
     """{file: {name: tensor}} of a checkpoint: the tensors themselves, not copies. The largest file comes first."""
-    named = modules["model"].named_parameters()
+    named = trained_parameters(modules["model"], modules.get("projector"))
     states = ((name, field, value) for name, p in named for field, value in optimizer.state.get(p, {}).items())
     state = {f"{name}/{field}": torch.as_tensor(value) for name, field, value in states}
     return {"optimizer.safetensors": state} | {f"{name}.safetensors": m.state_dict() for name, m in modules.items()}
+
+
+def trained_parameters(
+    model: torch.nn.Module, projector: torch.nn.Module | None
+) -> list[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of what an optimizer has: the network's, and those of an alignment's projector."""
+    more = () if projector is None else projector.named_parameters(prefix="projector")
+    return [*model.named_parameters(), *more]
 
 
 def write_checkpoint(run_folder: Path, step: int, tensors: NamedTensors, state: dict, config: str) -> Path:
@@ -350,7 +358,9 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], sou
         module.load_state_dict(tensors)
 
 
-def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(
+    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, projector: torch.nn.Module | None = None
+) -> None:
     """Restores the optimizer's state, saved by parameter name. Raises UserError for the state of another optimizer."""
     path, saved = checkpoint / "optimizer.safetensors", defaultdict(dict)
     tensors = read_tensors(path)
@@ -358,7 +368,7 @@ def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: torch.op
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         saved[name][field] = value
-    names, state = {p: name for name, p in model.named_parameters()}, {}  # state: as PyTorch numbers parameters
+    names, state = {p: name for name, p in trained_parameters(model, projector)}, {}  # state: as PyTorch numbers them
     for group in optimizer.param_groups:
         needed = ["exp_avg", "exp_avg_sq", "step"] if "betas" in group else ["momentum_buffer"]
         for i, p in enumerate(group["params"], len(state)):

@@ -29,7 +29,8 @@ from system.limits import MEMBER_BYTES
 
 BLOCK = tarfile.BLOCKSIZE
 PADDING = 1 << 16  # bytes after a tar's end in which another one is looked for
-ARRAY, LABEL, TEXT, CAPTIONS = "latent.npy", "cls", "text.npy", "txt"  # what follows the key in a member's name
+# What follows the key in a member's name
+ARRAY, LABEL, TEXT, CAPTIONS, FEATURES = "latent.npy", "cls", "text.npy", "txt", "features.npy"
 SYSTEM = "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "System Volume Information", "lost+found", "Thumbs.db"
 HIDDEN = re.compile(rf"(?:^|/)(?:\.[^/]|(?:{'|'.join(map(re.escape, SYSTEM))})(?:/|$))")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".pgm")

@@ -1,10 +1,11 @@
 """The index of a split: every sample validated once, its position and a checksum of it; cached.
 
 A shard is a tar with a `<key>.latent.npy` for every sample and its condition: `<key>.cls`, `<key>.text.npy` or nothing.
-Further texts of a sample are `<key>.text.1.npy`, `<key>.text.2.npy`, ... Other members are ignored, and nothing is
-unpickled. Building the index reads every byte: shards are compared with the manifest's sha256, every array and label is
-checked, and a CRC of each array is kept, so that reading an array later is one `pread` and one comparison. A sample
-takes 18 bytes of the index, or 14 and 18 for each text.
+Further texts of a sample are `<key>.text.1.npy`, `<key>.text.2.npy`, ...; a teacher's `<key>.features.npy` precede it
+all, where a set has them. Other members are ignored, and nothing is unpickled. Building the index reads every byte:
+shards are compared with the manifest's sha256, every array and label is checked, and a CRC of each array is kept, so
+that reading an array later is one `pread` and one comparison. A sample takes 18 bytes of the index, or 14 and 18 for
+each text, and 14 for features.
 
 The cache is kept beside the shards, or in the user's cache folder if theirs is not writable, and is used only while the
 shards' names, sizes and times and the manifest are unchanged. An index that lacks something because the system failed
@@ -27,7 +28,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from data.archives import ARRAY, LABEL, TEXT, Member, members, npy_header, parse_number, sample_key, split_name
+from data.archives import (
+    ARRAY,
+    FEATURES,
+    LABEL,
+    TEXT,
+    Member,
+    members,
+    npy_header,
+    parse_number,
+    sample_key,
+    split_name,
+)
 from system import UserError
 from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
@@ -41,6 +53,7 @@ MAX_TEXTS, TEXT_NAME = 99, re.compile(r"text\.([1-9]\d?)\.npy")  # of a sample; 
 # A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
 TEXT_FIELDS = [("length", "i4"), ("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4")]  # length: tokens
+FEATURE_FIELDS = [("feature_offset", "i8"), ("feature_header", "u2"), ("feature_crc", "u4")]
 
 
 @dataclass(frozen=True)
@@ -55,17 +68,24 @@ class Layout:
     text_dtype: Literal["float16", "float32"] | None = None
     text_length: Positive | None = None  # tokens of the longest text; None = unknown
     text_count: Annotated[int, between(1, MAX_TEXTS + 1)] | None = None  # the most texts of a sample; None = 1
+    feature_shape: tuple[Positive, Positive] | None = None  # of a teacher's features, (N, D_t) float16; None = no such
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
-        values = {name: manifest[name] for name in cls.__annotations__}
-        return cls(**values | {"shape": tuple(values["shape"])})
+        values = {name: manifest[name] for name in cls.__annotations__ if name in manifest}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a sample needs."""
+        return PARTS[self.condition] + ((FEATURES,) if self.feature_shape else ())
 
     @property
     def fields(self) -> list[tuple]:
         """Of a sample's entry in the index. A sample with fewer texts than others has some of length 0."""
         labels, texts = [("label", "i4")], [(name, kind, (self.text_count or 1,)) for name, kind in TEXT_FIELDS]
-        return ARRAY_FIELDS + {"class": labels, "text": texts, "none": []}[self.condition]
+        more = FEATURE_FIELDS if self.feature_shape else []
+        return ARRAY_FIELDS + {"class": labels, "text": texts, "none": []}[self.condition] + more
 
 
 @dataclass
@@ -172,7 +192,7 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
     faults: list[str] = []
     found: dict[str, dict[str, Member]] = {}
     others: set[str] = set()
-    rows, known = [], {*PARTS[layout.condition], *text_names(layout)}
+    rows, known = [], {*layout.parts, *text_names(layout)}
     with open_regular(path) as file:
         for member in members(file, faults):
             key, extension = split_name(member.name)
@@ -201,20 +221,25 @@ def text_names(layout: Layout) -> list[str]:
 
 def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     """The entry of a sample. Raises UserError saying what is wrong with it."""
-    if missing := [extension for extension in PARTS[layout.condition] if extension not in parts]:
+    if missing := [extension for extension in layout.parts if extension not in parts]:
         raise UserError(f"has no .{missing[0]}")
     _, *row = _read_array(fd, parts[ARRAY], layout.dtype, layout.shape)
     if layout.condition == "class":
         contents = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset)
         row.append(parse_number(contents, "has a label that", layout.num_classes))
-    texts = []
+    texts, features = [], ()
     for name in text_names(layout):
         try:
             needed = layout.text_length, layout.text_width
             texts.append(_read_array(fd, parts[name], layout.text_dtype, needed, True) if name in parts else (0,) * 4)
         except UserError as error:
             raise UserError(f"has a .{name} that {error}") from None
-    return (*row, *zip(*texts))
+    if layout.feature_shape:
+        try:
+            _, *features = _read_array(fd, parts[FEATURES], "float16", layout.feature_shape)
+        except UserError as error:
+            raise UserError(f"has a .{FEATURES} that {error}") from None
+    return (*row, *zip(*texts), *features)
 
 
 def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: bool = False) -> tuple[int, int, int, int]:
@@ -246,7 +271,7 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
         with open_regular(path) as file:
             for member in members(file, []):
                 extensions.add(extension := split_name(member.name)[1])
-                if extension in (ARRAY, TEXT) and extension not in found:
+                if extension in (ARRAY, TEXT, FEATURES) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
                         contents = os.pread(file.fileno(), min(member.size, 4096), member.offset)
                         found[extension] = _float_header(contents, member.size)
@@ -258,11 +283,13 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
             break
     shape, dtype, _ = found.get(ARRAY, ((), DTYPES[0], 0))  # without an array, validation will find no sample
     condition = condition or ("class" if LABEL in extensions else "text" if TEXT in extensions else "none")
+    features = found.get(FEATURES, (None,))[0]  # which a sample begins with
     if condition != "text":
-        return Layout(shape, dtype, condition, num_classes)
+        return Layout(shape, dtype, condition, num_classes, feature_shape=features)
     text_shape, text_dtype, _ = found.get(TEXT, ((0,), dtype, 0))
     width = text_shape[-1] if text_shape else 0
-    return Layout(shape, dtype, condition, num_classes, width, text_dtype, text_count=count if count > 1 else None)
+    several = count if count > 1 else None
+    return Layout(shape, dtype, condition, num_classes, width, text_dtype, None, several, features)
 
 
 def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:

@@ -33,15 +33,17 @@ class Latents:
     shape: (C, h, w) of the model's input. stored_shape, dtype: of the arrays on disk. meta: contents of meta.json, {}
     without one. labels: (n,) int32; num_classes: meta.json's, or the largest label + 1; both None without classes.
     text_length, text_width: what texts are padded to, and the width of their states; text_count: the most texts of a
-    sample; all 0 without texts. text_stats:
-    what texts are normalised by, None = they stay as they are. fingerprint: 16 hex digits that change with any sample,
-    label, text, scale, kind or text_stats. faults: a line for everything that was left out.
+    sample; all 0 without texts. text_stats: what texts are normalised by, None = they stay as they are. feature_shape:
+    (N, D_t) of a teacher's features, which `read` gives too; None = it does not. fingerprint: 16 hex digits that change
+    with any sample, label, text, feature read, scale, kind or text_stats. faults: a line for everything that was left
+    out.
     Raises UserError for an encoding that does not fit the stored shape.
     """
 
     def __init__(
-        self, folder: Path, manifest: dict, index: Index, encoding: LatentEncoding, on_error: str, condition: str
-    ):
+        self, folder: Path, manifest: dict, index: Index, encoding: LatentEncoding, on_error: str, condition: str,
+        features: bool = False,
+    ):  # fmt: skip
         self.folder, self.meta, self.encoding, self.on_error = folder, manifest, encoding, on_error
         self.kind, self.condition = encoding.kind, condition
         self.stored_shape, self.dtype = index.layout.shape, getattr(torch, index.layout.dtype)
@@ -55,9 +57,10 @@ class Latents:
         elif condition == "text":
             self.text_length = manifest.get("text_length") or int(index.entries["length"].max())
             self.text_width, self.text_count = index.layout.text_width, index.layout.text_count or 1
+        self.feature_shape = index.layout.feature_shape if features else None
         about = [encoding.kind, manifest.get("scale"), manifest.get("bias"), self.stored_shape, index.layout.dtype]
         digest = hashlib.sha256(json.dumps(about).encode())
-        for name in ("crc", "label", "text_crc", "length"):
+        for name in ("crc", "label", "text_crc", "length", *(["feature_crc"] if features else [])):
             if name in index.entries.dtype.names:
                 digest.update(index.entries[name].tobytes())
         self.fingerprint = digest.hexdigest()[:16]
@@ -66,6 +69,7 @@ class Latents:
         self._index = index
         self._row_bytes = math.prod(self.stored_shape) * self.dtype.itemsize
         self._token_bytes = self.text_width * np.dtype(index.layout.text_dtype).itemsize if condition == "text" else 0
+        self._feature_bytes = 2 * math.prod(self.feature_shape) if features else 0
         self._files: dict[int, int] = {}  # shard number -> file descriptor
 
     def __len__(self) -> int:
@@ -82,7 +86,8 @@ class Latents:
     def read(
         self, indices: Sequence[int], faults: list[str] | None = None, draws: Sequence[float] | None = None
     ) -> tuple[torch.Tensor, Condition]:
-        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length.
+        """raw (B, *stored_shape) of `dtype` and its condition, texts being padded with zeros to text_length; and a
+        teacher's features (B, N, D_t) float16 where there is a feature_shape.
 
         draws: numbers from [0, 1), which choose one of a sample's texts each; None = the first of each.
         Damage raises UserError or, with on_error="skip", is reported: to the list `faults`, if there is one, by loader
@@ -90,10 +95,11 @@ class Latents:
         """
         rows = np.empty((len(indices), self._row_bytes), np.uint8)
         texts = np.empty((len(indices), self.text_length, self._token_bytes), np.uint8)
+        features = np.empty((len(indices), self._feature_bytes), np.uint8)
         used, skipped = np.array(indices, np.int64), []
         chosen = np.zeros(len(used)) if draws is None else draws
         for i, index in enumerate(used.tolist()):
-            while fault := self._read_sample(int(used[i]), rows[i], texts[i], chosen[i]):
+            while fault := self._read_sample(int(used[i]), rows[i], texts[i], chosen[i], features[i]):
                 if self.on_error == "stop":
                     raise UserError(f"damaged data in {self.folder}: {fault}")
                 skipped.append(fault)
@@ -110,7 +116,9 @@ class Latents:
             lengths = torch.from_numpy(self._index.entries["length"][used, slots])
             mask = torch.arange(self.text_length) < lengths[:, None]
             condition = normalize(Text(states, mask), self.text_stats)
-        return raw, condition
+        if self.feature_shape is None:
+            return raw, condition
+        return raw, condition, torch.from_numpy(features).view(torch.float16).view(len(used), *self.feature_shape)
 
     def conditions(self, count: int) -> Condition:
         """Up to `count` conditions, spread evenly over the set."""
@@ -120,12 +128,14 @@ class Latents:
         """Asks the system to read these samples ahead from disk, neighbours together. Only a hint."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        offsets, order = self._index.entries["offset"], np.sort(indices)
+        first, order = "offset" if self.feature_shape is None else "feature_offset", np.sort(indices)
+        offsets = self._index.entries[first]
+        most = self._row_bytes + self._feature_bytes + 4096  # headers
+        most += self.text_count * (self.text_length * self._token_bytes + 1024)
         for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
-            for part in np.split(run, np.flatnonzero(np.diff(offsets[run]) <= 0) + 1):  # at shard ends
-                start = int(offsets[part[0]])
-                end = int(offsets[part[-1]]) + self._row_bytes + 2048  # headers
-                end += self.text_count * (self.text_length * self._token_bytes + 1024)
+            step = np.diff(offsets[run])
+            for part in np.split(run, np.flatnonzero((step <= 0) | (step > 2 * most)) + 1):  # shard ends; features
+                start, end = int(offsets[part[0]]), int(offsets[part[-1]]) + most
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(self._file(self._shard(part[0])), start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -150,14 +160,18 @@ class Latents:
         held = np.flatnonzero(self._index.entries["length"][index])
         return int(held[int(draw * len(held))])
 
-    def _read_sample(self, index: int, row: np.ndarray, text: np.ndarray, draw: float) -> str | None:
-        """Fills row (bytes,) and text (T, bytes of a token); returns a line saying what is wrong, or None."""
+    def _read_sample(
+        self, index: int, row: np.ndarray, text: np.ndarray, draw: float, features: np.ndarray
+    ) -> str | None:
+        """Fills row, features (bytes,) and text (T, bytes of a token); returns a line on what is wrong, or None."""
         entry, shard = self._index.entries[index], self._shard(index)
         parts = [(row, entry["offset"] + entry["header"], entry["crc"])]
         if self.condition == "text":
             length, offset, header, crc = (entry[name][self._slot(index, draw)] for name, _ in TEXT_FIELDS)
             text[length:] = 0
             parts += [(text[:length].reshape(-1), offset + header, crc)]
+        if self.feature_shape is not None:
+            parts.append((features, entry["feature_offset"] + entry["feature_header"], entry["feature_crc"]))
         for numbers, start, crc in parts:
             try:
                 count = os.preadv(self._file(shard), [numbers], int(start))

@@ -60,7 +60,8 @@ def make_loader(
     latents: Latents, plan: BatchPlan, *, seed: int = 0, start_step: int = 0, num_steps: int, num_workers: int = 0,
     pin_memory: bool = False,
 ) -> "Loader":  # fmt: skip
-    """Micro-batches (raw (micro, *stored_shape), condition) of this rank for steps start_step..num_steps-1, in order.
+    """Micro-batches (raw (micro, *stored_shape), condition) of this rank for steps start_step..num_steps-1, in order;
+    and with a teacher's features, where the latents have a feature_shape.
 
     (num_steps - start_step) * plan.accumulation of them; together, those of all ranks are the global batches.
     """
@@ -156,10 +157,11 @@ class MicroBatches(Dataset):
             rows = self.plan.slice(seeded_generator("captions", self.order.seed, step), micro)
             draws = uniform((self.plan.micro_batch_size,), rows).tolist()
         try:
-            raw, condition = self.latents.read(self.order(positions), faults, draws)
+            raw, condition, *features = self.latents.read(self.order(positions), faults, draws)
             if (worker := get_worker_info()) is not None:
-                wait_for_room(worker.num_workers * (raw.nbytes + sum(part.nbytes for part in save(condition).values())))
-            return raw, condition, faults
+                parts = (raw, *save(condition).values(), *features)
+                wait_for_room(worker.num_workers * sum(part.nbytes for part in parts))
+            return raw, condition, *features, faults
         except UserError as error:
             return error  # raised in a worker, it would arrive with its traceback in its message
 
@@ -189,9 +191,9 @@ class Loader(DataLoader):
             while (batch := self._next(batches)) is not None:
                 if isinstance(batch, UserError):
                     raise batch
-                raw, condition, faults = batch
+                *batch, faults = batch
                 self.dataset.latents.report(faults)
-                yield raw, condition
+                yield tuple(batch)
         finally:
             del batches  # ends the loader processes here, and not when the traceback is freed
 

@@ -13,6 +13,8 @@ text_length           tokens of the longest text; of those that an encoder has m
 text_count            the most texts of a sample; null = 1
 text_encoder, _sha256 what made the texts (texts.py), and the hash of its weights; null if unknown
 text_stats            the hash of texts.safetensors, what texts are normalised by; null = they stay as they are
+feature_shape         (N, D_t) of a teacher's features beside each latent, row by row, in float16; null without them
+teacher               which network they are of
 flip                  "none", or "both": every image has a second entry, the latent of its mirror image
 counts                {split: entries}
 mean, std             of each channel of the model's input
@@ -34,7 +36,7 @@ import torch
 from safetensors.torch import save
 
 from conditions import KINDS, TextStats, load_stats
-from data.archives import ARRAY, CAPTIONS, LABEL, TEXT
+from data.archives import ARRAY, CAPTIONS, FEATURES, LABEL, TEXT
 from data.encoding import LatentEncoding
 from data.index import Layout, build_index, find_layout, load_index, save_index
 from data.latents import Latents, channel_stats, text_stats, warn
@@ -48,7 +50,7 @@ FILE_NAME, STATS_NAME = "meta.json", "texts.safetensors"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
 # Where they are absent:
 IMPLIED = {"condition": "class"} | dict.fromkeys(
-    "text_width text_dtype text_length text_count text_encoder text_sha256 text_stats".split()
+    "text_width text_dtype text_length text_count text_encoder text_sha256 text_stats feature_shape".split()
 )
 
 
@@ -97,17 +99,19 @@ class Meta(Layout):
     text_encoder: str | None = None
     text_sha256: str | None = None
     text_stats: str | None = None
+    teacher: str | None = None
 
 
 def open_latents(
-    path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop", condition: str = "class"
-) -> Latents:
+    path: str | Path, *, split: str = "train", kind: str | None = None, on_error: str = "stop",
+    condition: str = "class", features: bool = False,
+) -> Latents:  # fmt: skip
     """The latents of one split of a data folder: shards with a meta.json, or CompVis's without one.
 
     kind: None = meta.json's, or sample_scaled without one. on_error: "stop" raises at damage; "skip" leaves damaged
     shards and samples out, with a line for each in `Latents.faults`, and replaces a sample found damaged later by the
-    next good one. condition: class, text or none, which ignores what else the shards hold. Raises UserError for a
-    folder without shards, for damage, and for a kind or a condition that does not fit.
+    next good one. condition: class, text or none, which ignores what else the shards hold. features: a teacher's are
+    read too. Raises UserError for a folder without shards, for damage, and for what the shards do not hold.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -124,7 +128,9 @@ def open_latents(
         more = f" (and {len(index.faults) - 1} more faults)" if len(index.faults) > 1 else ""
         raise UserError(f"damaged data in {folder}: {index.faults[0]}{more}")
     _check_condition(folder, index.layout.condition, condition)
-    latents = Latents(folder, manifest, index, encoding, on_error, condition)
+    if features and index.layout.feature_shape is None:
+        raise UserError(f"{folder} holds no features of a teacher; needed: latents with them, see docs/data.md")
+    latents = Latents(folder, manifest, index, encoding, on_error, condition, features)
     if condition == "text" and (recorded := manifest.get("text_stats")):
         path = folder / STATS_NAME
         if not path.is_file() or sha256_of(path) != recorded:
@@ -203,15 +209,18 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, np.ndarray, int | np.ndarray | Captions | None]]) -> None:
+def write_shard(path: Path, samples: Iterable[tuple]) -> None:
     """A tar of (key, array, condition) samples: written whole or not at all, and to the same bytes every time.
 
     condition: a label; a text's states (T_i, D), float16 or float32, not padded; several with their captions; or None.
+    A fourth: a teacher's features (N, D_t), float16.
     """
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, array, condition in samples:
+        for key, array, condition, *features in samples:
+            for part in features:  # first, so that one sample's beginning tells a set with features
+                _add(tar, f"{key}.{FEATURES}", part)
             _add(tar, f"{key}.{ARRAY}", array)
             if isinstance(condition, Captions):
                 for i, states in enumerate(condition.states):

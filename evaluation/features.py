@@ -159,11 +159,17 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: torch.Tensor) -> Features:
+        pool = self.trunk(self.pixels(images))  # (B, 64)
+        return Features(pool, self.head(pool))
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """The map before the second pooling, row by row: (B, 196, 64)."""
+        return self.trunk[:7](self.pixels(images)).flatten(2).transpose(1, 2)
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[2:] != (28, 28):
             raise UserError(f"images of {images.shape[3]}x{images.shape[2]} pixels; this classifier reads 28x28")
-        pixels = images.float().mean(1, keepdim=True) / 127.5 - 1  # (B, 1, 28, 28)
-        pool = self.trunk(pixels)  # (B, 64)
-        return Features(pool, self.head(pool))
+        return images.to(self.head.weight.device).float().mean(1, keepdim=True) / 127.5 - 1  # (B, 1, 28, 28)
 
 
 def _conv(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:

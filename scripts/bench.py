@@ -50,14 +50,12 @@ import cost
 import data
 import dit
 from autoencoder import PixelCodec
-from checkpoints.config import Settings
+from checkpoints.config import Guidance, Settings
 from checkpoints.generate import count_calls, generate_latents
-from checkpoints.load import Run, build_network, round_linears
+from checkpoints.load import Routing, Run, build_network, round_linears
 from data.encoding import LatentEncoding
 from data.shards import finalize, shard_name, write_shard
-from guidance import Guidance
 from randomness import normal, seeded_generator, uniform
-from routing_module import Routing, num_kept
 from scripts.plot import canvas, markdown
 from system import UserError, cli
 from system.building import build
@@ -122,7 +120,7 @@ class PlainDiT(dit.DiT):
         for i, block in enumerate(self.blocks):
             if i in starts:
                 shuffled = uniform((B, N), routing.generators, device=x.device).argsort(dim=1, descending=True)
-                keep = shuffled[:, : num_kept(N, starts[i].selection_ratio), None].expand(-1, -1, D)  # (B, K, D)
+                keep = shuffled[:, : N - int(N * starts[i].selection_ratio), None].expand(-1, -1, D)  # (B, K, D)
                 full, x = x.clone(), x.gather(1, keep)
             x = block(x, c, None)
             if i in ends:

@@ -1,6 +1,7 @@
 """Encodes pictures into latents, ready to train on, with any diffusers AutoencoderKL.
 
     python scripts/encode_latents.py images=photos/ out=datasets/photos vae=stabilityai/sd-vae-ft-ema
+    python scripts/encode_latents.py images=photos/ out=... vae=... features=vit_base_patch14_dinov2.lvd142m
     python scripts/encode_latents.py images=hf:ILSVRC/imagenet-1k split=train out=... vae=... shard_size=32768
     accelerate launch --num_processes 8 scripts/encode_latents.py images=imagenet/train.zip out=... vae=... flip=both
 
@@ -16,8 +17,8 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,9 +35,10 @@ from data.convert import entries, plan_shards
 from data.encoding import LatentEncoding
 from data.images import Images, center_crop, decoded_ahead, open_images
 from data.latents import warn
-from data.shards import TextSource, finalize, reserve, write_shard
+from data.shards import TextSource, finalize, reserve, write_manifest, write_shard
 from data.texts import Encoder, captioned, load_encoder
 from randomness import seeded_generator
+from scripts.add_features import load_teacher
 from system import UserError, cli, hub
 from system.settings import Count, Names, Positive, above, parse
 from system.tensors import weights_sha256
@@ -63,6 +65,7 @@ class Encoding:
     val: Count = 0
     shard_size: Positive = 4096
     batch_size: Positive = 32
+    features: str | None = None
     num_threads: Positive = 8
     timeout_s: Positive = 600
 
@@ -86,6 +89,7 @@ def main(arguments: list[str]) -> None:
     told = images.captions if cfg.text else images.labels
     shards = plan_shards(len(told), cfg.shard_size, cfg.val)
     encoder = load_encoder(cfg.text, length=cfg.text_length, device=device()) if cfg.text else None
+    teacher = load_teacher(cfg.features, device()) if cfg.features else None
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
     folder = Path(cfg.out)
@@ -98,16 +102,17 @@ def main(arguments: list[str]) -> None:
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
     with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
         for name, chosen in mine.items():
-            write_shard(folder / name, encode(codec, encoder, images, chosen, cfg, progress))
+            write_shard(folder / name, encode(codec, encoder, teacher, images, chosen, cfg, progress))
     if rank == 0:
         wait_for_shards(folder, list(shards), cfg.timeout_s)
         finish(folder, images, cfg, vae_sha256, encoder and encoder.source)
 
 
 def encode(
-    codec: VAECodec, encoder: Encoder | None, images: Images, chosen: np.ndarray, cfg: Encoding, progress: tqdm
-) -> Iterator[tuple]:
-    """(key, array (C or 2C, h, w), label or captions) of each entry that the chosen pictures become.
+    codec: VAECodec, encoder: Encoder | None, teacher: Callable | None, images: Images, chosen: np.ndarray,
+    cfg: Encoding, progress: tqdm,
+) -> Iterator[tuple]:  # fmt: skip
+    """(key, array (C or 2C, h, w), label or captions) of each entry that the chosen pictures become; and features.
 
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     """
@@ -116,13 +121,16 @@ def encode(
     crops = decoded_ahead(batches, lambda i: center_crop(images.read(i), cfg.size), cfg.num_threads)
     for batch, pixels in zip(batches, map(torch.from_numpy, crops)):  # (B, 3, size, size) uint8
         arrays: dict[str, np.ndarray] = {}
+        features: dict[str, tuple[np.ndarray, ...]] = defaultdict(tuple)
         for mirrored, side in ((False, pixels), (True, pixels.flip(-1)))[: 2 if cfg.flip == "both" else 1]:
             keys = [entries(image, cfg.flip)[mirrored][0] for image in batch.tolist()]
             arrays |= zip(keys, latents(codec, side, keys, cfg))
+            if teacher is not None:
+                features |= zip(keys, zip(teacher(side).half().cpu().numpy()))
         told = images.labels if encoder is None else captioned(encoder, {i: images.captions[i] for i in batch.tolist()})
         for image in batch.tolist():
             for key, _ in entries(image, cfg.flip):
-                yield key, arrays[key], told[image]
+                yield key, arrays[key], told[image], *features[key]
         progress.update(len(batch))
 
 
@@ -163,6 +171,8 @@ def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str, texts: 
     classes = cfg.classes or (images.classes if texts is None and any(images.classes) else None)
     about = dict(codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes, condition=texts)
     manifest = finalize(folder, encoding, **about)
+    if cfg.features is not None:
+        write_manifest(folder, manifest | {"teacher": cfg.features})
     held = "with texts" if texts else f"{manifest['num_classes']} classes"
     found = f"{folder}: {manifest['counts']}, {held}"
     print(f"{found}; look: python -m data inspect {shlex.quote(str(folder))}")

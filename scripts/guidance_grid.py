@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import conditions
 import sample
-from checkpoints.config import Positive, Scoring, Seeds, Share, Weights, parse_seeds
+from checkpoints.config import Guidance, Positive, Scoring, Seeds, Share, Weights, parse_seeds
 from checkpoints.generate import count_calls, generate
 from checkpoints.load import Run
 from evaluation.evaluate import evaluate
 from evaluation.features import load_extractor
 from evaluation.reference import shipped_reference
-from guidance import Guidance
 from scripts.plot import markdown
 from system import cli
 from system.settings import at_least, parse

@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import conditions
 import sample
-from checkpoints.config import Count, Seeds, Share, parse_seeds
+from checkpoints.config import Count, Guidance, Seeds, Share, parse_seeds
 from checkpoints.generate import streams
-from guidance import Guidance
-from routing_module import Routing
+from checkpoints.load import Routing
 from system import UserError, cli
 from system.settings import parse
 

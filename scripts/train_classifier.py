@@ -1,9 +1,10 @@
-"""Trains the classifiers of `fd_mnist`, `fd_fashion` and `class_accuracy`.
+"""Trains the classifiers of `fd_mnist`, `fd_fashion` and `class_accuracy`, and the teachers of alignment=repa.
 
     python scripts/train_classifier.py                  4,500 digits, 20 epochs, about 40 s on two cores
     python scripts/train_classifier.py data=fashion     60,000 pictures, 8 epochs, about 4 min on one core
+    python scripts/train_classifier.py teacher=true     another seed, on every second picture
 
-Prints the accuracy on the unseen pictures of `val` and writes assets/<data>_classifier.safetensors.
+Prints the accuracy on the unseen pictures of `val` and writes assets/<data>_classifier.safetensors, or _teacher.
 """
 
 import math
@@ -22,9 +23,10 @@ from checkpoints.config import Data
 from data import prepare
 from evaluation.features import CLASSIFIERS, Classifier, real_images
 from randomness import seeded_generator, uniform
+from scripts.add_features import TEACHERS
 from system import UserError, cli
 from system.files import usual_mode
-from system.settings import parse
+from system.settings import convert, parse
 
 EPOCHS = {"mnist": 20, "fashion": 8}
 AUGMENTATION = {"mnist": 1.0, "fashion": 0.4}  # clothes hang straight
@@ -45,9 +47,9 @@ def augment(images: torch.Tensor, strength: float, generator: torch.Generator) -
     return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
-def train(name: str, images: torch.Tensor, labels: torch.Tensor) -> Classifier:
-    """uint8 (N, 3, 28, 28) and int64 (N,) -> the classifier."""
-    generator = seeded_generator(f"{name} classifier")
+def train(name: str, images: torch.Tensor, labels: torch.Tensor, role: str = "classifier") -> Classifier:
+    """uint8 (N, 3, 28, 28) and int64 (N,) -> the classifier, whose seed is its role."""
+    generator = seeded_generator(f"{name} {role}")
     net = Classifier()
     for layer in net.modules():  # PyTorch's default, uniform in +-1/sqrt(fan in), drawn from our generator
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
@@ -72,15 +74,17 @@ def train(name: str, images: torch.Tensor, labels: torch.Tensor) -> Classifier:
 
 
 def main(overrides: list[str]) -> None:
-    data, started = parse(Data, cli.load_config("train_classifier", overrides)["data"], "data"), time.time()
+    config, started = cli.load_config("train_classifier", overrides), time.time()
+    data, teacher = parse(Data, config["data"], "data"), convert(config["teacher"], bool, "teacher")
     if data.name not in CLASSIFIERS:
         raise UserError(f"data={data.name}; needed: {' or '.join(CLASSIFIERS)}")
     prepare(data.name, data.path, data.source)
-    net = train(data.name, *real_images(data.name, "train", data.path))
+    seen = (part[:: 2 if teacher else 1] for part in real_images(data.name, "train", data.path))
+    net = train(data.name, *seen, "teacher" if teacher else "classifier")
     images, labels = real_images(data.name, "val", data.path)
     with torch.no_grad():
         right = torch.cat([net(part).logits.argmax(1) for part in images.split(500)]) == labels
-    path = CLASSIFIERS[data.name]
+    path = (TEACHERS if teacher else CLASSIFIERS)[data.name]
     path.parent.mkdir(exist_ok=True)
     with usual_mode(path):
         save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)

@@ -34,9 +34,9 @@ def note_calls(run):
     """A list to which each row of each call of the run's network adds its multiply-adds, from now on."""
     macs, predict = [], run.predict
 
-    def noting(x, t, condition, routing):
+    def noting(x, t, condition, routing, *internal):
         macs.extend([run.model.macs(routing)] * len(x))
-        return predict(x, t, condition, routing)
+        return predict(x, t, condition, routing, *internal)
 
     run.predict = noting
     return macs

@@ -13,7 +13,7 @@ MAX_LINES = {"routing_module.py": 260, "contracts.py:Network": 60, "routing_modu
 # A room is a file at the root or a package. It may import rooms of lower layers only.
 LAYERS = [
     {"system", "randomness", "routing_module"},
-    {"solvers", "autoencoder", "conditions", "routing_blocks"},
+    {"solvers", "autoencoder", "conditions", "routing_blocks", "alignment"},
     {"data", "contracts", "routing_diffusers"},
     {"dit", "edm", "ddpm", "guidance"},
     {"lightningdit", "maskdit", "mixers", "weights"},

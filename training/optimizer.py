@@ -5,6 +5,7 @@ Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum b
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,14 @@ from system.kernels import at_once, orthogonalize
 from system.processes import several
 
 
-def make_optimizer(net: Network, settings: Optimizer, lr: float) -> torch.optim.Optimizer:
-    """The optimizer of a run; lr is the first step's. Muon's settings.ns_precision is fp32 or bf16, no longer auto."""
+def make_optimizer(
+    net: Network, settings: Optimizer, lr: float, more: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer of a run; lr is the first step's. Muon's settings.ns_precision is fp32 or bf16, no longer auto.
+    more: what AdamW takes beside the network."""
     if settings.name == "adamw":
-        return adamw(net.parameters(), settings, lr)
-    return MuonAdamW(net, settings, lr)
+        return adamw([*net.parameters(), *more], settings, lr)
+    return MuonAdamW(net, settings, lr, more)
 
 
 def adamw(parameters, settings: Optimizer, lr: float) -> torch.optim.AdamW:
@@ -36,10 +40,10 @@ class MuonAdamW(torch.optim.Optimizer):
     host waits for neither. Each process orthogonalizes some of the matrices and sends the others the new weights.
     """
 
-    def __init__(self, net: Network, settings: Optimizer, lr: float):
+    def __init__(self, net: Network, settings: Optimizer, lr: float, more: Iterable[nn.Parameter] = ()):
         matrices = muon_matrices(net)
         chosen = set(map(id, matrices))
-        others = [p for p in net.parameters() if id(p) not in chosen]
+        others = [*(p for p in net.parameters() if id(p) not in chosen), *more]
         self.settings, self.adamw = settings, adamw(others, settings, lr)
         super().__init__([{"params": matrices, "lr": lr}, *self.adamw.param_groups], defaults={})
         for matrix in matrices:

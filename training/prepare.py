@@ -10,9 +10,9 @@ from torch import nn
 
 import data
 from checkpoints.config import Settings
-from checkpoints.load import Run, build_codec, build_network, load_run
+from checkpoints.load import Run, align, build_codec, build_network, load_run
 from checkpoints.run_folder import find_checkpoint, load_strictly, read_config
-from contracts import Condition, Network, Objective
+from contracts import Condition, Loss, Network, Objective
 from cost import cost_table, memory_table
 from data import BatchPlan
 from system import UserError, hub
@@ -41,7 +41,8 @@ class TrainedEma(Run):
 
 @dataclass
 class TrainState:
-    """What a training step changes. `net` is `model`, wrapped in DDP for several processes."""
+    """What a training step changes. `net` is `model`, in an `Aligned` where its tokens are aligned; for several
+    processes, in DDP."""
 
     net: nn.Module
     model: Network
@@ -51,17 +52,30 @@ class TrainState:
     objective: Objective
     ema: TrainedEma  # averages["ema"], ready to sample
     step: int = 0  # the last that was taken
+    middle_weight: float = 0.5
+    projector: nn.Module | None = None  # of the alignment: trained, but part of no network
+    feature_shape: tuple[int, int] | None = None  # (N, D_t) of the teacher's features that `loss` takes
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint has of weights, by file."""
-        return {"model": self.model, **self.averages}
+        more = {} if self.projector is None else {"projector": self.projector}
+        return {"model": self.model, **self.averages, **more}
+
+    @property
+    def loss(self) -> Loss:
+        return Loss(self.net, self.model, self.objective, self.middle_weight)
+
+    def blank_features(self, batch_size: int) -> list[torch.Tensor]:
+        """What `loss` takes of features, without data."""
+        shape = self.feature_shape
+        return [] if shape is None else [torch.zeros(batch_size, *shape, device=self.ema.device)]
 
     @property
     def checkpoint_bytes(self) -> int:
         """Weights, averages, and of each weight two moments, or one where the optimizer is Muon."""
         muon = {p for p, held in self.optimizer.state.items() if "momentum_buffer" in held}
-        moments = sum((1 if p in muon else 2) * p.nbytes for p in self.model.parameters())
+        moments = sum((1 if p in muon else 2) * p.nbytes for p in self.net.parameters())
         return moments + sum(t.nbytes for module in self.modules.values() for t in module.state_dict().values())
 
 
@@ -128,7 +142,8 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     with dist.local_main_process_first():
         folder = hub.local(wanted.path, "dataset")
     how = dict(kind=wanted.kind, on_error=wanted.on_error, condition=wanted.condition)
-    train = data.open_latents(folder, **how)
+    repa = settings.alignment.on and settings.alignment.name == "repa"
+    train = data.open_latents(folder, features=repa, **how)
     if (found := tuple(train.shape)) != wanted.latent_shape:
         cure = "set data.channels and data.input_size, or data.path"
         raise UserError(f"{wanted.path} holds latents of shape {found}, the model is for {wanted.latent_shape}: {cure}")
@@ -138,6 +153,19 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
         raise UserError(f"{wanted.path} has texts of width {train.text_width}, not data.text_width={wanted.text_width}")
     val = data.open_latents(folder, split="val", **how) if data.has_split(folder, "val") else train
     return TrainingData(train, val, plan)
+
+
+def check_features(latents: data.Latents, settings: Settings) -> None:
+    """Raises UserError where the features that are read are of another teacher, width or grid than configured."""
+    if latents.feature_shape is None:
+        return
+    wanted, (tokens, width), teacher = settings.alignment, latents.feature_shape, latents.meta.get("teacher")
+    with torch.device("meta"):
+        num_tokens = build_network(settings).num_tokens
+    if (teacher, width, tokens) != (wanted.teacher, wanted.teacher_width, num_tokens):
+        found = f"{latents.folder} has features of {teacher}, {tokens} tokens of {width} channels"
+        needed = f"alignment.teacher={wanted.teacher}, alignment.teacher_width={wanted.teacher_width}"
+        raise UserError(f"{found}; needed: {needed}, and the network's {num_tokens} tokens")
 
 
 def settle_texts(settings: Settings, latents: data.Latents) -> Settings:
@@ -197,7 +225,9 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
         find_checkpoint(init_from, "init_from")
     objective = build(settings.objective, Objective, "objective")
     torch.manual_seed(settings.seed)  # for the initial weights; training itself never uses the global generator
-    model = build_network(settings).to(dist.device)
+    model = build_network(settings)
+    aligned = align(model, settings)
+    net = (aligned or model).to(dist.device)
     if settings.train.dense_last and not model.routes:
         raise UserError(f"train.dense_last={settings.train.dense_last}: no step of this network has routes; needed: 0")
     if init_from is not None:
@@ -205,11 +235,14 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     averages = make_averages(model, settings.ema.widths or ())
     for block in model.all_blocks:
         block.recompute = settings.train.gradient_checkpointing
-    optimizer = make_optimizer(model, settings.optimizer, settings.train.lr)
+    projector, shape = (None, None) if aligned is None else (aligned.projector, aligned.feature_shape)
+    more = [] if projector is None else projector.parameters()
+    optimizer = make_optimizer(model, settings.optimizer, settings.train.lr, more)
     guard = FiniteGuard(optimizer, dist.device, settings.train.on_nonfinite)
     codec = build_codec(settings.data.codec, dist.device)
     ema = TrainedEma(averages["ema"], objective, codec, settings, dist.device, settings.train.precision)
-    return TrainState(model, model, averages, optimizer, guard, objective, ema)
+    kept = dict(middle_weight=settings.train.middle_weight, projector=projector, feature_shape=shape)
+    return TrainState(net, model, averages, optimizer, guard, objective, ema, **kept)
 
 
 def start_from(ckpt: str, model: Network, objective: Objective) -> None:
