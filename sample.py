@@ -9,7 +9,6 @@ An image depends on its seed and its label or prompt alone, whatever the batch s
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ import conditions
 import data
 from checkpoints import config, gallery
 from checkpoints.config import Count, Generation, Seeds
-from checkpoints.generate import count_calls, generate
+from checkpoints.generate import count_calls, generate, progress
 from checkpoints.load import Run, build_codec, load_run
 from checkpoints.naming import settings_name  # noqa: F401
 from conditions import Condition
@@ -206,15 +205,16 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     rows = missing[dist.process_index :: dist.num_processes]
     asked = conditions.rows(condition, rows)
     batches = generate(run, settings.alone, [seeds[i] for i in rows], asked, settings.batch_size)
-    started = time.time()
-    first = list(itertools.islice(batches, 1))  # what cannot be sampled fails here, before the folder is claimed
-    dist.wait_for_everyone()  # every process lists what is missing before the first image is written
     if dist.is_main_process:
         print(f"{run.checkpoint}, {run.weights} weights of step {run.step}: {len(missing)} of {len(keys)} to make")
-        gallery.write_manifest(out, manifest)
-    dist.wait_for_everyone()  # no image is there without the settings that it was made with
-    images = itertools.chain(first, batches)
-    gallery.store(out, [keys[i] for i in rows], images, show=dist.is_main_process and sys.stderr.isatty())
+    started = time.time()
+    with progress(run, settings.alone, len(rows)):
+        first = list(itertools.islice(batches, 1))  # what cannot be sampled fails here, before the folder is claimed
+        dist.wait_for_everyone()  # every process lists what is missing before the first image is written
+        if dist.is_main_process:
+            gallery.write_manifest(out, manifest)
+        dist.wait_for_everyone()  # no image is there without the settings that it was made with
+        gallery.store(out, [keys[i] for i in rows], itertools.chain(first, batches))
     dist.wait_for_everyone()
     if not dist.is_main_process:
         return

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from system import UserError
 from system.files import atomic_file, read_json, write_text_atomic
@@ -93,20 +92,18 @@ def write_npz(folder: Path, seeds: Sequence[Key]) -> Path:
     return path
 
 
-def store(folder: Path, seeds: Sequence[Key], batches: Iterable[torch.Tensor], *, show: bool) -> None:
-    """Writes the images of `seeds`, uint8 (B, 3, H, W), a batch while the next one is made. show: a progress bar.
+def store(folder: Path, seeds: Sequence[Key], batches: Iterable[torch.Tensor]) -> None:
+    """Writes the images of `seeds`, uint8 (B, 3, H, W), a batch while the next one is made.
 
     After an error of a writer or of `batches`, every image made so far has been written if it could be.
     """
     rest, writing = iter(seeds), []
-    bar = tqdm(total=len(seeds), unit="img", desc="sampling", disable=not show)
-    with bar, ThreadPoolExecutor(WRITERS) as writers:
+    with ThreadPoolExecutor(WRITERS) as writers:
         for batch in batches:
             before, images = writing, batch.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
             writing = [writers.submit(save_image, image, image_path(folder, next(rest))) for image in images]
             for written in before:
                 written.result()
-            bar.update(len(batch))
         for written in writing:
             written.result()
 

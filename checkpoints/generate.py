@@ -3,10 +3,12 @@ generators keyed by the seed, whatever the batch size and the number of processe
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
+from tqdm import tqdm
 
 import conditions
 from checkpoints.load import Run, load_run
@@ -33,6 +35,7 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
             raise UserError(f"{found} for the weak branch; needed: weak_ckpt=")
         ckpt = kept[0]
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
+    weak.called = run.called
     found, needed = ((*each.model.latent_shape, each.objective.predicts) for each in (weak, run))
     if found != needed or not conditions.alike(run.model.null_condition, weak.model.null_condition):
         what = f"latents, predictions {found} or conditions"
@@ -62,6 +65,19 @@ def generate(
     batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     latents = (generate_latents(run, guidance, seeds[b], conditions.rows(condition, b), sampler, weak) for b in batches)
     return (run.codec.decode(finite(run, batch)) for batch in latents)
+
+
+@contextmanager
+def progress(run: Run, guidance: Guidance, count: int, steps: int | None = None) -> Iterator[None]:
+    """On a terminal, a bar of the network calls for the images that are drawn inside: it moves from the first one on."""
+    hidden = None if start_processes().is_main_process else True  # None = shown on terminals
+    calls, _ = count_calls(run, guidance, steps)
+    with tqdm(total=calls * count, unit="call", desc="sampling", disable=hidden) as bar:
+        run.called = bar.update
+        try:
+            yield
+        finally:
+            run.called = None
 
 
 def finite(run: Run, latents: torch.Tensor) -> torch.Tensor:

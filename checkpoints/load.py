@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ class Run:
     ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
+    called: Callable[[int], object] | None = None  # told of each network call, the number of its rows
     dropout_known: bool = True  # whether the label dropout is: a file of another project may not say it
 
     @cached_property
@@ -69,6 +70,8 @@ class Run:
         internal_scale: float = 1.0,
     ) -> torch.Tensor:  # fmt: skip
         """The objective's prediction at (x, t), (B, C, h, w). internal_scale: `guidance.internal`'s; 1 = none."""
+        if self.called is not None:
+            self.called(len(x))
         net = partial(self.model, routing=routing)
         net = net if internal_scale == 1 else internal(net, internal_scale, x.shape[1])
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

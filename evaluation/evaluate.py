@@ -12,23 +12,14 @@ import torch
 
 import conditions
 from checkpoints.config import Scoring
-from checkpoints.generate import count_calls, generate, load_weak
+from checkpoints.generate import count_calls, generate, load_weak, progress
 from checkpoints.load import Run
 from checkpoints.naming import settings_name
 from conditions import Condition
 from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
-from evaluation.score import (
-    describe_scoring,
-    distance_name,
-    is_whole_part,
-    read_part,
-    score,
-    shard_range,
-    with_progress,
-    write_part,
-)
+from evaluation.score import describe_scoring, distance_name, is_whole_part, read_part, score, shard_range, write_part
 from system import UserError
 from system.processes import start_processes
 
@@ -85,9 +76,12 @@ def evaluate(
         found = extractor(images)
         return found if clip is None else found._replace(clip=clip(images, [captions[i] for i in rows]))
 
-    batches = with_progress(generate_features(run, settings, condition, rows, features_of, parts), len(rows))
-    labels = conditions.labels_of(condition)
-    scores = score(batches, n, extractor, reference, labels=labels, metrics=settings.metrics)
+    batches, labels = (
+        generate_features(run, settings, condition, rows, features_of, parts),
+        conditions.labels_of(condition),
+    )
+    with progress(run, settings, len(rows), settings.steps):
+        scores = score(batches, n, extractor, reference, labels=labels, metrics=settings.metrics)
     seconds = time.time() - started
     calls, macs = count_calls(run, settings, settings.steps)
     return scores and {

@@ -239,10 +239,10 @@ def test_images_are_written_while_the_next_are_made_and_none_is_lost(tmp_path, m
 
     monkeypatch.setattr(gallery, "save_image", slow)
     with pytest.raises(OSError, match="No space"):
-        gallery.store(tmp_path, range(6), batches(), show=False)
+        gallery.store(tmp_path, range(6), batches())
     assert gallery.missing(tmp_path, range(6)) == [1, 4, 5] and not list(tmp_path.rglob(".tmp*"))
     monkeypatch.setattr(gallery, "save_image", save_image)
-    gallery.store(tmp_path, [1, 4, 5], iter([torch.full((3, 3, 4, 4), 7, dtype=torch.uint8)]), show=False)
+    gallery.store(tmp_path, [1, 4, 5], iter([torch.full((3, 3, 4, 4), 7, dtype=torch.uint8)]))
     assert images(tmp_path, range(6))[:, 0, 0, 0].tolist() == [0, 7, 1, 1, 7, 7]
 
 
