@@ -184,7 +184,8 @@ class RoutedBlocks(nn.ModuleList):
         unknown = [name for name in self.per_token if kinds and name not in list(kinds)[1:]]
         if unknown:
             found = f"{type(blocks[0]).__name__} takes {', '.join(kinds)}"
-            raise ValueError(f"per_token names {', '.join(unknown)}, and {found}")
+            needed = "names of its arguments, and routes before wrappers and hooks"
+            raise ValueError(f"per_token names {', '.join(unknown)}, and {found}; needed: {needed}")
         self.set_routes(resolve_routes(routes, len(self)), first=0)
 
     def set_routes(self, routes: tuple[Route, ...], first: int) -> None:

@@ -209,7 +209,7 @@ class ListedBlocks(RoutedBlocks):
         return active.notes
 
     def walk(self, active: Active, notes: dict) -> Iterator[Callable]:
-        if self.routes and not torch.compiler.is_compiling():
+        if self.routes and len(self) and not torch.compiler.is_compiling():
             check_hooks(next(self.children()))
         for i, block in enumerate(super().walk(active, notes)):
             yield partial(self.observe, block, notes) if i == 0 and self.row.note is not None else block

@@ -11,7 +11,6 @@ interruption the same command resumes, to the same bytes as an undisturbed run. 
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shlex
@@ -19,7 +18,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,10 +39,13 @@ from data.texts import Encoder, captioned, load_encoder
 from randomness import seeded_generator
 from scripts.add_features import load_teacher
 from system import UserError, cli, hub
+from system.files import read_json, write_text_atomic
+from system.limits import MEMBER_BYTES
 from system.settings import Count, Names, Positive, above, parse
 from system.tensors import weights_sha256
 
-UNRECORDED = ("out", "num_threads", "timeout_s", "text_length")  # which change no byte
+BEGUN = ".pictures.json"  # in the folder: {name of each picture that it was begun with: what is told of it}
+UNRECORDED = ("out", "on_error", "num_threads", "timeout_s", "text_length")  # which change no byte
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,18 @@ class Encoding:
     shard_size: Positive = 4096
     batch_size: Positive = 32
     features: str | None = None
+    on_error: Literal["stop", "skip"] = "stop"
     num_threads: Positive = 8
     timeout_s: Positive = 600
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is encoded: pictures, what is told of each (labels or captions), and the numbers of those that are gone."""
+
+    images: Images
+    told: list
+    gone: frozenset[int] = frozenset()
 
 
 def main(arguments: list[str]) -> None:
@@ -87,38 +99,55 @@ def main(arguments: list[str]) -> None:
     if cfg.classes and max(images.labels) >= len(cfg.classes):
         raise UserError(f"classes= has {len(cfg.classes)} names, and {cfg.images} a label {max(images.labels)}")
     told = images.captions if cfg.text else images.labels
-    shards = plan_shards(len(told), cfg.shard_size, cfg.val)
+    folder = Path(cfg.out)
+    pictures = as_begun(folder / BEGUN, Pictures(images, told))
+    if rank == 0 and pictures.gone:
+        first = pictures.images.names[min(pictures.gone)]
+        warn(f"{cfg.images}: {len(pictures.gone)} pictures are gone since the start, and left out: {first} first")
+    shards = plan_shards(len(pictures.told), cfg.shard_size, cfg.val)
     encoder = load_encoder(cfg.text, length=cfg.text_length, device=device()) if cfg.text else None
     teacher = load_teacher(cfg.features, device()) if cfg.features else None
     codec = VAECodec(cfg.vae, cfg.scale).to(device())
     vae_sha256 = weights_sha256(codec.vae)
-    folder = Path(cfg.out)
-    held = json.dumps([images.names, told]).encode()  # a class folder renamed moves the labels of all
-    recipe = {"images": os.path.realpath(path), "count": len(images), "vae": vae_sha256}
-    recipe["names_and_labels"] = hashlib.sha256(held).hexdigest()
+    recipe = {"images": os.path.realpath(path), "vae": vae_sha256}
     recipe |= {"text_sha256": encoder and encoder.sha256, "text_length": encoder and encoder.length}
     recipe = {key: value for key, value in asdict(cfg).items() if key not in UNRECORDED} | recipe
     reserve(folder, recipe)
+    if not (note := folder / BEGUN).exists():
+        write_text_atomic(note, json.dumps(dict(zip(images.names, told))))
     mine = {name: chosen for name, chosen in list(shards.items())[rank::world_size] if not (folder / name).exists()}
     with tqdm(total=sum(map(len, mine.values())), unit="image", disable=None if rank == 0 else True) as progress:
         for name, chosen in mine.items():
-            write_shard(folder / name, encode(codec, encoder, teacher, images, chosen, cfg, progress))
+            write_shard(folder / name, encode(codec, encoder, teacher, pictures, chosen, cfg, progress))
     if rank == 0:
         wait_for_shards(folder, list(shards), cfg.timeout_s)
         finish(folder, images, cfg, vae_sha256, encoder and encoder.source)
 
 
 def encode(
-    codec: VAECodec, encoder: Encoder | None, teacher: Callable | None, images: Images, chosen: np.ndarray,
+    codec: VAECodec, encoder: Encoder | None, teacher: Callable | None, pictures: Pictures, chosen: np.ndarray,
     cfg: Encoding, progress: tqdm,
 ) -> Iterator[tuple]:  # fmt: skip
     """(key, array (C or 2C, h, w), label or captions) of each entry that the chosen pictures become; and features.
 
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
+    Pictures that are gone are left out, and with on_error=skip damaged ones.
     """
-    images.fetch(chosen)
+    images, left_out = pictures.images, dict.fromkeys(pictures.gone, "")
+
+    def crop(i: int) -> np.ndarray:
+        if i not in left_out:
+            try:
+                return center_crop(images.read(i), cfg.size)
+            except UserError as error:
+                if cfg.on_error == "stop":
+                    raise UserError(f"{error}; needed: on_error=skip, or the picture deleted, to go on") from None
+                left_out[i] = str(error)
+        return np.zeros((3, cfg.size, cfg.size), np.uint8)
+
+    images.fetch([i for i in chosen.tolist() if i not in left_out])
     batches = np.split(chosen, range(cfg.batch_size, len(chosen), cfg.batch_size))
-    crops = decoded_ahead(batches, lambda i: center_crop(images.read(i), cfg.size), cfg.num_threads)
+    crops = decoded_ahead(batches, crop, cfg.num_threads)
     for batch, pixels in zip(batches, map(torch.from_numpy, crops)):  # (B, 3, size, size) uint8
         arrays: dict[str, np.ndarray] = {}
         features: dict[str, tuple[np.ndarray, ...]] = defaultdict(tuple)
@@ -127,11 +156,31 @@ def encode(
             arrays |= zip(keys, latents(codec, side, keys, cfg))
             if teacher is not None:
                 features |= zip(keys, zip(teacher(side).half().cpu().numpy()))
-        told = images.labels if encoder is None else captioned(encoder, {i: images.captions[i] for i in batch.tolist()})
-        for image in batch.tolist():
+        there = [image for image in batch.tolist() if image not in left_out]
+        told = pictures.told if encoder is None else captioned(encoder, {i: pictures.told[i] for i in there})
+        for image in there:
             for key, _ in entries(image, cfg.flip):
                 yield key, arrays[key], told[image], *features[key]
         progress.update(len(batch))
+    for fault in filter(None, left_out.values()):
+        warn(f"left out (on_error=skip): {fault}")
+
+
+def as_begun(note: Path, found: Pictures) -> Pictures:
+    """The pictures that an encoding was begun with, as its note has them: its shards number them. Some may be gone.
+
+    Raises UserError where others have come since, or something else is told of them: a class folder was renamed.
+    """
+    if not note.exists():
+        return found
+    told, before = dict(zip(found.images.names, found.told)), read_json(note, MEMBER_BYTES)
+    if changed := [name for name in told if name not in before or before[name] != told[name]]:
+        was = f"was told {before[changed[0]]!r:.60}" if changed[0] in before else "was not there"
+        raise UserError(
+            f"{changed[0]} {was} when {note.parent} was begun; needed: the same pictures, or an empty folder"
+        )
+    gone = frozenset(i for i, name in enumerate(before) if name not in told)
+    return Pictures(replace(found.images, names=list(before)), list(before.values()), gone)
 
 
 def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: Encoding) -> np.ndarray:

@@ -60,10 +60,10 @@ def read_small(path: Path, most: int = TEXT_BYTES) -> bytes:
         return file.read()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = TEXT_BYTES) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where it is damaged, or something else."""
     try:
-        values = json.loads(read_small(path))
+        values = json.loads(read_small(path, most))
     except (ValueError, RecursionError) as error:
         known = isinstance(error, UserError)
         raise error if known else UserError(f"{path} is damaged: it is not JSON ({str(error):.100})") from None

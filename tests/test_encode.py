@@ -218,6 +218,33 @@ def test_what_encoding_refuses(photos, vae, tmp_path):
     assert not list(tmp_path.glob("o*/meta.json"))
 
 
+def test_a_damaged_picture_is_skipped_or_deleted_and_the_same_command_goes_on(photos, vae, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "set", symlinks=True)
+    bad = tmp_path / "set" / "flower" / "3.jpg"
+    whole = settings(tmp_path / "set", tmp_path / "whole", vae, "shard_size=5")
+    main(whole)
+    bad.write_bytes(bad.read_bytes()[:200])
+    ours = settings(tmp_path / "set", tmp_path / "ours", vae, "shard_size=5")
+    with pytest.raises(UserError, match="3.jpg .*damaged.*; needed: on_error=skip, or the picture deleted"):
+        main(ours)
+    made = len(list((tmp_path / "ours").glob("*.tar")))
+    main([*ours, "on_error=skip"])
+    assert "left out (on_error=skip): " in capsys.readouterr().err
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.tar")}
+    assert sum((tmp_path / "ours" / name).read_bytes() != shard for name, shard in shards.items()) == 1 > made - 6
+    assert len(open_latents(tmp_path / "ours")) == 25
+    shutil.rmtree(tmp_path / "ours")
+    with pytest.raises(UserError, match="3.jpg"):
+        main(ours)
+    bad.unlink()
+    main(ours)
+    assert "1 pictures are gone since the start, and left out: flower/3.jpg first" in capsys.readouterr().err
+    assert sum((tmp_path / "ours" / name).read_bytes() != shard for name, shard in shards.items()) == 1
+    (tmp_path / "set" / "flower").rename(tmp_path / "set" / "a flower")
+    with pytest.raises(UserError, match="needed: the same pictures, or an empty folder"):
+        main(ours)
+
+
 def test_linked_class_folders_are_read_and_loops_end(photos, tmp_path):
     (tmp_path / "set").mkdir()
     for name in ("china", "flower"):

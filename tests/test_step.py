@@ -18,6 +18,7 @@ import lightningdit
 import train as training
 from checkpoints.generate import generate_latents
 from checkpoints.load import Run, round_linears
+from conditions import Text
 from cost import BYTES_PER_PARAMETER
 from data import BatchPlan
 from dit import Block, DiT
@@ -37,6 +38,7 @@ from training.guard import FiniteGuard
 from training.prepare import TrainedEma, TrainingData, TrainState
 
 TREAD = [dict(selection_ratio=0.5, start_layer_idx=2, end_layer_idx=-4)]
+TEXT = dict(condition="text", text_width=6, text_length=5)
 
 
 def settings(**train):
@@ -44,11 +46,11 @@ def settings(**train):
     return made_settings([f"train.{key}={'null' if value is None else value}" for key, value in keys.items()])
 
 
-def state_on(device, routes=TREAD, size="DiT-S/2", objective=None):
+def state_on(device, routes=TREAD, size="DiT-S/2", objective=None, told=()):
     torch.manual_seed(0)
     with torch.device(device):
-        model = DiT(size=size, learn_sigma=False, routes=routes)
-        ema = DiT(size=size, learn_sigma=False, routes=routes).requires_grad_(False)
+        model = DiT(size=size, learn_sigma=False, routes=routes, **dict(told))
+        ema = DiT(size=size, learn_sigma=False, routes=routes, **dict(told)).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     return state_of(model, {"ema": ema}, optimizer, device, objective or EDM())
 
@@ -71,27 +73,32 @@ class Latents:
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
-@pytest.mark.parametrize("objective", [EDM(), RectifiedFlow()])
-def test_a_cuda_step_never_waits_and_copies_only_its_batch(objective, monkeypatch):
-    """Under FakeTensorMode anything that needs a value on the host raises, as does a tensor on the wrong device."""
+@pytest.mark.parametrize("objective, told", [(EDM(), {}), (RectifiedFlow(), {}), (EDM(), TEXT)])
+def test_a_cuda_step_never_waits_and_copies_only_its_batch(objective, told, monkeypatch):
+    """With the null of texts. Under FakeTensorMode anything that needs a value on the host raises, as does a tensor on
+    the wrong device."""
     if torch.version.cuda is not None and not torch.cuda.is_available():
         # A CUDA build cannot walk backwards without a driver. The walk itself asks for no value: see the test below.
         monkeypatch.setattr(torch.Tensor, "backward", made_up_gradients)
     monkeypatch.setattr(training, "seeded_generator", lambda *key, device: None)  # there is no CUDA generator to make
     monkeypatch.setattr(BatchPlan, "slice", lambda self, generator, micro: None)
     attended, attention = [], torch.nn.functional.scaled_dot_product_attention
-    watched = lambda q, k, v, attn_mask: attended.append(q.shape) or attention(q, k, v)
+    watched = lambda q, k, v, attn_mask: attended.append(q.shape) or attention(q, k, v, attn_mask)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     config, plan = settings(global_batch_size=8, micro_batch_size=4), BatchPlan(8, 4, 2, 0, 1)
     with FakeTensorMode():
-        state = state_on("cuda", objective=objective)
+        state = state_on("cuda", objective=objective, told=told)
         raw, y = torch.empty(4, 4, 32, 32, dtype=torch.float16), torch.empty(4, dtype=torch.int64)
+        if told:
+            y = Text(torch.empty(4, 5, 6, dtype=torch.float16), torch.empty(4, 5, dtype=torch.bool))
         for step in (1, 2):
             with OpCounter() as counter:
                 state.step = step
                 training.train_step(config, latents_of(plan), state, iter([(raw, y)] * 2))
                 update_averages(state.averages, state.model, step, 0.999, False)
-    batch_bytes = 2 * (raw.numel() * 2 + y.numel() * 8)
+    batch_bytes = 2 * (
+        raw.nbytes + (sum(part.nbytes for part in (*y, *state.model.null_condition)) if told else y.nbytes)
+    )
     assert counter.to_cpu == 0 and counter.to_gpu == batch_bytes and counter.blocking == 0
     assert len(attended) == 2 * 2 * 12  # two steps of two micro-batches through twelve blocks
     assert counter.calls["_fused_adamw_"] == 1 and counter.calls["_foreach_lerp_"] == 1
