@@ -117,3 +117,17 @@ def test_kept_conditions_have_their_shapes(kept, tmp_path):
     save_file(KEPT[kept], tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="needed: int64"):
         conditions.load(load_file(tmp_path / "x.safetensors"))
+
+
+STATS = {"mean": torch.zeros(4), "std": torch.ones(4), "null": torch.ones(2, 4)}
+
+
+@pytest.mark.parametrize("other", [
+    {"std": torch.zeros(4)}, {"std": torch.ones(3)}, {"mean": torch.ones(4) / 0}, {"null": torch.ones(4)},
+    {"null": torch.ones(0, 4)}, {"null": None}, {"mean": None}, {"states": torch.ones(2, 3, 5)},
+])  # fmt: skip
+def test_what_normalises_texts_has_its_shapes(other):
+    assert conditions.load_stats(STATS).null.shape == (2, 4) and conditions.load_stats({}) is None
+    given = {name: tensor for name, tensor in (STATS | other).items() if tensor is not None}
+    with pytest.raises(UserError, match="the texts' statistics have odd shapes or numbers; needed: finite mean"):
+        conditions.load_stats(given)
