@@ -69,7 +69,7 @@ def generate(
 
 @contextmanager
 def progress(run: Run, guidance: Guidance, count: int, steps: int | None = None) -> Iterator[None]:
-    """On a terminal, a bar of the network calls for the images that are drawn inside: it moves from the first one on."""
+    """On a terminal, a bar of the network calls for the images that are drawn inside, which moves from the first on."""
     hidden = None if start_processes().is_main_process else True  # None = shown on terminals
     calls, _ = count_calls(run, guidance, steps)
     with tqdm(total=calls * count, unit="call", desc="sampling", disable=hidden) as bar:
