@@ -256,6 +256,8 @@ class RoutedBlocks(nn.ModuleList):
         if number not in notes:  # drawn by a copy, as `routing` may last for many passes and would keep all their ids
             places = text + torch.arange(image, device=x.device)  # (N,) or (B, N)
             tokens = x if image == x.shape[1] else gather_tokens(x.detach(), places.expand(len(x), -1))  # (B, N, D)
+            if (given := routing.keep_ids) is not None:
+                check_ids(given, len(x), image, routing.reads(given))
             notes[number] = replace(routing).draw(self.routes[number], tokens)
         ids = notes[number]
         return ids if ids is None or image == x.shape[1] else keep_others(ids, text, image, x.shape[1])
@@ -318,6 +320,15 @@ class Span:
         kept = kept if place.sparse else gather_tokens(kept, self.ids)  # (B, K, D)
         whole = scatter_tokens(kept, self.ids, self.full.to(kept.dtype))  # (B, N, D), in the blocks' precision
         return whole if output is None else (*out[:output], whole, *out[output + 1 :])
+
+
+def check_ids(keep_ids: torch.Tensor, batch_size: int, num_tokens: int, values: bool) -> None:
+    """Raises ValueError for keep_ids that are not (B, K) int64; values: also where they do not ascend in 0..N-1."""
+    if keep_ids.ndim != 2 or len(keep_ids) != batch_size or keep_ids.dtype != torch.int64:
+        raise ValueError(f"keep_ids: {keep_ids.dtype} {tuple(keep_ids.shape)}; needed: torch.int64 ({batch_size}, K)")
+    between = torch.nn.functional.pad(keep_ids, (1, 0), value=-1)
+    if values and not ((between.diff(dim=1) > 0).all() and keep_ids.max() < num_tokens):
+        raise ValueError(f"keep_ids of {keep_ids.min()}..{keep_ids.max()}; needed: ascending in 0..{num_tokens - 1}")
 
 
 def cost_of(model: nn.Module, arguments: Mapping) -> dict[float, int]:

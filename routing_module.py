@@ -76,11 +76,9 @@ class Routing:
         if self.drop_path:
             raise ValueError("drop_path needs a network with a deep path to drop (model=sprint)")
         (B, N), ratio, keep_ids = x.shape[:2], self.ratio_of(route), self.keep_ids
-        if keep_ids is not None:
-            check_ids(keep_ids, B, N, self.reads(keep_ids))
-        elif num_kept(N, ratio) < N and (callable(route.selection) or self.keep is not None):
+        if keep_ids is None and num_kept(N, ratio) < N and (callable(route.selection) or self.keep is not None):
             keep_ids = self.best(route, x, num_kept(N, ratio))
-        elif num_kept(N, ratio) < N:
+        elif keep_ids is None and num_kept(N, ratio) < N:
             how = dict(generators=self.generators, device=x.device, selection=route.selection, grid=route.grid)
             keep_ids = draw_keep_ids(B, N, ratio, **how)
         self.drawn.append(keep_ids)
@@ -180,15 +178,6 @@ def draw_scores(shape: Sequence[int], generators: Source, device: torch.device |
     else:
         scores = torch.rand(*shape, generator=generators, device=getattr(generators, "device", device))
     return scores.to(device or scores.device, non_blocking=True)
-
-
-def check_ids(keep_ids: torch.Tensor, batch_size: int, num_tokens: int, values: bool) -> None:
-    """Raises ValueError for keep_ids that are not (B, K) int64; values: also where they do not ascend in 0..N-1."""
-    if keep_ids.ndim != 2 or len(keep_ids) != batch_size or keep_ids.dtype != torch.int64:
-        raise ValueError(f"keep_ids: {keep_ids.dtype} {tuple(keep_ids.shape)}; needed: torch.int64 ({batch_size}, K)")
-    between = torch.nn.functional.pad(keep_ids, (1, 0), value=-1)
-    if values and not ((between.diff(dim=1) > 0).all() and keep_ids.max() < num_tokens):
-        raise ValueError(f"keep_ids of {keep_ids.min()}..{keep_ids.max()}; needed: ascending in 0..{num_tokens - 1}")
 
 
 def cell_of(num_tokens: int, selection_ratio: float, grid: tuple[int, int] | None = None) -> tuple[int, int, int]:

@@ -323,10 +323,10 @@ def between_steps(
 @torch.no_grad()
 def validation_losses(
     settings: Settings, processes: PreemptionHandler, loaded: TrainingData, state: TrainState
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """The EMA's mean loss on fixed samples, noise and conditions, dense and as routed in training.
 
-    val/loss_dense is of all samples, val/loss_dense/0.1 and so on of those in one of BINS; None where there are none.
+    val/loss_dense is of all samples, val/loss_dense/0.1 and so on of those in one of BINS, if there are any.
     """
     ema, plan, latents = state.ema, loaded.plan, loaded.val
     modes = {"val/loss_dense": False} | ({"val/loss_routed": True} if ema.model.routes else {})
@@ -360,8 +360,9 @@ def validation_losses(
         torch.distributed.all_reduce(binned)
     values = {name: total / n for name, total in zip(modes, sums.tolist())}
     if binned.any():
-        means = [[total / count if count else None for total, count in zip(*pair)] for pair in binned.tolist()]
-        values |= {f"{name}/{centre}": mean for name, row in zip(modes, means) for centre, mean in zip(BINS, row)}
+        bins = [(name, centre) for name in modes for centre in BINS]
+        totals, counts = binned.transpose(0, 1).flatten(1).tolist()
+        values |= {f"{name}/{c}": total / n for (name, c), total, n in zip(bins, totals, counts) if n}
     return values
 
 

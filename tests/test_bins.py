@@ -50,7 +50,7 @@ def test_each_sample_is_in_its_bin_and_the_bins_are_the_total(name, run, few_lat
         assert total == pytest.approx(losses.mean().item(), rel=1e-5)
         bins = (share_by_hand(name, loaded.objective, 40, same) * 5).floor().clamp(max=4)
         counts = [int((bins == i).sum()) for i in range(5)]
-        means = [line[f"val/loss_{mode}/{centre}"] for centre in CENTRES]
+        means = [line.get(f"val/loss_{mode}/{centre}") for centre in CENTRES]
         for i, (mean, count) in enumerate(zip(means, counts)):
             assert (mean is None) == (count == 0)
             assert mean is None or mean == pytest.approx(losses[bins == i].mean().item(), rel=1e-5)

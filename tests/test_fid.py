@@ -125,7 +125,8 @@ def score_made(path: Path) -> dict:
     generated, real = made_features(101, 1), made_features(150, 0)
     rows = score.shard_range(101)
     starts = range(rows.start, rows.stop, 7)
-    batches = (features.Features(*(t[start : min(start + 7, rows.stop)] for t in generated)) for start in starts)
+    given = [tensor for tensor in generated if tensor is not None]
+    batches = (features.Features(*(t[start : min(start + 7, rows.stop)] for t in given)) for start in starts)
     extractor = features.Extractor("inception", Given(), "made", torch.device("cpu"))
     pool, spatial = real.pool.numpy(), real.spatial.numpy()
     reference = Reference(*moments(pool), *moments(spatial), pool, extractor_sha256="made")

@@ -20,9 +20,11 @@ from evaluation import metrics
 from guidance import Guidance
 from randomness import seeded_generator
 from routing_module import Routing, draw_keep_ids, gather_tokens, scatter_tokens
+from system import UserError
 from system.compiling import compile_blocks
 from system.precision import tf32
 from system.processes import start_processes
+from tests import gpu_check
 from tests.conftest import ROOT, assert_same_run
 from tests.made_runs import made_settings
 from training.ema import update_averages
@@ -173,9 +175,8 @@ def test_without_a_gpu_the_full_check_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     for arguments, said in ((["step"], "no GPU; needed"), ([], "found: ; needed: step, race, exact, several")):
-        command = [sys.executable, "-m", "tests.gpu_check", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith(f"error: {said}")
+        with pytest.raises(UserError, match=said):
+            gpu_check.main(arguments)
 
 
 @on_gpu

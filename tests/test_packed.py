@@ -113,7 +113,7 @@ def test_idx_files_are_pictures(tmp_path, vae):  # noqa: F811
     with pytest.raises(UserError, match="split=test, train"):
         open_images(tmp_path / "files")
     main(settings(tmp_path / "files", tmp_path / "out", vae, "split=test"))
-    with pytest.raises(UserError, match="was begun with split=test, not train"):
+    with pytest.raises(UserError, match="was not there when .* was begun"):
         main(settings(tmp_path / "files", tmp_path / "out", vae, "split=train"))
 
 

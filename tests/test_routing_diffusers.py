@@ -431,8 +431,13 @@ def test_flops_fall_to_those_of_the_tokens_that_stay(case):
 WHOLE = pytest.mark.skipif(torch.__version__ < (2, 14), reason="Dynamo cannot read the context: refused")
 
 
+SOON = ("flux, both", "lumina2, ragged")  # the other compilations are slow
+
+
 @WHOLE
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "name", [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY]
+)
 def test_a_compiled_model_routes_and_stops_routing(name):
     """One graph, but for Lumina2, whose own forward reads the captions' lengths."""
     class_name, arguments, start, end = CASES[name]
@@ -451,7 +456,7 @@ def test_a_compiled_model_routes_and_stops_routing(name):
         assert torch.equal(call(compiled, inputs), dense)
 
 
-@pytest.mark.parametrize("name", ["flux, both", "wan"])
+@pytest.mark.parametrize("name", ["flux, both", pytest.param("wan", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_without_breaks(name):
     """diffusers' way, a block at a time: the selection is drawn outside, from any generator."""
     class_name, arguments, start, end = CASES[name]

@@ -172,8 +172,8 @@ def test_class_names_are_recorded_and_shown(tmp_path):
 def test_an_unknown_experiment_is_refused(capsys):
     with pytest.raises(SystemExit) as left, cli.user_errors():
         cli.load_config("config", ["experiment=imagnet256"])
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and "unknown experiment=imagnet256; needed: one of finetune, imagenet256," in said
+    said, listed = capsys.readouterr().err, "coco256, emoji, finetune, imagenet256,"
+    assert left.value.code == 2 and f"unknown experiment=imagnet256; needed: one of {listed}" in said
     assert made_settings(["experiment=imagenet256", "data.path=x"]).data.name == "imagenet256"
 
 

@@ -118,7 +118,13 @@ def networks():
     }
 
 
-@pytest.mark.parametrize("name, checkpointed", list(zip(networks(), (False, True, False, True))))
+@pytest.mark.parametrize(
+    "name, checkpointed",
+    [
+        ("tread", False), ("sprint", True), pytest.param("sprint, rotary", False, marks=pytest.mark.slow),
+        ("maskdit", True),
+    ],
+)  # fmt: skip
 def test_one_graph_a_token_count(name, checkpointed, monkeypatch):
     """Training: one for each token count of equal blocks. Evaluation: one for all, or two where positions differ by
     sample or not. The final layer: one for each."""

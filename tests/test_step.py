@@ -204,8 +204,13 @@ def test_one_full_size_copy_a_route():
     assert routed.calls.get("clone", 0) == dense.calls.get("clone", 0)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("network, of_blocks", [(DiT, 3), (lightningdit.LightningDiT, 4)])
+@pytest.mark.parametrize(
+    "network, of_blocks, checkpointed",
+    [
+        (DiT, 3, False), (lightningdit.LightningDiT, 4, True), pytest.param(DiT, 3, True, marks=pytest.mark.slow),
+        pytest.param(lightningdit.LightningDiT, 4, False, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_training_evaluation_and_guidance_share_at_most_four_graphs(network, of_blocks, checkpointed, monkeypatch):
     """Routed training: one a token count. EMA evaluation, at any batch size and token count, guided or not: one for
     DiT; two where positions differ by sample or not. The final layer: one for training and one for evaluation."""
