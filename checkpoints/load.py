@@ -13,7 +13,7 @@ import conditions
 from alignment import Aligned
 from autoencoder import Codec
 from checkpoints import run_folder as folders
-from checkpoints.config import Settings, from_file
+from checkpoints.config import Data, Settings, from_file
 from checkpoints.run_folder import CONDITIONS_FILE, WEIGHTS_FILES, load_strictly, read_tensors
 from conditions import TextStats
 from contracts import Condition, Network, Objective, Routing, check_members
@@ -26,7 +26,7 @@ from system.limits import LEAST_SIZE
 from system.precision import decide_precision, tf32
 from system.processes import start_processes
 from system.settings import nested
-from weights import foreign
+from weights import foreign, layouts
 
 
 @dataclass
@@ -124,6 +124,26 @@ def load_run(
         model.null_condition = conditions.empty_caption(run.text_stats)
     run.compile_as(compile)
     return run
+
+
+def with_classes(source: Run, data: Data) -> tuple[dict[str, torch.Tensor], str]:
+    """A network's tensors for the classes of `data`, and what became of its own, in words; "" = they stay.
+
+    Classes of the same name keep their rows, and new ones begin as no label. Where the names of either are not known,
+    all keep theirs if they are as many, and otherwise none.
+    """
+    before, tensors = source.settings.data, source.model.state_dict()
+    known, old, new = bool(before.classes and data.classes), before.num_classes, data.num_classes
+    same = old == new and (not known or before.classes == data.classes)
+    if same or not before.condition == data.condition == "class":
+        return tensors, ""
+    row = {name: i for i, name in enumerate(before.classes)} if known else {}
+    rows = [row.get(name, old) for name in data.classes or ()]
+    rows += [old] * (new + 1 - len(rows))  # no label last
+    kept = [name for name in data.classes or () if name in row]
+    why = "" if known else ", for the names of the classes are not recorded in both"
+    told = f"{len(kept)} kept by name{why}{': ' if kept else ''}{', '.join(kept)}"
+    return layouts.relabel(tensors, rows), f"{old} classes become {new}; {told}; new ones begin as no label"
 
 
 def check_sizes(settings: Settings, tensors: dict[str, torch.Tensor], source: str) -> None:

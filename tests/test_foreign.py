@@ -379,12 +379,12 @@ def test_a_run_starts_from_weights_of_its_own_kind(trained):
     _, folder = trained
     model = network(**SMALL)
     same = load_run(folder, device="cpu")
-    start_from(str(folder), model, same.objective)
+    start_from(str(folder), model, same.objective, same.settings.data)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.model.parameters(), strict=True))
     with pytest.raises(ValueError, match="was trained as"):
-        start_from(str(folder), model, DDPM())
+        start_from(str(folder), model, DDPM(), same.settings.data)
     with pytest.raises(ValueError, match="is of another model"):
-        start_from(str(folder), network(**SMALL | dict(num_classes=4)), same.objective)
+        start_from(str(folder), network(**SMALL | dict(num_classes=4)), same.objective, same.settings.data)
 
 
 class Planted:
@@ -410,7 +410,7 @@ COMMANDS = {
     "fid": lambda path: fid.main(["calc", f"ckpt={path}", "seeds=0-3"]),
     "weak": lambda path: sample.main([f"ckpt={path.with_name('DiT-good.pt')}", "guidance=auto", f"weak_ckpt={path}"]),
     "export": lambda path: export.main([f"ckpt={path}", f"out={path.parent / 'out'}"]),
-    "init_from": lambda path: start_from(str(path), network(), rf.RectifiedFlow()),
+    "init_from": lambda path: start_from(str(path), network(), rf.RectifiedFlow(), None),
 }
 
 

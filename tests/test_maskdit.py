@@ -341,7 +341,7 @@ def test_an_official_file_is_sampled_exported_and_trained_on(official, tmp_path)
         export.main([f"ckpt={path}", f"out={tmp_path / 'out.pt'}", "format=dit"])
     shape = ["data.input_size=8", "data.channels=4", "data.num_classes=3", "model.size=DiT-S/2", "model.depth=2"]
     tuned = build_network(made_settings(["model=maskdit", "model.selection_ratio=0", *shape]))
-    start_from(str(path), tuned, run.objective)
+    start_from(str(path), tuned, run.objective, run.settings.data)
     assert all(torch.equal(a, b) for a, b in zip(tuned.state_dict().values(), net.state_dict().values()))
 
 

@@ -9,8 +9,8 @@ from accelerate import PartialState
 from torch import nn
 
 import data
-from checkpoints.config import Settings
-from checkpoints.load import Run, align, build_codec, build_network, load_run
+from checkpoints.config import Data, Settings
+from checkpoints.load import Run, align, build_codec, build_network, load_run, with_classes
 from checkpoints.run_folder import find_checkpoint, load_strictly, read_config
 from contracts import Condition, Loss, Network, Objective
 from cost import cost_table, memory_table
@@ -231,7 +231,9 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     if settings.train.dense_last and not model.routes:
         raise UserError(f"train.dense_last={settings.train.dense_last}: no step of this network has routes; needed: 0")
     if init_from is not None:
-        start_from(init_from, model, objective)
+        told = start_from(init_from, model, objective, settings.data)
+        if told and dist.is_main_process:
+            print(f"init_from  {told}")
     averages = make_averages(model, settings.ema.widths or ())
     for block in model.all_blocks:
         block.recompute = settings.train.gradient_checkpointing
@@ -245,14 +247,19 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     return TrainState(net, model, averages, optimizer, guard, objective, ema, **kept)
 
 
-def start_from(ckpt: str, model: Network, objective: Objective) -> None:
-    """Loads the EMA weights of `ckpt`. Raises UserError where its model or objective is another."""
+def start_from(ckpt: str, model: Network, objective: Objective, given: Data) -> str:
+    """Loads the EMA weights of `ckpt`, and says what became of its classes; "" = they are the same.
+
+    Raises UserError where its model or objective is another.
+    """
     source = load_run(ckpt, "ema", device="cpu")
     found, wanted = ((type(o).__name__, getattr(o, "output", "")) for o in (source.objective, objective))
     if found != wanted:
         found, wanted = (" of ".join(filter(None, said)) for said in (found, wanted))
         raise UserError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
-    load_strictly(model, source.model.state_dict(), source=str(ckpt))
+    tensors, told = with_classes(source, given)
+    load_strictly(model, tensors, source=str(ckpt))
+    return told
 
 
 def describe(

@@ -30,7 +30,7 @@ from system.building import build
 from system.settings import read_yaml
 from system.tensors import check_numbers, read_pt, read_safetensors
 from weights import layouts
-from weights.layouts import Tensors, network_of, num_blocks
+from weights.layouts import LABELS, Tensors, network_of, num_blocks
 
 OBJECTIVES = {
     "dit": {"_target_": "ddpm.DDPM"},
@@ -46,7 +46,6 @@ CONFIG_KEY = "tread_config"  # the key of our exports' config, as YAML
 UNUSED = {"projectors.": "", "feat_rope.": "blocks.0.mlp.w12.weight", "rel_pos_embed.": "mask_token"}
 # What the arguments of a file may say; without them, a file is taken as its project trains by default.
 ARGUMENTS = {"path_type": ("linear",), "prediction": ("velocity", "v"), "use_rope": ("true",)}
-LABELS = "y_embedder.embedding_table.weight"
 
 
 def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[Any, Tensors, int]:

@@ -16,12 +16,14 @@ sin((1 - t) w).
 
 import itertools
 import re
+from collections.abc import Sequence
 
 import torch
 
 from dit import time_frequencies
 
 Tensors = dict[str, torch.Tensor]
+LABELS = "y_embedder.embedding_table.weight"
 SPRINT_PATCH = 2  # of all its models; the file has no shape that tells it
 
 
@@ -90,3 +92,15 @@ def reverse_time(tensors: Tensors) -> Tensors:
         rows[:, :channels] *= -1  # not the learned sigma, which has no sign
         result[key] = rows.flatten(0, 1)
     return result
+
+
+def relabel(tensors: Tensors, rows: Sequence[int]) -> Tensors:
+    """Tensors whose table of labels has, as row i, the row rows[i]; the last is that of no label, before and after.
+
+    MaskDiT's has a column a class, and no label is zero. Those of a network without such a table are left as they are.
+    """
+    if LABELS not in tensors:
+        return tensors
+    table, columns = tensors[LABELS], network_of(tensors)["_target_"] == "maskdit.MaskDiT"
+    picked = torch.nn.functional.pad(table.T, (0, 0, 0, 1))[list(rows)][:-1].T if columns else table[list(rows)]
+    return tensors | {LABELS: picked.contiguous()}
