@@ -75,6 +75,8 @@ BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise level in validation: their cent
 @hydra.main(config_path="configs", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with cli.user_errors():  # inside Hydra's job, or Hydra adds lines of its own
+        if cfg.data.prepare == "pictures":  # whose sizes are the network's, too
+            cfg.data = data.settle_pictures(cli.plain(cfg.data))
         settings = parse(Settings, cli.plain(cfg))
         code = train(replace(settings, run_name=name_of_job(settings)))
     if code:
@@ -87,7 +89,7 @@ def name_of_job(settings: Settings) -> str:
     if launched.mode != RunMode.MULTIRUN:
         with torch.device("meta"):
             network = build_network(settings).name
-        return settings.run_name or run_name(launched.runtime.choices, network)
+        return settings.run_name or run_name({**launched.runtime.choices, "data": settings.data.name}, network)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("-m runs its jobs one after another in one process; needed: one launch per job")
     swept = cli.swept_keys(sys.argv[1:])

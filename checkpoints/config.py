@@ -109,7 +109,7 @@ class Data:
     text_encoder: str | None = None
     text_sha256: str | None = None
     num_workers: Count = 0
-    prepare: Literal["mnist", "fashion", "idx", "emoji"] | None = None
+    prepare: Literal["mnist", "fashion", "idx", "emoji", "pictures"] | None = None
     source: str | None = None
     kind: Kind | None = None
     on_error: Literal["stop", "skip"] = "stop"

@@ -2,10 +2,10 @@
 
 from data.latents import Latents, channel_stats, scale_warning
 from data.loader import BatchPlan, Order, loader_died, make_loader
-from data.prepared import prepare
+from data.prepared import prepare, prepare_pictures, settle_pictures
 from data.shards import has_split, open_latents
 
 __all__ = [
     "BatchPlan", "Latents", "Order", "channel_stats", "has_split", "loader_died", "make_loader", "open_latents",
-    "prepare", "scale_warning",
+    "prepare", "prepare_pictures", "scale_warning", "settle_pictures",
 ]  # fmt: skip

