@@ -42,6 +42,7 @@ from data.texts import captioned, load_encoder
 from randomness import seeded_generator
 from system import UserError, hub
 from system.files import check_name, locked, read_json, sha256_of
+from system.tensors import weights_sha256
 
 MNIST_VAL_PER_CLASS, SHARD_SIZE = 50, {"mnist": 1500, "idx": 10_000, "emoji": 10_000, "pictures": 4096}
 # Of pictures: how many there must be, the side of squares as pixels and for a VAE, and how many are looked at for it.
@@ -194,14 +195,14 @@ def settle_pictures(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_pictures(
-    folder: Path, source: str, size: int, codec: Mapping[str, Any], on_error: str = "stop", device="cpu"
+    path: str | Path, source: str, size: int, codec: Mapping[str, Any], on_error: str = "stop", device="cpu"
 ) -> None:
     """Square crops of pictures, a tenth of them, at most 500, as val; size and codec as `settle_pictures` has them.
 
     Goes on where it was interrupted, and begins anew if pictures have changed since. Raises UserError for a folder of
     other pictures or files, and for damaged pictures, which on_error="skip" leaves out.
     """
-    images, note = _labelled(source), folder / ".recipe.json"
+    images, folder = _labelled(source), Path(path)
     names, val = images.classes if any(images.classes) else None, min(len(images) // 10, 500)
     recipe = {"prepare": "pictures", "pictures": os.path.realpath(source), "number": len(images), "size": size}
     told = hashlib.sha256(json.dumps([images.names, images.labels]).encode()).hexdigest()
@@ -212,6 +213,7 @@ def prepare_pictures(
     _check_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".pictures.lock"):
+        note = folder / ".recipe.json"
         begun = read_json(note) if note.exists() else {}
         if not (folder / FILE_NAME).exists() and begun.get("prepare") == "pictures" and begun != recipe:
             for path in (*folder.glob("*.tar"), note):
@@ -219,15 +221,15 @@ def prepare_pictures(
         reserve(folder, recipe)
         vae = VAECodec(codec["path"], codec["scale"], codec["bias"]).to(device) if "path" in codec else None
         pixels = size if vae is None else size * 2 ** (len(vae.vae.config.block_out_channels) - 1)
-        print(
-            f"data       {source}: {len(images)} pictures, {val} as val, in {pixels} x {pixels} pixels, into {folder}"
-        )
+        made = f"{len(images)} pictures in {pixels} x {pixels} pixels, {val} of them for validation"
+        print(f"data       {folder} is made once of {source}: {made}")
         if len(set(images.labels)) == 1:
             print(f"data       {source} has one class alone; a folder for each class would tell them apart")
         for name, chosen in tqdm(plan_shards(len(images), SHARD_SIZE["pictures"], val).items(), disable=None):
             if not (folder / name).exists():
                 write_shard(folder / name, _encoded(images, chosen, pixels, vae, on_error))
-        finalize(folder, LatentEncoding("sample_scaled"), codec=dict(codec), num_classes=names)
+        about = dict(codec=dict(codec), codec_sha256=vae and weights_sha256(vae.vae), num_classes=names)
+        finalize(folder, LatentEncoding("sample_scaled"), **about)
 
 
 def _labelled(source: str) -> Images:

@@ -1,11 +1,18 @@
 """A network that starts from one of other classes, and a folder of somebody's pictures trained on in one command."""
 
+import json
+import sys
+
 import pytest
 import torch
+from PIL import Image
 
+import data
 from checkpoints.load import build_network, load_run
 from edm import EDM
-from system import UserError
+from system import UserError, cli
+from tests import started
+from tests.conftest import ROOT
 from tests.made_runs import made_settings, make_run
 from training.prepare import start_from
 
@@ -42,3 +49,113 @@ def test_classes_without_names_are_all_kept_or_none(tmp_path):
     assert torch.equal(net.y_embedder.embedding_table.weight, rows[[3, 3, 3]])
     with pytest.raises(UserError, match="is of another model"):
         started_from(folder, "data.num_classes=null", "data.condition=none")
+
+
+def draw(folder, count=30, side=40):
+    """Pictures of colours between two, and of sizes from side x side on, in two classes."""
+    for i, name in enumerate(["a cat", "dog"] * (count // 2)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side + i, side), (8 * i, 255 - 8 * i, 0)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def settled(folder, **given):
+    """As train.py has data=pictures data.path=folder data.<given>=..."""
+    section = cli.load_config("config", ["data=pictures", f"data.path={folder}"])["data"]
+    return data.settle_pictures(section | given)
+
+
+def prepared(found, on_error="stop"):
+    data.prepare_pictures(found["path"], found["source"], found["input_size"], found["codec"], on_error)
+
+
+def test_one_command_trains_on_a_folder_and_another_draws_a_class_by_its_name(tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in draw(tmp_path / "pets").rglob("*")}
+    keys = [*TINY, "train.compile=off", "train.max_steps=1", "train.val_samples=2"]
+    command = [sys.executable, f"{ROOT}/train.py", "data=pictures", "data.path=pets", *keys]
+    done = started.run(command, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    made = "datasets/pets is made once of pets: 30 pictures in 32 x 32 pixels, 3 of them for validation"
+    assert made in done.stdout and "1 steps are 2.37 passes over the samples" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pets").rglob("*")} == before
+    meta = json.loads((tmp_path / "datasets/pets/meta.json").read_text())
+    assert meta["classes"] == ["a cat", "dog"] and meta["counts"] == {"train": 27, "val": 3}
+    shard = tmp_path / "datasets/pets/train-000000.tar"
+    written = shard.stat().st_mtime_ns
+    again = started.run([*command, "resume=auto"], cwd=tmp_path, timeout=100)
+    assert again.returncode == 0 and "made once" not in again.stdout and shard.stat().st_mtime_ns == written
+    drawn = [f"{ROOT}/sample.py", "ckpt=runs/pets-tread-XS4-edm", "class_idx=a cat", "seeds=0", "steps=2"]
+    assert started.run([sys.executable, *drawn], cwd=tmp_path, timeout=100).returncode == 0
+
+
+@pytest.mark.parametrize(("side", "chosen"), [(9, 16), (28, 28), (31, 28), (32, 32), (300, 64)])
+def test_the_size_is_one_that_half_of_the_pictures_reach(side, chosen, tmp_path):
+    found = settled(draw(tmp_path / "pets", side=side))
+    assert found["input_size"] == chosen and (found["channels"], found["num_classes"], found["name"]) == (3, 2, "pets")
+
+
+def test_pixels_and_labels_are_the_pictures(tmp_path, monkeypatch):
+    folder = draw(tmp_path / "pets", side=16)
+    monkeypatch.chdir(tmp_path)
+    prepared(found := settled(folder))
+    latents = [data.open_latents(found["path"], split=split) for split in ("train", "val")]
+    for raw, labels in (part.read(range(len(part))) for part in latents):
+        red = ((raw[:, 0].mean((1, 2)) + 1) * 127.5 / 8).round().long()  # the number of the picture
+        assert torch.equal(labels, red % 2)
+
+
+def test_latents_are_the_named_vaes(tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    shape = dict(block_out_channels=[4, 4], norm_num_groups=2, latent_channels=4, scaling_factor=2.0, shift_factor=0.25)
+    AutoencoderKL(**blocks, **shape, layers_per_block=1).save_pretrained("vae")
+    codec = {"path": "vae", "scale": None, "bias": None}
+    found = settled(draw(tmp_path / "pets", side=64), codec=codec)
+    assert (found["channels"], found["input_size"]) == (4, 32)
+    assert found["codec"] == {"_target_": "autoencoder.VAECodec", "path": "vae", "scale": 2.0, "bias": -0.5}
+    prepared(found)
+    latents = data.open_latents(found["path"])
+    assert tuple(latents.shape) == (4, 32, 32) and latents.meta["codec"] == found["codec"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "given", "said"),
+    [
+        (lambda pets: None, {"path": "none"}, "none is not there"),
+        (lambda pets: [p.unlink() for p in sorted(pets.rglob("*.png"))[5:]], {}, "holds 5 pictures; needed: 20"),
+        (lambda pets: (pets / "dog/7.png").write_bytes(b"?"), {}, "dog/7.png is no image or is damaged"),
+        (lambda pets: None, {"input_size": [32, 16]}, "data.input_size=[32, 16]; needed: a whole number"),
+        (lambda pets: None, {"name": "../pets"}, "data.name names a file '../pets'"),
+        (lambda pets: None, {"path": "."}, "would lie among the pictures; needed: data.name="),
+        (lambda pets: None, {"condition": "text"}, "captions: scripts/encode_latents.py"),
+    ],
+    ids=["none", "five", "broken", "oblong", "name", "inside", "captions"],
+)  # fmt: skip
+def test_bad_folders_get_one_line(damage, given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    damage(draw(tmp_path / "pets"))
+    with pytest.raises(SystemExit) as refused, cli.user_errors():
+        prepared(settled("pets", **given))
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
+
+
+def test_one_class_works_and_is_said_and_changed_pictures_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "pets")
+    prepared(found := settled(draw(tmp_path / "more", count=60) / "dog"))
+    assert found["num_classes"] == 1 and "has one class alone" in capsys.readouterr().out
+    (tmp_path / "pets/dog/7.png").write_bytes(b"?")
+    with pytest.raises(UserError, match="damaged"):
+        prepared(settled("pets"))
+    (tmp_path / "pets/dog/7.png").unlink()
+    prepared(settled("pets"))  # begun anew
+    (tmp_path / "pets/dog/7.png").write_bytes(b"?")
+    with pytest.raises(UserError, match="datasets/pets was begun with number=29, not 30"):
+        prepared(settled("pets"))
+    prepared(settled("pets", name="skipped"), "skip")
+    meta = json.loads((tmp_path / "datasets/skipped/meta.json").read_text())
+    assert sum(meta["counts"].values()) == 29 and "left out" in capsys.readouterr().err

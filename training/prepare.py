@@ -136,7 +136,7 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
     if wanted.prepare == "pictures":
         with dist.local_main_process_first():
             made_of = (wanted.source, wanted.input_size, wanted.codec, wanted.on_error, dist.device)
-            data.prepare_pictures(Path(wanted.path), *made_of)
+            data.prepare_pictures(wanted.path, *made_of)
     elif wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
             print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
