@@ -56,6 +56,8 @@ class DiT(Network):
     pooled_text: the mean of a text's states modulates the blocks too; PRX's do not.
     block: builds a block from (hidden_size, num_heads, mlp_ratio) and, for texts, `text`; None = `Block`.
     middle_head: a second head predicts after this block, counted from 0 (arXiv 2512.24176); None = there is none.
+    positions_from: the input_size to whose sides the tokens' coordinates are scaled, that of a network which this one
+        starts from; None = its own.
     Raises UserError for sizes that do not divide, ValueError for routes that do not fit.
     """
 
@@ -81,11 +83,14 @@ class DiT(Network):
         pooled_text: bool = False,
         block: Callable[..., nn.Module] | None = None,
         middle_head: int | None = None,
+        positions_from: int | Sequence[int] | None = None,
     ):
         super().__init__()
         patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
-        h, w = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if min(h, w, patch_size, in_channels, hidden_size, depth, num_heads) < 1:
+        h, w = sides = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if positions_from is not None:
+            sides = (positions_from,) * 2 if isinstance(positions_from, int) else positions_from
+        if min(h, w, *sides, patch_size, in_channels, hidden_size, depth, num_heads) < 1:
             raise UserError("each of DiT's sizes, from input_size to num_heads, must be at least 1")
         if h % patch_size or w % patch_size:
             raise UserError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
@@ -96,6 +101,7 @@ class DiT(Network):
             (h // patch_size, w // patch_size),
             patch_size,
         )
+        self.spacing = sides[0] / h, sides[1] / w  # of the tokens' coordinates, of rows and of columns
         self.num_tokens, self.name = math.prod(self.grid), size.removeprefix("DiT-").replace("/", "")
         self.hidden_size, self.num_heads, self.num_classes = hidden_size, num_heads, num_classes
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
@@ -110,7 +116,7 @@ class DiT(Network):
         self.modulated = condition != "none" and (pooled_text or not self.reads_text)  # the blocks, by the condition
         self.null_condition = null_of(condition, num_classes, self.text_length, text_width)
         text = {"text": (hidden_size, self.text_length)} if self.reads_text else {}
-        self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid)[None])  # (1, N, D)
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid, self.spacing)[None])  # (1, N, D)
         self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio, **text) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
@@ -424,9 +430,15 @@ def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) ->
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def sincos_positions(hidden_size: int, rows: int, columns: int) -> torch.Tensor:
-    """Fixed 2-D positional embedding (N, D): the first half of D encodes the column, the second the row."""
+def sincos_positions(
+    hidden_size: int, rows: int, columns: int, spacing: tuple[float, float] = (1.0, 1.0)
+) -> torch.Tensor:
+    """Fixed 2-D positional embedding (N, D): the first half of D encodes the column, the second the row.
+
+    spacing: of the coordinates, of rows and of columns.
+    """
     omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    places = [torch.arange(n, dtype=torch.float64) * step for n, step in zip((rows, columns), spacing)]
+    row, column = torch.meshgrid(*places, indexing="ij")
     angles = [position.reshape(-1, 1) * omega for position in (column, row)]  # (N, D / 4) each
     return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()

@@ -103,9 +103,9 @@ def check_layout(run: Run, layout: str) -> None:
     found = f"{run.checkpoint} is of the class {model}"
     if layout == "diffusers" and (model, objective) != ("dit.DiT", "ddpm.DDPM"):
         raise UserError(f"format=diffusers needs a DiT with objective=ddpm; {found}, with {objective}")
-    squared = run.settings.model.get("mlp") == "relu2"
-    found += " with mlp=relu2" * squared
-    if squared or model not in ("dit.DiT", "lightningdit.LightningDiT"):
+    own = [f"{key}={value}" for key, value in run.settings.model.items() if key == "positions_from" or value == "relu2"]
+    found += f" with {', '.join(own)}" * bool(own)
+    if own or model not in ("dit.DiT", "lightningdit.LightningDiT"):
         raise UserError(f"format={layout} is another project's, which cannot open it: {found}; needed: safetensors")
     if kind != "class" or h != w or layout == "diffusers" and len(run.pool) > pipeline.NULL_LABEL:
         found = f"{run.checkpoint} is for {conditions.KINDS[kind]} and latents of {h} x {w}"

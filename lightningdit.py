@@ -51,6 +51,7 @@ class LightningDiT(DiT):
         pooled_text: bool = False,
         value_residual: bool = False,
         middle_head: int | None = None,
+        positions_from: int | Sequence[int] | None = None,
     ):
         if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu", "relu2"):
             raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu, gelu or relu2")
@@ -61,6 +62,7 @@ class LightningDiT(DiT):
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             routes, fp32_after_route, size, condition, text_width, text_length, pooled_text,
             block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp), middle_head=middle_head,
+            positions_from=positions_from,
         )  # fmt: skip
         for head in self.all_blocks[len(self.blocks) :] if norm == "rms" else ():
             head.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
@@ -69,7 +71,7 @@ class LightningDiT(DiT):
         self.rotary, self.value_residual = rotary, value_residual
         for block in self.blocks[1:] if value_residual else ():
             block.attn.first_share = nn.Parameter(torch.tensor(0.5))
-        angles = rotary_angles(hidden_size // num_heads, *self.grid)[None]  # (1, N, D/H)
+        angles = rotary_angles(hidden_size // num_heads, *self.grid, self.spacing)[None]  # (1, N, D/H)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -172,11 +174,15 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
 
 
-def rotary_angles(head_size: int, rows: int, columns: int) -> torch.Tensor:
-    """(N, head_size): the row's angles in the first half, the column's in the second, one per pair of x."""
+def rotary_angles(head_size: int, rows: int, columns: int, spacing: tuple[float, float] = (1.0, 1.0)) -> torch.Tensor:
+    """(N, head_size): the row's angles in the first half, the column's in the second, one per pair of x.
+
+    spacing: of the coordinates, of rows and of columns.
+    """
     frequency = 10000.0 ** -(torch.arange(head_size // 4, dtype=torch.float32) / (head_size // 4))
     row, column = (  # (rows, head_size / 2), (columns, head_size / 2)
-        (torch.arange(n)[:, None] * frequency).repeat_interleave(2, dim=1) for n in (rows, columns)
+        (torch.arange(n)[:, None] * step * frequency).repeat_interleave(2, dim=1)
+        for n, step in zip((rows, columns), spacing)
     )
     both = row[:, None].expand(-1, columns, -1), column.expand(rows, -1, -1)
     return torch.cat(both, dim=-1).flatten(0, 1)

@@ -52,10 +52,12 @@ class MaskDiT(DiT):
         text_width: int | None = None,
         text_length: int | None = None,
         pooled_text: bool = False,
+        positions_from: int | Sequence[int] | None = None,
     ):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, False,
             [Route(selection_ratio, 0, -1, selection)], False, size, condition, text_width, text_length, pooled_text,
+            positions_from=positions_from,
         )  # fmt: skip
         named = SMALL_DECODER if size.removeprefix("DiT-").startswith("XS/") else DECODER
         given = (decoder_hidden_size, decoder_depth, decoder_num_heads)
@@ -74,7 +76,7 @@ class MaskDiT(DiT):
         blocks = [conditioned(Block(width, heads, mlp_ratio, text), D) for _ in range(depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
         self.final_layer = conditioned(FinalLayer(width, self.patch_size, in_channels), D)
-        self.register_buffer("decoder_pos_embed", sincos_positions(width, *self.grid)[None])
+        self.register_buffer("decoder_pos_embed", sincos_positions(width, *self.grid, self.spacing)[None])
         masked = num_kept(self.num_tokens, selection_ratio) < self.num_tokens
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masked)
         self.initialize_decoder()

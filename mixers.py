@@ -51,6 +51,7 @@ class Mixer(DiT):
         text_width: int | None = None,
         text_length: int | None = None,
         mixer: str = "pom",
+        positions_from: int | Sequence[int] | None = None,
     ):
         kinds = {"pom": PolynomialMixer, "linear": LinearAttention, "rwkv": SpatialMix}
         kinds |= {"ssd": partial(StateSpace, directions=2), "ssd_zigzag": partial(StateSpace, directions=1)}
@@ -60,6 +61,7 @@ class Mixer(DiT):
             input_size, patch_size, in_channels, hidden_size, depth, 1, mlp_ratio, num_classes, learn_sigma, routes,
             fp32_after_route, size, condition, text_width, text_length,
             block=partial(RwkvBlock if mixer == "rwkv" else MixerBlock, mixer=kinds[mixer]),
+            positions_from=positions_from,
         )  # fmt: skip
         self.per_token: torch.Tensor | None
         self.register_buffer("per_token", None, persistent=False)

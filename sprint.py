@@ -58,6 +58,7 @@ class Sprint(LightningDiT):
         encoder_depth: int = 2,
         decoder_depth: int = 2,
         middle_head: int | None = None,
+        positions_from: int | Sequence[int] | None = None,
     ):
         if min(encoder_depth, decoder_depth) < 1 or depth is not None and depth <= encoder_depth + decoder_depth:
             dense = f"{encoder_depth} + {decoder_depth} dense blocks"
@@ -68,7 +69,7 @@ class Sprint(LightningDiT):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
             [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width, text_length, pooled_text,
-            middle_head=middle_head,
+            middle_head=middle_head, positions_from=positions_from,
         )  # fmt: skip
         self.path_drop, hidden_size = path_drop, self.hidden_size
         self.sparse = slice(encoder_depth, -decoder_depth)  # g's blocks

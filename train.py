@@ -61,6 +61,7 @@ from training.prepare import (
     describe,
     open_data,
     settle_data,
+    settle_positions,
     settle_precision,
     settle_texts,
 )
@@ -126,7 +127,7 @@ def start(
 ) -> int:  # fmt: skip
     """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
-    settings = settle_texts(settle_data(settings, loaded.train), loaded.train)
+    settings = settle_positions(settle_texts(settle_data(settings, loaded.train), loaded.train), resumed)
     check_features(loaded.train, settings)
     chosen = {"the checkpoint to resume from": resumed and resumed.name}
     same = {key: value for key, value in flat(settings).items() if key not in PATHS}

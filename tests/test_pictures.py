@@ -14,7 +14,7 @@ from system import UserError, cli
 from tests import started
 from tests.conftest import ROOT
 from tests.made_runs import made_settings, make_run
-from training.prepare import start_from
+from training.prepare import settle_positions, start_from
 
 TINY = ["model.depth=6", "model.hidden_size=32", "model.num_heads=2", "preview.every=0"]
 
@@ -49,6 +49,31 @@ def test_classes_without_names_are_all_kept_or_none(tmp_path):
     assert torch.equal(net.y_embedder.embedding_table.weight, rows[[3, 3, 3]])
     with pytest.raises(UserError, match="is of another model"):
         started_from(folder, "data.num_classes=null", "data.condition=none")
+
+
+@pytest.mark.parametrize("model", ["dit", "maskdit", "lightningdit"])
+def test_another_resolution_keeps_its_coordinates(model, tmp_path):
+    """Where two grids have tokens at the same place, the positions there are equal, and all weights are."""
+    keys = [*TINY, f"model={model}", "data.channels=1"]
+    folder = make_run(tmp_path / "old", [*keys, "data.input_size=16"])
+    settings = made_settings([*keys, "data.input_size=[32,16]", f"init_from={folder}"])
+    settings = settle_positions(settings, None)
+    assert settings.model["positions_from"] == [16, 16]
+    net, old = build_network(settings), load_run(folder, device="cpu").model
+    told = start_from(str(folder), net, EDM(), settings.data)
+    assert told == "latents of 16 x 16 become 32 x 16; the coordinates of tokens are scaled"
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), old.parameters(), strict=True))
+    buffers = dict(net.named_buffers())
+    for name, fixed in old.named_buffers():
+        if fixed.ndim == 3 and fixed.shape[1] == 16:  # of 4 x 4 tokens: every other row of 8 x 4
+            assert torch.equal(buffers[name].unflatten(1, (8, 4))[:, ::2].flatten(1, 2), fixed), name
+    saved = make_run(tmp_path / "new", [*keys, "data.input_size=[32,16]", "+model.positions_from=[16,16]"])
+    again = load_run(saved, device="cpu").model  # as sampling does
+    assert all(torch.equal(buffers[name], b) for name, b in again.named_buffers() if b.ndim == 3)
+    third = made_settings([*keys, "data.input_size=64", f"init_from={saved}"])
+    assert settle_positions(third, None).model["positions_from"] == [16, 16]
+    back = made_settings([*keys, "data.input_size=16", f"init_from={folder}"])
+    assert settle_positions(back, None) is back
 
 
 def draw(folder, count=30, side=40):

@@ -222,6 +222,19 @@ def settle_data(settings: Settings, latents: data.Latents) -> Settings:
     return replace(settings, data=replace(settings.data, codec=codec, classes=classes, usual_codec=None))
 
 
+def settle_positions(settings: Settings, resumed: Path | None) -> Settings:
+    """model.positions_from, where the network that this one starts from, or is resumed as, has another resolution."""
+    if settings.init_from is None or "positions_from" in settings.model:
+        return settings
+    path = resumed or find_checkpoint(settings.init_from, "init_from")
+    before = read_config(path) if path.is_dir() else load_run(settings.init_from, device="cpu").settings
+    sides = before.model.get("positions_from", before.data.latent_shape[1:])
+    sides = [sides] * 2 if isinstance(sides, int) else list(sides)
+    if sides == list(settings.data.latent_shape[1:]):
+        return settings
+    return replace(settings, model=settings.model | {"positions_from": sides})
+
+
 def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState:
     """The state before the first step; a `new` run starts from init_from, if set. Raises UserError."""
     init_from = settings.init_from if new else None
@@ -252,7 +265,7 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
 
 
 def start_from(ckpt: str, model: Network, objective: Objective, given: Data) -> str:
-    """Loads the EMA weights of `ckpt`, and says what became of its classes; "" = they are the same.
+    """Loads the EMA weights of `ckpt`, and says what became of its classes and positions; "" = they are the same.
 
     Raises UserError where its model or objective is another.
     """
@@ -262,6 +275,12 @@ def start_from(ckpt: str, model: Network, objective: Objective, given: Data) -> 
         found, wanted = (" of ".join(filter(None, said)) for said in (found, wanted))
         raise UserError(f"init_from={ckpt} was trained as {found}, this run is {wanted}: set objective=")
     tensors, told = with_classes(source, given)
+    (_, *old), (_, *new) = source.model.latent_shape, model.latent_shape
+    if old != new:  # fixed numbers of each position, which the network has made for its own, are in its buffers
+        own = {name: buffer for name, buffer in model.named_buffers() if name in tensors}
+        tensors |= {name: buffer for name, buffer in own.items() if buffer.shape != tensors[name].shape}
+        scaled = "latents of {} x {} become {} x {}; the coordinates of tokens are scaled".format(*old, *new)
+        told = "; ".join(filter(None, [scaled, told]))
     load_strictly(model, tensors, source=str(ckpt))
     return told
 
