@@ -87,10 +87,9 @@ class DiT(Network):
     ):
         super().__init__()
         patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
-        h, w = sides = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if positions_from is not None:
-            sides = (positions_from,) * 2 if isinstance(positions_from, int) else positions_from
-        if min(h, w, *sides, patch_size, in_channels, hidden_size, depth, num_heads) < 1:
+        h, w = (input_size, input_size) if isinstance(input_size, int) else input_size
+        old_h, old_w = (positions_from,) * 2 if isinstance(positions_from, int) else positions_from or (h, w)
+        if min(h, w, old_h, old_w, patch_size, in_channels, hidden_size, depth, num_heads) < 1:
             raise UserError("each of DiT's sizes, from input_size to num_heads, must be at least 1")
         if h % patch_size or w % patch_size:
             raise UserError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
@@ -101,7 +100,7 @@ class DiT(Network):
             (h // patch_size, w // patch_size),
             patch_size,
         )
-        self.spacing = sides[0] / h, sides[1] / w  # of the tokens' coordinates, of rows and of columns
+        self.spacing = old_h / h, old_w / w  # of the tokens' coordinates, of rows and of columns
         self.num_tokens, self.name = math.prod(self.grid), size.removeprefix("DiT-").replace("/", "")
         self.hidden_size, self.num_heads, self.num_classes = hidden_size, num_heads, num_classes
         self.out_channels = in_channels * 2 if learn_sigma else in_channels

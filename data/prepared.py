@@ -179,12 +179,12 @@ def settle_pictures(given: dict[str, Any]) -> dict[str, Any]:
     if place in (folder.absolute(), *folder.absolute().parents):
         raise UserError(f"{folder} would lie among the pictures; needed: data.name=, or another working directory")
     codec, channels, factor, sides = {"_target_": "autoencoder.PixelCodec"}, 3, 1, PIXELS
-    if (path := given["codec"]["path"]) not in (None, "auto"):
+    if (path := given["codec"].get("path")) not in (None, "auto"):
         vae, sides = VAECodec(path).vae.config, VAE_PIXELS
         channels, factor = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
-        scale, bias = (None if given["codec"][key] == "auto" else given["codec"][key] for key in ("scale", "bias"))
-        scale = vae.scaling_factor if scale is None else scale
-        bias = -scale * (vae.get("shift_factor") or 0.0) if bias is None else bias
+        scale, bias = (given["codec"].get(key) for key in ("scale", "bias"))
+        scale = vae.scaling_factor if scale in (None, "auto") else scale
+        bias = -scale * (vae.get("shift_factor") or 0.0) if bias in (None, "auto") else bias
         codec = {"_target_": "autoencoder.VAECodec", "path": path, "scale": scale, "bias": bias}
     size = given["input_size"] or _side(images, sides) // factor
     if not isinstance(size, int) or size < 1:
@@ -284,9 +284,7 @@ def _check_own(folder: Path) -> None:
     own = re.compile(r"(train|val)-\d{6}\.tar|meta\.json|texts\.safetensors|\..*")
     others = sorted(path.name for path in folder.iterdir() if not own.fullmatch(path.name)) if folder.is_dir() else []
     if others:
-        cure = (
-            "data=folder for latents, data=pictures for pictures, or a new folder: data.path=, of pictures data.name="
-        )
+        cure = "data=folder for latents, data=pictures for pictures, or a new folder (data.path=, or data.name=)"
         raise UserError(f"{folder} holds {others[0]}, which is not of the data set to be made there; needed: {cure}")
 
 

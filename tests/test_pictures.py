@@ -70,6 +70,10 @@ def test_another_resolution_keeps_its_coordinates(model, tmp_path):
     saved = make_run(tmp_path / "new", [*keys, "data.input_size=[32,16]", "+model.positions_from=[16,16]"])
     again = load_run(saved, device="cpu").model  # as sampling does
     assert all(torch.equal(buffers[name], b) for name, b in again.named_buffers() if b.ndim == 3)
+    (step,) = saved.glob("checkpoints/step_*")
+    assert settle_positions(made_settings([*keys, "data.input_size=[32,16]", "init_from=gone"]), step).model[
+        "positions_from"
+    ] == [16, 16]
     third = made_settings([*keys, "data.input_size=64", f"init_from={saved}"])
     assert settle_positions(third, None).model["positions_from"] == [16, 16]
     back = made_settings([*keys, "data.input_size=16", f"init_from={folder}"])
@@ -144,6 +148,9 @@ def test_latents_are_the_named_vaes(tmp_path, monkeypatch):
     prepared(found)
     latents = data.open_latents(found["path"])
     assert tuple(latents.shape) == (4, 32, 32) and latents.meta["codec"] == found["codec"]
+    prepared(plain := settled(tmp_path / "pets", name="plain", codec=codec | {"scale": 1.0, "bias": 0.0}))
+    z = data.open_latents(plain["path"]).read(range(5))[0].float()
+    torch.testing.assert_close(latents.read(range(5))[0].float(), 2 * z - 0.5, atol=0.02, rtol=0.01)
 
 
 @pytest.mark.parametrize(
