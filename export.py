@@ -13,6 +13,7 @@ push=owner/name uploads a folder with its card to the Hugging Face hub, as the u
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def main(overrides: list[str]) -> None:
         export_pt(run, tensors, out, settings.format)
     of_width = "" if width is None else f" of width {width:g}"
     print(f"{settings.weights} weights{of_width} of {run.checkpoint}, step {run.step}: {out}")
+    if settings.format != "diffusers":
+        print(f"next       python sample.py ckpt={shlex.quote(str(out))}")
     if settings.push is not None:
         with hub.refusals(f"push={settings.push}"):
             upload_folder(repo_id=settings.push, folder_path=out, commit_message=f"step {run.step}")

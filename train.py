@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -239,7 +240,8 @@ def run_steps(
     if stop:
         return end_early(processes, state.step, run_folder, log)
     past = f", past train.max_steps={cfg.max_steps}: nothing to do" if state.step > cfg.max_steps else ""
-    log.close(f"{run_folder}: trained to step {state.step}{past}")
+    then = f"next       python sample.py ckpt={shlex.quote(str(run_folder))}"
+    log.close(f"{run_folder}: trained to step {state.step}{past}; checkpoints/, samples/, metrics.jsonl\n{then}")
     dist.wait_for_everyone()
     return 0
 
