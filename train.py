@@ -66,7 +66,7 @@ from training.prepare import (
     settle_texts,
 )
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Interrupted, PreemptionHandler
-from training.trackers import check_installed
+from training.trackers import check_trackers
 
 PATHS = ("results_dir", "data.path", "data.source")  # which may differ between machines
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
@@ -100,7 +100,7 @@ def train(settings: Settings) -> int:
     """Trains as the settings say -> exit code: 0 after the last step, else EXIT_*. Raises UserError, OSError."""
     set_determinism(settings.train.deterministic)
     dist = start_processes(settings.train.timeout_s)
-    check_installed(settings.log)
+    check_trackers(settings.log)
     plan, run_folder = batch_plan(settings, dist), Path(settings.results_dir) / settings.run_name
     if settings.train.dry_run:
         return dry_run(settle_precision(settings, dist), dist, plan)
@@ -319,7 +319,8 @@ def between_steps(
     if due(settings.preview.every, "preview"):
         with log.pause(), log.survive("preview"), together():
             if processes.dist.is_main_process:
-                preview(settings.preview, state.ema, preview_path(run_folder, step))
+                preview(settings.preview, state.ema, path := preview_path(run_folder, step))
+                log.track(step, {"preview": path})
 
 
 @torch.no_grad()
