@@ -1,6 +1,6 @@
 """A run's weights for others to use: `python export.py ckpt=RUN out=FOLDER`, keys in configs/export.yaml.
 
-    format=safetensors   a folder: model.safetensors, config.json and README.md, a model card with the run's figures
+    format=safetensors   a folder: model.safetensors, config.json and README.md, a model card with picture and figures
     format=dit           a .pt in official DiT's layout, {"ema": ..., "args": ...}; the prediction stays the run's own
     format=sit           a .pt that official SiT samples from unchanged: our flow with time and sign reversed
     format=diffusers     a folder for DiTPipeline.from_pretrained: a DiT with objective=ddpm, its schedule and its VAE
@@ -13,6 +13,8 @@ push=owner/name uploads a folder with its card to the Hugging Face hub, as the u
 
 import json
 import re
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from weights import pipeline
 from weights.foreign import CONFIG_KEY, check_keys
 from weights.layouts import Tensors, reverse_time
 
+PICTURE = "samples.png"  # of a card
 LOSSES = ("train/loss", "val/loss_dense", "val/loss_routed")  # of a log, in a card
 
 
@@ -50,11 +53,14 @@ class Export:
     weights: Weights = "ema"
     ema_width: Width | None = None
     dtype: Literal["float32", "float16"] = "float32"
+    license: Annotated[str, Check("such as mit or cc-by-4.0", re.compile(r"[a-z0-9.-]+").fullmatch)] = "unknown"
     push: Annotated[str, Check("such as owner/name", re.compile(r"[\w.-]+/[\w.-]+").fullmatch)] | None = None
 
     def __post_init__(self):
         if self.push is not None and self.format not in ("safetensors", "diffusers"):
             raise UserError(f"push={self.push} uploads a folder; needed: format=safetensors or diffusers")
+        if self.license != "unknown" and self.format not in ("safetensors", "diffusers"):
+            raise UserError(f"license={self.license} goes into a model card; needed: format=safetensors or diffusers")
 
 
 def main(overrides: list[str]) -> None:
@@ -81,13 +87,15 @@ def main(overrides: list[str]) -> None:
     tensors = {k: (t.to(dtype) if t.is_floating_point() else t).contiguous() for k, t in run.model.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     if settings.format == "safetensors":
-        export_folder(run, tensors, out)
+        export_folder(run, tensors, out, settings)
     elif settings.format == "diffusers":
-        export_pipeline(run, tensors, out)
+        export_pipeline(run, tensors, out, settings)
     else:
         export_pt(run, tensors, out, settings.format)
     of_width = "" if width is None else f" of width {width:g}"
     print(f"{settings.weights} weights{of_width} of {run.checkpoint}, step {run.step}: {out}")
+    if settings.format != "diffusers":
+        print(f"next       python sample.py ckpt={shlex.quote(str(out))}")
     if settings.push is not None:
         with hub.refusals(f"push={settings.push}"):
             upload_folder(repo_id=settings.push, folder_path=out, commit_message=f"step {run.step}")
@@ -133,7 +141,7 @@ def is_trained(settings: Settings) -> bool:
     return settings.train != Train(label_dropout=settings.train.label_dropout)
 
 
-def export_folder(run: Run, tensors: Tensors, out: Path) -> None:
+def export_folder(run: Run, tensors: Tensors, out: Path, settings: Export) -> None:
     config = portable_config(run)
     metadata = {CONFIG_KEY: yaml.safe_dump(config, sort_keys=False), "step": str(run.step), "format": "pt"}
     files = {"model.safetensors": (tensors, metadata)}
@@ -142,13 +150,17 @@ def export_folder(run: Run, tensors: Tensors, out: Path) -> None:
     width = {} if run.ema_width is None else {"ema_width": run.ema_width}
     facts = finite({"step": run.step, "weights": run.weights, **width, **config})
     texts = {"config.json": json.dumps(facts, indent=2) + "\n"}
-    texts["README.md"] = model_card(run, "    python sample.py ckpt=model.safetensors")
+    where = "model.safetensors" if settings.push is None else f"hf:{settings.push}"
+    use = f"    python sample.py ckpt={where}\n\nor, from Python, in a checkout of the code:\n\n"
+    use += f'    from checkpoints.load import load_run\n    run = load_run("{where}")'
+    texts["README.md"] = model_card(run, use, settings)
     with fresh_folder(out) as folder:
         for name, content in files.items():
             with usual_mode(folder / name):
                 save_file(content[0], folder / name, content[1])
         for name, text in texts.items():
             (folder / name).write_text(text)
+        add_picture(run, folder)
 
 
 def export_pt(run: Run, tensors: Tensors, out: Path, layout: str) -> None:
@@ -163,7 +175,7 @@ def export_pt(run: Run, tensors: Tensors, out: Path, layout: str) -> None:
         torch.save({"ema": tensors, "args": args, "step": run.step}, file)
 
 
-def export_pipeline(run: Run, tensors: Tensors, out: Path) -> None:
+def export_pipeline(run: Run, tensors: Tensors, out: Path, settings: Export) -> None:
     """The folder of a DiTPipeline with a DDIMScheduler. Raises UserError for latents that no such VAE scales."""
     from diffusers import DDIMScheduler, DiTPipeline
 
@@ -180,20 +192,37 @@ def export_pipeline(run: Run, tensors: Tensors, out: Path) -> None:
     scheduler = DDIMScheduler(**schedule, clip_sample=False)  # its defaults are those of ddpm.DDPM
     made = DiTPipeline(pipeline.transformer_of(run.model, tensors), vae, scheduler, id2label=labels)
     made.register_to_config(id2label=labels)
-    card = model_card(run, pipeline.PIPELINE_USE)
+    card = model_card(run, pipeline.PIPELINE_USE, settings)
     with fresh_folder(out) as folder:
         made.save_pretrained(folder)
         (folder / "README.md").write_text(card)
+        add_picture(run, folder)
 
 
-def model_card(run: Run, use: str) -> str:
-    """Markdown: the network, how to `use` it, its training, and every score in the run folder."""
+def picture_of(run: Run) -> Path | None:
+    """The preview that training has drawn with these weights; None = it has not."""
+    path = run.folder / "samples" / f"step_{run.step:07d}.png"
+    return path if run.weights == "ema" and run.ema_width is None and path.is_file() else None
+
+
+def add_picture(run: Run, folder: Path) -> None:
+    if (picture := picture_of(run)) is not None:
+        shutil.copyfile(picture, folder / PICTURE)
+
+
+def model_card(run: Run, use: str, export: Export) -> str:
+    """Markdown with the hub's front matter: the network, its picture, how to `use` it, its training and its scores."""
     model, settings, shape = run.model, run.settings, " x ".join(map(str, run.model.latent_shape))
     kind = conditions.kind_of(model.null_condition)
     told = f"{len(run.pool)} classes" if kind == "class" else conditions.KINDS[kind]
     what = f"{type(model).__name__} {model.name} for {markdown(settings.data.name)}: {shape}, {told}; "
     what += f"{run.weights} weights."
-    lines = [f"# {markdown(run.folder.name)}, step {run.step}", "", what, "", use, "", "| | |", "|---|---|"]
+    library = ["library_name: diffusers"] if export.format == "diffusers" else []
+    task = "text-to-image" if kind == "text" else "unconditional-image-generation"
+    lines = ["---", f"license: {export.license}", *library, f"pipeline_tag: {task}", "tags: [diffusion, tread]", "---"]
+    lines += ["", f"# {markdown(run.folder.name)}, step {run.step}", "", what, ""]
+    lines += [] if picture_of(run) is None else [f"![Samples]({PICTURE})", ""]
+    lines += [use, "", "| | |", "|---|---|"]
     facts = {key: part["_target_"] for key, part in (("objective", settings.objective), ("codec", settings.data.codec))}
     facts["sha256"] = run.sha256
     if is_trained(settings):

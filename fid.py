@@ -14,6 +14,7 @@ or `torchrun`. An interrupted call continues where it stopped.
 import dataclasses
 import glob
 import hashlib
+import json
 import math
 import shutil
 import sys
@@ -33,7 +34,14 @@ from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
 from evaluation.clip import load_clip
-from evaluation.evaluate import cached_extractor, evaluate, extractor_and_reference, score_name
+from evaluation.evaluate import (
+    cached_extractor,
+    describe_run,
+    evaluate,
+    extractor_and_reference,
+    score_name,
+    scored_before,
+)
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
 from evaluation.reference import (
@@ -49,7 +57,7 @@ from randomness import seeded_generator
 from system import UserError, cli
 from system.compiling import pays_to_compile
 from system.launchers import own_process
-from system.processes import start_processes
+from system.processes import from_first, start_processes
 from system.settings import parse
 from training import ema
 
@@ -166,18 +174,23 @@ def calc_row(settings: Calc, alone: bool) -> dict:
         name = f"{run.step:07d}-{told}"
         folder = row_folder(settings, run.folder / "eval", f"{run.folder.name}-{run.sha256[:6]}", name, alone)
         clip = None if settings.clip is None else load_clip(settings.clip, settings.clip_sha256)
+        about = describe_run(run, settings, clip) | describe_scoring(extractor, reference, settings.metrics)
+        names = {"run": run.folder.name, "guidance": sample.settings_name(settings.alone), "folder": str(folder)}
+        if before := from_first(lambda: scored_before(folder, about)):
+            if start_processes().is_main_process:
+                print(f"{folder} was scored before; to score it again, delete it")
+            return json.loads(before) | names
         result = evaluate(run, settings, extractor, reference, folder / "parts", clip)
-        names = {"run": run.folder.name, "guidance": sample.settings_name(settings.alone)}
     else:
-        images, names = open_images(settings.images), {}
+        images = open_images(settings.images)
         source = hashlib.sha256(str(images.path.absolute()).encode()).hexdigest()[:6]
         name = f"{images.path.name}-{score_name(settings, extractor, len(images))}"
         folder = row_folder(settings, images.path.parent, source, name, alone)
-        result = evaluate_images(images, settings, extractor, reference)
+        names, result = {"folder": str(folder)}, evaluate_images(images, settings, extractor, reference)
     if result:
         write_metrics(result, folder)
         shutil.rmtree(folder / "parts", ignore_errors=True)
-    return result | names | {"folder": str(folder)}
+    return result | names
 
 
 def load_scored(settings: Calc) -> Run:
@@ -213,7 +226,7 @@ def evaluate_images(images: Images, settings: Calc, extractor: Extractor, refere
     batches = with_progress(map(extractor, images.batches(settings.batch_size, rows)), len(rows))
     scores = score(batches, len(images), extractor, reference, metrics=settings.metrics)
     about = {"n": len(images), "images": str(images.path), "seconds": round(time.time() - started, 3)}
-    return scores and scores | about | describe_scoring(extractor, reference)
+    return scores and scores | about | describe_scoring(extractor, reference, settings.metrics)
 
 
 def row_folder(settings: Calc, default: Path, source: str, name: str, alone: bool) -> Path:

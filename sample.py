@@ -9,6 +9,7 @@ An image depends on its seed and its label or prompt alone, whatever the batch s
 """
 
 import itertools
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -218,18 +219,21 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
     dist.wait_for_everyone()
     if not dist.is_main_process:
         return
+    calls, macs = count_calls(run, settings.alone)
+    manifest |= {"network_calls": calls, "gmacs_per_image": macs / 1e9}
     if missing:
         seconds = time.time() - started
-        calls, macs = count_calls(run, settings.alone)
-        manifest |= {
-            "network_calls": calls, "gmacs_per_image": macs / 1e9, "processes": dist.num_processes,
-            "seconds": round(seconds, 3), "images_per_s": round(len(missing) / seconds, 3),
-        }  # fmt: skip
+        pace = {"seconds": round(seconds, 3), "images_per_s": round(len(missing) / seconds, 3)}
+        manifest |= {"processes": dist.num_processes, **pace}
     if settings.npz:
         gallery.write_npz(out, keys)
     gallery.finish(out, keys, manifest | {"n": len(keys), "seeds": str(settings.seeds)}, prompts)
-    cost = f"{manifest['network_calls']} network calls and {manifest['gmacs_per_image']:.1f} GMACs each"
-    print(f"{len(keys)} images, {cost}, {manifest['images_per_s']:.1f} images/s: {out / 'grid.png'}")
+    pace = f", {manifest['images_per_s']:.1f} images/s" if missing else ""
+    print(f"{len(keys)} images, {calls} network calls and {macs / 1e9:.1f} GMACs each{pace}")
+    print(f"{out}: grid.png, images/, {gallery.MANIFEST}{', samples.npz' if settings.npz else ''}")
+    if (name := run.settings.data.name) in ("mnist", "fashion"):  # whose scores need nothing else
+        ckpt = shlex.quote(str(settings.ckpt or run.checkpoint))
+        print(f"next       python fid.py calc ckpt={ckpt} extractor={name}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ from training.prepare import (
     settle_texts,
 )
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN, Interrupted, PreemptionHandler
-from training.trackers import check_installed
+from training.trackers import check_trackers
 
 PATHS = ("results_dir", "data.path", "data.source")  # which may differ between machines
 VAL_BATCH = 50  # fixed, so that the validation noise is the same on any number of processes
@@ -102,7 +103,7 @@ def train(settings: Settings) -> int:
     """Trains as the settings say -> exit code: 0 after the last step, else EXIT_*. Raises UserError, OSError."""
     set_determinism(settings.train.deterministic)
     dist = start_processes(settings.train.timeout_s)
-    check_installed(settings.log)
+    check_trackers(settings.log)
     plan, run_folder = batch_plan(settings, dist), Path(settings.results_dir) / settings.run_name
     if settings.train.dry_run:
         return dry_run(settle_precision(settings, dist), dist, plan)
@@ -242,7 +243,8 @@ def run_steps(
     if stop:
         return end_early(processes, state.step, run_folder, log)
     past = f", past train.max_steps={cfg.max_steps}: nothing to do" if state.step > cfg.max_steps else ""
-    log.close(f"{run_folder}: trained to step {state.step}{past}")
+    then = f"next       python sample.py ckpt={shlex.quote(str(run_folder))}"
+    log.close(f"{run_folder}: trained to step {state.step}{past}; checkpoints/, samples/, metrics.jsonl\n{then}")
     dist.wait_for_everyone()
     return 0
 
@@ -320,7 +322,8 @@ def between_steps(
     if due(settings.preview.every, "preview"):
         with log.pause(), log.survive("preview"), together():
             if processes.dist.is_main_process:
-                preview(settings.preview, state.ema, preview_path(run_folder, step))
+                preview(settings.preview, state.ema, path := preview_path(run_folder, step))
+                log.track(step, {"preview": path})
 
 
 @torch.no_grad()

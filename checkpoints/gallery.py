@@ -66,8 +66,9 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
-def save_image(image: np.ndarray, path: Path) -> None:
+def save_image(image: np.ndarray, path: str | Path) -> None:
     """uint8 (H, W, 3) => PNG."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, durable=False) as file:
         Image.fromarray(image).save(file, format="png")
@@ -118,7 +119,7 @@ def finish(folder: Path, seeds: Sequence[Key], manifest: dict, prompts: Sequence
     write_manifest(folder, manifest)
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int, labels: Sequence[str] | None = None) -> None:
+def save_grid(images: torch.Tensor, path: str | Path, columns: int, labels: Sequence[str] | None = None) -> None:
     """uint8 (n, 3, H, W) => one PNG, `columns` images wide, with two black pixels around each.
 
     labels: of each image, written above it, or once above neighbours of the same; small images are enlarged for that.

@@ -47,18 +47,21 @@ def generate(
     run: Run,
     guidance: Guidance,
     seeds: Sequence[int],
-    labels: Condition = None,  # of each seed; None = drawn from the seeds
+    labels: Condition | Sequence[int] = None,  # of each seed; None = drawn from the seeds
     batch_size: int = 64,
     *,
     steps: int | None = None,  # None = the run's own
 ) -> Iterator[torch.Tensor]:
     """Images of the given seeds, in order: batches of uint8 (B, 3, H, W) on the run's device.
 
-    labels: class labels (n,) int64, or another condition that the network takes. Raises UserError, before the first
-    batch, for what `check_request` refuses.
+    labels: class labels (n,), or another condition that the network takes. Raises UserError, before the first batch,
+    for what `check_request` refuses, and where there are not as many as seeds.
     """
     weak = load_weak(run, guidance)
-    condition = conditions.choose("random", seeds, run.pool) if labels is None else labels
+    given = labels if labels is None or isinstance(labels, conditions.Text) else torch.as_tensor(labels)
+    condition = conditions.choose("random", seeds, run.pool) if given is None else given
+    if conditions.size(condition) not in (None, len(seeds)):
+        raise UserError(f"{conditions.size(condition)} labels for {len(seeds)} seeds; needed: as many")
     check_request(run, guidance, condition, weak)
     run.codec.check(run.model.latent_shape[0])  # or decoding would fail after all steps
     sampler = sampler_of(run, steps)

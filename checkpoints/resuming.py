@@ -113,8 +113,8 @@ def resume(
         if was not in (None, fingerprints[name]) and name not in settings.resume_allow:
             differing.append(f"the {name}'s fingerprint was {was}, is {fingerprints[name]}")
     if differing:
-        cure = "(resume_allow=[key,...] continues it nevertheless)"
-        raise UserError(f"{path} is of another run: {'; '.join(differing)} {cure}")
+        cure = "needed: another run_name= for a new run, or resume_allow=[key,...] to continue this one nevertheless"
+        raise UserError(f"{path} is of another run: {'; '.join(differing)}; {cure}")
     for name, module in modules.items():
         file = path / f"{name}.safetensors"
         if not file.is_file():

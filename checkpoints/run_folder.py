@@ -302,6 +302,11 @@ def find_checkpoint(ckpt: str | Path, key: str = "ckpt") -> Path:
     family, path = split_family(ckpt)
     if not path.exists():
         raise UserError(f"{key}={ckpt}: no such file or folder; needed: a run, a checkpoint or a file of weights")
+    if family is None and path.is_file() and (path.parent / MANIFEST).is_file():  # a file of a checkpoint
+        if path.name == WEIGHTS_FILES["ema"]:
+            return path.parent
+        needed = f"{key}={path.parent}, and weights=raw or ema_width="
+        raise UserError(f"{key}={ckpt} is one file of a checkpoint; needed: {needed}")
     if path.is_file() or (path / MANIFEST).is_file() and family is None:
         return path
     if (path / "config.json").is_file():  # an export

@@ -20,7 +20,9 @@ from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
 from evaluation.score import describe_scoring, distance_name, is_whole_part, read_part, score, shard_range, write_part
+from evaluation.table import finite
 from system import UserError
+from system.files import read_json
 from system.processes import start_processes
 
 # Left out of folders' names: what changes no score, and what `score_name` adds in its own way.
@@ -66,10 +68,9 @@ def evaluate(
     if clip is not None:
         rows = conditions.choose(settings.labels, settings.all_seeds, torch.arange(len(run.captions)))
         captions = [run.captions[i] for i in rows.tolist()]
-    about, rows = describe_run(run, settings), shard_range(n)
-    about |= {} if clip is None else {"clip": clip.name, "clip_sha256": clip.sha256}
+    about, rows = describe_run(run, settings, clip), shard_range(n)
     if parts is not None:
-        asked = json.dumps([about, str(settings.seeds), extractor.name, extractor.sha256], sort_keys=True)
+        asked = json.dumps([about, extractor.name, extractor.sha256], sort_keys=True)
         parts = parts / hashlib.sha256(asked.encode()).hexdigest()[:16]
 
     def features_of(images: torch.Tensor, rows: range) -> Features:
@@ -85,11 +86,10 @@ def evaluate(
     seconds = time.time() - started
     calls, macs = count_calls(run, settings, settings.steps)
     return scores and {
-        **scores,
-        "n": n, "seeds": str(settings.seeds), **about,
+        **scores, **about,
         "network_calls": calls, "gmacs_per_image": macs / 1e9,
         "seconds": round(seconds, 3), "images_per_s": round(n / seconds, 3),
-        **describe_scoring(extractor, reference),
+        **describe_scoring(extractor, reference, settings.metrics),
         "config": asdict(run.settings),
     }  # fmt: skip
 
@@ -112,10 +112,23 @@ def generate_features(
         yield features
 
 
-def describe_run(run: Run, settings: Scoring) -> dict:
-    """Everything that an image depends on besides its seed."""
+def scored_before(folder: Path, about: dict) -> str:
+    """The metrics.json of an earlier call with the same images, extractor, reference, metrics and code; "" = none.
+
+    about: of `describe_run` and `describe_scoring`.
+    """
+    about = json.loads(json.dumps(finite(about | {"processes": None})))
+    path = folder / "metrics.json"
+    before = read_json(path) if path.is_file() else {}
+    same = about == {**{key: before.get(key) for key in about}, "processes": None}
+    return json.dumps(before) if same and not str(about["commit"]).endswith("-dirty") else ""
+
+
+def describe_run(run: Run, settings: Scoring, clip: Clip | None = None) -> dict:
+    """Everything that the images and their CLIP scores depend on."""
     weak = load_weak(run, settings)
     return {
+        "n": len(settings.all_seeds), "seeds": str(settings.seeds),
         "labels": settings.labels,
         "objective": run.settings.objective["_target_"],
         "sampler": run.settings.sampler | ({"num_steps": settings.steps} if settings.steps else {}),
@@ -128,6 +141,7 @@ def describe_run(run: Run, settings: Scoring) -> dict:
         "weak_sha256": weak.sha256 if weak is not run else None,
         "codec": run.settings.data.codec, "rounding": "nearest",
         **({"prompts": len(run.captions), "prompts_sha256": digest(run.captions)} if run.captions else {}),
+        **({"clip": clip.name, "clip_sha256": clip.sha256} if clip is not None else {}),
     }  # fmt: skip
 
 

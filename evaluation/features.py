@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, as a key of caches
 class Extractor:
-    """uint8 images (B, 3, H, W) on any device -> `Features` on its own device."""
+    """uint8 images, a tensor (B, 3, H, W) on any device or an array (B, H, W, 3) -> `Features` on its own device."""
 
     name: str
     net: nn.Module  # uint8 (B, 3, H, W) -> Features
@@ -55,8 +56,14 @@ class Extractor:
         return self.net.num_spatial
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> Features:
-        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, images.shape
+    def __call__(self, images: torch.Tensor | np.ndarray) -> Features:
+        """Raises UserError for images of another type or shape."""
+        images = torch.as_tensor(images)
+        if images.ndim == 4 and images.shape[3] == 3 != images.shape[1]:
+            images = images.permute(0, 3, 1, 2)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            found = f"images of {images.dtype} {tuple(images.shape)}"
+            raise UserError(f"{found}; needed: torch.uint8 (B, 3, H, W), or an array (B, H, W, 3)")
         return self.net(images.to(self.device))
 
 

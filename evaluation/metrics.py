@@ -30,9 +30,9 @@ class FeatureStats:
         self.sum = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
-    def update(self, features: torch.Tensor) -> None:
+    def update(self, features: torch.Tensor | np.ndarray) -> None:
         """Adds features (B, D)."""
-        features = features.to(self.sum)
+        features = torch.as_tensor(features).to(self.sum)
         self.count += len(features)
         self.sum += features.sum(0)
         self.outer.addmm_(features.T, features)

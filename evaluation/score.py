@@ -170,8 +170,9 @@ def read_part(path: Path, device: torch.device) -> Features:
     return Features(**{key: part.to(device) for key, part in load(path.read_bytes()[:-32]).items()})
 
 
-def describe_scoring(extractor: Extractor, reference: Reference) -> dict:
+def describe_scoring(extractor: Extractor, reference: Reference, metrics: Sequence[str] | None) -> dict:
     return {
+        "metrics": choose_metrics(metrics, extractor, reference),
         "extractor": extractor.name, "extractor_sha256": extractor.sha256,
         "reference": reference.source, "reference_sha256": reference.sha256, "reference_n": reference.n,
         "processes": start_processes().num_processes, "commit": commit(),

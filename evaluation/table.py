@@ -3,6 +3,7 @@ widths.png for several widths of the average."""
 
 import csv
 import math
+import textwrap
 from pathlib import Path
 
 from system.files import atomic_file, own
@@ -22,16 +23,16 @@ SCORES = (
     "class_accuracy",
 )  # prefixes
 COSTS = ("network_calls", "gmacs_per_image", "images_per_s")
+LOWER = ("fid", "fd_", "sfid", "sfd_", "kid")  # prefixes of scores that are better when lower
+ARROWS = "↓ lower is better, ↑ higher is better"
+WIDTH = 80
 
 
 def show(rows: list[dict], folder: Path) -> None:
     """rows: the contents of metrics.json, with "folder", and with "run" and "guidance" where a run was scored."""
     scores = list(dict.fromkeys(name for row in rows for name in row if name.startswith(SCORES)))
     columns = [name for name in (*SETTINGS, *scores, *COSTS) if any(name in row for row in rows)]
-    shown = [[_text(row.get(name)) for name in columns] for row in rows]
-    widths = [max(map(len, cells)) for cells in zip(columns, *shown)]
-    for cells in (columns, *shown):
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip())
+    print(as_text(rows, columns))
     if len(rows) == 1:
         print(Path(rows[0]["folder"]) / "metrics.json")
         return
@@ -45,6 +46,28 @@ def show(rows: list[dict], folder: Path) -> None:
         if len({row.get(axis) for row in rows}) > 1:
             plot(rows, scores[0], axis, folder / name)
             print(folder / name)
+
+
+def as_text(rows: list[dict], columns: list[str]) -> str:
+    """The columns, WIDTH characters wide: first the settings that all rows share, then those that tell them apart
+    beside as many scores as fit, the others below. Arrows say which way is better."""
+    alike = [name for name in columns if name in SETTINGS and len({_text(row.get(name)) for row in rows}) == 1]
+    lines = textwrap.wrap(", ".join(f"{name} {_text(rows[0].get(name))}" for name in alike), WIDTH)
+    cells = {name: [_head(name), *(_text(row.get(name)) for row in rows)] for name in columns if name not in alike}
+    cells = {name: [cell.rjust(max(map(len, column))) for cell in column] for name, column in cells.items()}
+    known, block = [cells.pop(name) for name in SETTINGS if name in cells], []
+    for column in (*cells.values(), None):
+        if column is None or block and sum(2 + len(part[0]) for part in (*known, *block, column)) > WIDTH + 2:
+            lines += ["", *("  ".join(row) for row in zip(*known, *block))]
+            block = []
+        block.append(column)
+    return "\n".join([*lines, "", ARROWS])
+
+
+def _head(name: str) -> str:
+    if not name.startswith(SCORES) or name.endswith("_std"):
+        return name
+    return f"{name} {'↓' if name.startswith(LOWER) else '↑'}"
 
 
 def plot(rows: list[dict], score: str, axis: str, path: Path) -> None:

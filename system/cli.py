@@ -29,6 +29,7 @@ from system.processes import claim_report, connection_lost, end_processes, roll_
 from system.surroundings import settle_in
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+EXIT_INTERRUPTED = 130  # by Ctrl-C
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 # An OSError here is a path that cannot be read or written, a full disk, ...: nothing that a traceback would explain.
 USER_ERRORS = (UserError, OSError, HydraException, OmegaConfBaseException)
@@ -138,6 +139,12 @@ def user_errors() -> Iterator[None]:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped: the same command goes on with what is not finished", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            os._exit(EXIT_INTERRUPTED)  # at once: the others may not answer any more
+        sys.exit(EXIT_INTERRUPTED)
     finally:
         os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
 

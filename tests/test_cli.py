@@ -3,7 +3,10 @@
 import os
 import runpy
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,10 @@ from safetensors.torch import load_file
 
 import train as training
 from checkpoints.naming import run_name, sweep_name
-from checkpoints.run_folder import latest_checkpoint
+from checkpoints.run_folder import find_checkpoint, latest_checkpoint
 from dit import DiT
 from system import cli
+from tests import started
 from tests.made_runs import made_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,10 +195,42 @@ def test_a_label_outside_the_classes_is_refused(command, tiny_overrides, few_lat
             "ema_width=-0.1; needed: a number between 0 and 0.28",
         ),
         ("export.py", "ckpt={runs}/tread out=nowhere ema_width=0.07", "needed: a run trained with ema=power"),
+        ("sample.py", "ckpt={runs}/tread/checkpoints/step_0000001/model.safetensors", "step_0000001, and weights=raw"),
     ],
 )
 def test_the_other_commands_refuse(command, trained, script, arguments, expected):
     assert_refused(command(script, *arguments.format(runs=trained).split()), expected)
+
+
+def test_the_file_of_the_average_means_its_checkpoint(command, trained, tmp_path):
+    for i, ckpt in enumerate((checkpoint := latest_checkpoint(trained / "tread"), checkpoint / "ema.safetensors")):
+        code, out, err = command("sample.py", f"ckpt={ckpt}", "seeds=0-3", "steps=1", f"out={tmp_path / str(i)}")
+        assert code == 0 and f"{checkpoint}, ema weights of step 1: 4 of 4 to make" in out, err
+    assert (tmp_path / "0" / "grid.png").read_bytes() == (tmp_path / "1" / "grid.png").read_bytes()
+    assert find_checkpoint(checkpoint / "ema.safetensors") == checkpoint
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_says_that_the_same_command_goes_on(trained, tmp_path, processes):
+    command = [sys.executable, "sample.py", f"ckpt={trained / 'tread'}", "seeds=0-99999", "batch_size=8"]
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(started.free_port()), "WORLD_SIZE": str(processes)}
+    with open(tmp_path / "err", "w") as err:
+        running = []
+        for rank in range(processes):
+            env = os.environ | ({**ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+            how = dict(env=env, stdout=subprocess.DEVNULL, stderr=err)
+            running.append(started.Process([*command, f"out={tmp_path / 'out'}"], **how))
+        deadline = time.time() + 60
+        while len(list(tmp_path.glob("out/images/*/*.png"))) < 20 and time.time() < deadline:
+            time.sleep(0.02)
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        assert [process.wait(30) for process in running] == [130] * processes
+    said = (tmp_path / "err").read_text()
+    assert said.count("stopped: the same command goes on") == 1 and "Traceback" not in said, said
+    made = len(list(tmp_path.glob("out/images/*/*.png")))
+    again = started.run([*command[:3], f"seeds=0-{made // 2 - 1}", "batch_size=8", f"out={tmp_path / 'out'}"])
+    assert again.returncode == 0 and (processes > 1 or f"0 of {made // 2} to make" in again.stdout), again.stderr
 
 
 def test_whole_numbers_may_be_written_with_an_exponent(command, tiny_overrides, tmp_path):

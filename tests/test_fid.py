@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import sample
 from checkpoints import load
 from checkpoints.naming import settings_name
 from data.images import open_images
-from evaluation import evaluate, features, metrics, score
+from evaluation import evaluate, features, metrics, score, table
 from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
 from system import cli, compiling
@@ -573,7 +574,29 @@ def test_several_rows_make_a_table_and_a_plot(trained, digits, tmp_path, capsys)
     assert {tuple(row.split(",")[:4]) for row in rows} == set(settings)
     assert len(list(tmp_path.glob("*/metrics.json"))) == 8
     assert Image.open(tmp_path / "scores.png").size[0] > 400
-    assert capsys.readouterr().out.count(" default ") == 4
+    printed = capsys.readouterr().out.splitlines()
+    printed = printed[printed.index("run tiny, n 20") : printed.index(table.ARROWS)]
+    assert max(map(len, printed)) <= 80
+    heads = {head for line in printed if line.lstrip().startswith("step") for head in re.split("  +", line.strip())}
+    assert {"step", "weights", "guidance", "fd_mnist ↓", "class_accuracy ↑", "network_calls"} <= heads
+    assert all(sum(f" {key} " in line for line in printed) % 4 == 0 for key in ("default", "scale-1.5", "ema", "raw"))
+
+
+def test_a_finished_run_is_not_scored_again(trained, digits, tmp_path, monkeypatch, capsys):
+    settings = [f"ckpt={trained}", f"digits={digits}", "seeds=0-9", "steps=1", f"out={tmp_path / 'scores'}"]
+    code = ["a1"]
+    monkeypatch.setattr(score, "commit", lambda: code[0])
+    first, asked = calc(*settings, "metrics=[fd]"), seeds_generated(monkeypatch)
+    assert calc(*settings, "metrics=[fd]") == first and not asked
+    assert "was scored before" in capsys.readouterr().out
+    for change in (["metrics=[fd,kid]"], ["steps=2"], ["seeds=1-10"], ["weights=raw"], []):  # all in one folder
+        done = len(asked)
+        calc(*settings, *change)
+        assert len(asked) == done + 10, change
+    for code[0] in ("b2", "b2-dirty", "b2-dirty"):  # other code, and code that nobody can know
+        done = len(asked)
+        calc(*settings)
+        assert len(asked) == done + 10
 
 
 def test_two_processes_score_as_one(trained, digits, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -375,6 +376,25 @@ def test_export_has_its_config_and_a_card_with_the_runs_figures(trained, few_lat
     assert all(torch.equal(exported[key], ema[key]) for key in ema)
 
 
+def test_a_card_has_front_matter_and_the_preview_of_its_weights(trained, tmp_path):
+    folder = shutil.copytree(trained[1], tmp_path / "digits")
+    preview = folder / "samples" / "step_0000007.png"
+    preview.parent.mkdir(exist_ok=True)
+    preview.write_bytes(b"a picture")
+    export.main([f"ckpt={folder}", f"out={tmp_path / 'ema'}", "license=cc-by-4.0"])
+    export.main([f"ckpt={folder}", f"out={tmp_path / 'raw'}", "weights=raw"])
+    cards = [(tmp_path / name / "README.md").read_text().split("---\n") for name in ("ema", "raw")]
+    heads = [yaml.safe_load(head) for _, head, *_ in cards]
+    assert [head["license"] for head in heads] == ["cc-by-4.0", "unknown"]
+    assert heads[0]["pipeline_tag"] == "unconditional-image-generation"
+    assert "![Samples](samples.png)" in cards[0][2] and 'load_run("model.safetensors")' in cards[0][2]
+    assert (tmp_path / "ema" / "samples.png").read_bytes() == b"a picture"
+    assert "samples.png" not in cards[1][2] and not (tmp_path / "raw" / "samples.png").exists()
+    for wrong in (["license=A licence"], ["license=mit", "format=dit"]):
+        with pytest.raises(UserError, match="license="):
+            export.main([f"ckpt={folder}", f"out={tmp_path / 'not'}", *wrong])
+
+
 def test_a_run_starts_from_weights_of_its_own_kind(trained):
     _, folder = trained
     model = network(**SMALL)
@@ -529,7 +549,7 @@ def test_an_export_of_any_class_comes_back(other, tmp_path):
     source = tmp_path / "source.safetensors"
     save_file(net.state_dict(), source)
     run = Run(net, rf.RectifiedFlow(), PixelCodec(), settings, torch.device("cpu"), folder=tmp_path, checkpoint=source)
-    export.export_folder(run, net.state_dict(), tmp_path / "out")
+    export.export_folder(run, net.state_dict(), tmp_path / "out", export.Export("", ""))
     values, tensors, _ = foreign.read(tmp_path / "out" / "model.safetensors", family="dit")
     assert from_file(values, "out") == settings
     load_strictly(build_network(from_file(values, "out")), tensors, "out")

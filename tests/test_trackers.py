@@ -2,22 +2,32 @@
 
 import importlib.machinery
 import importlib.util
+import io
 import json
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from system import UserError
 from tests.conftest import numbers
-from training.trackers import check_installed
+from training.trackers import check_trackers
 
 
 class MadeTracker:
     """wandb or trackio without its server: `curves` is {id or name: [values]}, `inits` what init was given."""
 
     Settings = staticmethod(dict)
+    Image = staticmethod(Path)
+    account = SimpleNamespace(mode="disabled", api_key=None, identity_token_file=None, base_url="https://wandb.test")
+
+    def setup(self):
+        return SimpleNamespace(settings=self.account)
 
     def __init__(self, name, fails=None):
         self.__spec__ = importlib.util.spec_from_loader(name, loader=None, origin="made")
@@ -96,6 +106,40 @@ def test_tensorboard_has_the_log_and_each_step_once(run):
         assert len(events.Scalars(name)) == len(found)
 
 
+def test_previews_are_shown(run, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setitem(sys.modules, "wandb", made := MadeTracker("wandb"))
+    monkeypatch.setitem(sys.modules, "trackio", numbers_only := MadeTracker("trackio"))
+    keys = ["log=[jsonl,wandb,tensorboard,trackio]", "preview.every=4", "train.save_every=4"]
+    _, folder = run("a", *keys, stop_after=4)
+    assert run("a", *keys)[0] == 0  # which draws what was due after step 4
+    files = {step: folder / "samples" / f"step_{step:07d}.png" for step in (4, 7)}
+    (curve,), (plain,) = made.curves.values(), numbers_only.curves.values()
+    assert [line["preview"] for line in curve if "preview" in line] == list(files.values())
+    assert not any("preview" in line for line in plain)
+    shown = EventAccumulator(str(folder / "tensorboard")).Reload().Images("preview")
+    for image in shown:
+        pixels = Image.open(io.BytesIO(image.encoded_image_string)), Image.open(files[image.step])
+        assert (np.asarray(pixels[0]) == np.asarray(pixels[1])).all()
+    assert [image.step for image in shown] == [4, 7]
+
+
+def test_wandb_without_a_login_is_refused_before_anything_is_made(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", made := MadeTracker("wandb"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    made.account = SimpleNamespace(**{**vars(made.account), "mode": "online"})
+    with pytest.raises(UserError, match="no login for https://wandb.test; needed: wandb login, or WANDB_MODE=offline"):
+        run("a", "log=[jsonl,wandb]")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "netrc").write_text("machine wandb.test login user password key\n")
+    check_trackers(["wandb"])
+    (tmp_path / "netrc").unlink()
+    made.account.api_key = "key"
+    check_trackers(["wandb"])
+
+
 @pytest.mark.parametrize("fails, warnings", [("init", 1), ("log", 2)])
 def test_without_its_server_a_tracker_costs_a_warning(run, monkeypatch, capsys, fails, warnings):
     monkeypatch.setitem(sys.modules, "wandb", MadeTracker("wandb", fails))
@@ -118,4 +162,4 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(run,
     with pytest.raises(UserError, match=r"log=\[jsonl,trackio\]: trackio is not installed; needed: pip"):
         run("a", "log=[jsonl,trackio]")
     assert not (tmp_path / "a").exists()
-    check_installed(["jsonl"])
+    check_trackers(["jsonl"])

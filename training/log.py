@@ -25,7 +25,7 @@ from system.files import own
 from system.precision import peak_tflops
 from system.processes import OtherProcessFailed, Preempted, from_first
 from training.prepare import TrainState
-from training.trackers import TRACKERS
+from training.trackers import TRACKERS, Values
 
 
 class TimedBatches(Iterator):
@@ -147,14 +147,17 @@ class Log:
                 os.truncate(self.path, size)
             warn(f"{self.path}: {error.strerror}; training goes on")
         known = {name: value for name, value in values.items() if value is not None}
-        for name, (log, _) in self.trackers.items():
-            with self.survive(name, once=True):
-                log(step, known)
+        self.track(step, known)
         shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items() if name.count("/") == 1]
         if "perf/step_s" in known:
             left = datetime.timedelta(seconds=round(known["perf/step_s"] * (self.settings.max_steps - step)))
             shown.append(f"eta {left}")
         self.say(f"step {step}/{self.settings.max_steps}  " + "  ".join(shown))
+
+    def track(self, step: int, values: Values) -> None:
+        for name, (log, _) in self.trackers.items():
+            with self.survive(name, once=True):
+                log(step, values)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
