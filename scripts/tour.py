@@ -5,17 +5,14 @@ Each block of Python is a cell, with what it prints and the picture that its las
 
 import ast
 import base64
-import contextlib
-import io
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,6 +20,7 @@ from system import UserError, cli
 from system.files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
+END = "\f"  # of a cell's output
 PAGE, NOTEBOOK = ROOT / "docs" / "python.md", ROOT / "docs" / "tour.ipynb"
 # A notebook's kernel starts in the notebook's folder, or wherever Jupyter was started.
 SETUP = """import os, sys
@@ -42,30 +40,33 @@ def cells(page: str) -> list[tuple[str, str]]:
     return [(kind, text.strip()) for kind, text in zip(kinds, parts) if text.strip()]
 
 
-def execute(sources: Sequence[str]) -> Iterator[list[dict]]:
-    """The outputs of each cell, run one after another in one namespace and in this folder, as a notebook has them."""
-    names = {"__name__": "__main__"}
-    for source in sources:
-        tree, printed, outputs = ast.parse(source), io.StringIO(), []
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        with contextlib.redirect_stdout(printed):
-            exec(compile(tree, "cell", "exec"), names)
-            value = last and eval(compile(ast.Expression(last.value), "cell", "eval"), names)
-        if text := printed.getvalue():
-            outputs.append({"output_type": "stream", "name": "stdout", "text": text.splitlines(True)})
-        if isinstance(value, Image.Image):
-            value.save(png := io.BytesIO(), "png")
-            data = {"image/png": base64.b64encode(png.getvalue()).decode()}
-            outputs.append({"output_type": "display_data", "metadata": {}, "data": data})
-        yield outputs
+def execute(sources: Sequence[str], folder: str | Path) -> list[list[dict]]:
+    """The outputs of each cell, as a notebook has them: one program, run in `folder` with the checkout on its path."""
+    program = ""
+    for i, source in enumerate(sources):
+        last = ast.parse(source).body[-1]
+        lines = source.splitlines()
+        if isinstance(last, ast.Expr):
+            shown = "\n".join(lines[last.lineno - 1 :])
+            lines[last.lineno - 1 :] = [f"value = {shown}", f"value is None or value.save('{folder}/cell{i}.png')"]
+        program += "\n".join([*lines, f"print({END!r}, end='')", ""])
+    command, where = [sys.executable, "-c", program], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=where, stdout=subprocess.PIPE, text=True, check=True)
+    outputs = []
+    for i, printed in enumerate(done.stdout.split(END)[:-1]):
+        texts = [{"output_type": "stream", "name": "stdout", "text": printed.splitlines(True)}] if printed else []
+        pictures = [base64.b64encode(path.read_bytes()).decode() for path in Path(folder).glob(f"cell{i}.png")]
+        shown = [{"output_type": "display_data", "metadata": {}, "data": {"image/png": png}} for png in pictures]
+        outputs.append(texts + shown)
+    return outputs
 
 
-def notebook(parts: Sequence[tuple[str, str]], outputs: Iterator[list[dict]]) -> dict:
+def notebook(parts: Sequence[tuple[str, str]], outputs: Sequence[list[dict]]) -> dict:
     """nbformat 4.5."""
-    made = []
+    made, rest = [], iter(outputs)
     for i, (kind, text) in enumerate(parts):
         cell = {"cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text.splitlines(True)}
-        made.append(cell | ({"execution_count": None, "outputs": next(outputs)} if kind == "code" else {}))
+        made.append(cell | ({"execution_count": None, "outputs": next(rest)} if kind == "code" else {}))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": made, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -75,10 +76,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"{arguments[0]}: this command takes no keys")
     parts = cells(PAGE.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        outputs = execute([text for kind, text in parts if kind == "code"])
-        made = notebook([("code", SETUP), *parts], iter([[], *outputs]))
-        os.chdir(ROOT)
+        outputs = execute([text for kind, text in parts if kind == "code"], folder)
+    made = notebook([("code", SETUP), *parts], [[], *outputs])
     write_text_atomic(NOTEBOOK, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
     print(NOTEBOOK)
 

@@ -30,13 +30,12 @@ def run():
     return load_run(SHIPPED / "mnist-tread-edm")
 
 
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch, digits):
-    monkeypatch.chdir(tmp_path)
+def test_the_code_of_the_page_runs(tmp_path, digits):
     page = tour.PAGE.read_text()
     for whole, short in {**SHORT, '"datasets/mnist"': repr(str(digits))}.items():
         assert whole in page
         page = page.replace(whole, short)
-    *printed, threes, distance = tour.execute(code(page))
+    *printed, threes, distance = tour.execute(code(page), tmp_path)
     text = ["".join(part["text"]) for cell in (*printed, distance) for part in cell]
     assert [re.sub(r"\d+(\.\d+)?", "#", line) for line in text] == [
         "multiply-adds: # M dense, # M routed\n", "loss of step #: #\n", "fd_mnist: #\n"
