@@ -150,7 +150,7 @@ def test_a_run_of_before_these_keys_goes_on(run):
     entries = json.loads(manifest.read_text())
     entries["files"]["config.yaml"] = {"bytes": path.stat().st_size, "sha256": run_folder.sha256_of(path)}
     manifest.write_text(json.dumps(entries))
-    with pytest.raises(UserError, match="another run: objective.shift was 1.0, is 2 "):
+    with pytest.raises(UserError, match="another run: objective.shift was 1.0, is 2;"):
         run("older", "objective=rf", "model=lightningdit_tread", "objective.shift=2")
     assert run("older", "objective=rf", "model=lightningdit_tread")[0] == 0
 
