@@ -40,7 +40,7 @@ def gather_along(
     value, keep_ids: torch.Tensor, num_tokens: int, name: str, dim: int = 1, text_first: bool = True
 ):  # fmt: skip
     """Kept tokens along axis `dim` of a tensor (B or 1, ...), or of each in a tuple; what it has beyond the tokens is
-    the text's, in front or behind, and stays. Raises ValueError for other shapes."""
+    the text's, before or after them, and stays. Raises ValueError for other shapes."""
     if isinstance(value, (tuple, list)):
         return tuple(gather_along(part, keep_ids, num_tokens, name, dim, text_first) for part in value)
     rows = value.shape[dim]
@@ -141,7 +141,7 @@ FAMILIES = {
         Blocks("transformer_blocks", FLUX, output=1, note=note_streams),
         Blocks("single_transformer_blocks", FLUX, joint=True),
     ],
-    "Flux3Transformer2DModel": [  # reference tokens come behind the image's, in the second list
+    "Flux3Transformer2DModel": [  # in the second list, reference tokens follow the image's
         Blocks("mode_blocks.image", {"image_rotary_emb": gather_angles, "temb_mod": gather_rows}, note=note_image),
         Blocks(
             "single_transformer_blocks", {"image_rotary_emb": gather_angles, "temb_mod": gather_rows}, 1, joint=True
