@@ -3,14 +3,15 @@
     python scripts/bench.py [--compare] [key=value ...]    a training step, dense against routed
     python scripts/bench.py guidance [key=value ...]       a guided prediction, sparse against classifier-free
     python scripts/bench.py growth [OUT.png]               how a step grows with tokens, width, depth, batch and routing
+    python scripts/bench.py times [OUT.png] [key=value ...]  and how its seconds do, with AdamW and with Muon
 
 The keys are train.py's: model.size=DiT-B/2 data=imagenet256 train.global_batch_size=16.
 
 A training step is train.py's own, on shards of noise that the loader reads from disk: dense, routed, dense, routed, ...
 in one process, so that other load on the machine affects both equally. Times are medians; counts are the same on any
-machine. The last line is the table as JSON. --compare adds a plain step of the same network, batch and precision, as
-research code commonly writes it: eager, with a few waits for the device, and an optimizer and an EMA that update the
-weights one by one.
+machine. The last line is the table as JSON. --compare adds the steps of two official codes, for the same network,
+objective, batch and precision: DiT's (dense, eager) and CompVis's TREAD (its blocks compiled). Both wait for the
+device, and their optimizer and their EMA update the weights one by one.
 
 guidance: DiT-B/2 with random weights, at batch 4 in fp32; other ratios: eval.gamma_strong=0.5 eval.gamma_weak=0.9.
 Classifier-free guidance runs both branches in one batch, sparse guidance in two.
@@ -18,9 +19,12 @@ Classifier-free guidance runs both branches in one batch, sparse guidance in two
 growth: multiply-adds, and the memory of a step beyond its state, as cost.py counts them: around DiT-B/2 in bf16, on 256
 tokens, at micro-batch 32, with one quantity changed at a time, the tokens for other mixers too. Prints the slopes on
 logarithmic axes, and draws them.
+
+times: seconds of a routed step, and the optimizer's share of them, around DiT-XS/2 on 256 tokens at batch 16.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -37,7 +41,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,52 +93,69 @@ VARIED = {  # quantity: (its values, the overrides that set one)
         lambda kept: [f"model.routes=[{{selection_ratio:{1 - kept},start_layer_idx:2,end_layer_idx:-4}}]"],
     ),
 }
+TIMED = {  # as VARIED, of what is measured
+    "tokens": ([64, 256, 1024], partial(tokens_of, "tread")),
+    "width": ([128, 256, 512], lambda d: [f"model.hidden_size={d}", f"model.num_heads={d // 32}"]),
+    "batch": ([8, 16, 32], lambda n: [f"train.global_batch_size={n}"]),
+}
 MIXERS = ("pom", "linear", "ssd", "rwkv")
 VARIED |= {f"tokens of {mixer}": (TOKENS, partial(tokens_of, mixer)) for mixer in MIXERS}
 
 
-# The plain step: a reference that keeps its own copy of what it needs of DiT
-
-
-class PlainAttention(dit.Attention):
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: None) -> torch.Tensor:
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+# The steps of other codes: references that keep their own copy of what they need of DiT
 
 
 class PlainBlock(dit.Block):
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
-        super().__init__(hidden_size, num_heads, mlp_ratio)
-        self.attn = PlainAttention(hidden_size, num_heads)
+    """DiT's block as its official code and CompVis's TREAD write it, with timm's attention."""
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, text: None = None) -> torch.Tensor:
+        modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        q, k, v = self.attn.qkv(self.norm1(x) * (1 + scale_msa) + shift_msa).chunk(3, dim=-1)  # (B, K, D) each
+        q, k, v = (part.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        x = x + gate_msa * self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        inner = self.mlp.fc1(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+        return x + gate_mlp * self.mlp.fc2(F.gelu(inner, approximate="tanh"))
+
+
+class CompiledBlock(PlainBlock):
+    forward = torch.compile(PlainBlock.forward)  # as CompVis decorates it: one function, for all blocks and shapes
 
 
 class PlainDiT(dit.DiT):
-    """DiT's function, written plainly: labels are checked on the host, all tokens are sorted and copied."""
+    """DiT's function, its routes as CompVis's TREAD takes them: labels are checked on the host, all tokens are sorted
+    and copied."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, *, routing: Routing | None = None):
-        assert condition.max() <= self.num_classes
+        assert not isinstance(self.blocks[0], CompiledBlock) or condition.max() <= self.num_classes
         c = self.t_embedder(t) + self.y_embedder(condition)  # (B, D)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         (B, N, D), routes = x.shape, self.routes if routing is not None else ()
         starts, ends = ({getattr(r, end): r for r in routes} for end in ("start_layer_idx", "end_layer_idx"))
         for i, block in enumerate(self.blocks):
             if i in starts:
-                shuffled = uniform((B, N), routing.generators, device=x.device).argsort(dim=1, descending=True)
-                keep = shuffled[:, : N - int(N * starts[i].selection_ratio), None].expand(-1, -1, D)  # (B, K, D)
-                full, x = x.clone(), x.gather(1, keep)
-            x = block(x, c, None)
+                shuffle = uniform((B, N), routing.generators, device=x.device).argsort(dim=1, descending=True)
+                restore, K = shuffle.argsort(dim=1)[..., None].expand(-1, -1, D), N - int(N * starts[i].selection_ratio)
+                full, shuffle = x.clone(), shuffle[..., None].expand(-1, -1, D)  # (B, N, D) each
+                x = x.gather(1, shuffle)[:, :K]  # (B, K, D)
+            x = block(x, c)
             if i in ends:
-                x = full.scatter(1, keep, x)
+                x = torch.cat([x, full.gather(1, shuffle)[:, K:]], dim=1).gather(1, restore)
         return dit.unpatchify(self.final_layer(x, c), self.patch_size, self.grid)
 
 
-def plain_state(ours: TrainState, settings: Settings) -> TrainState:
+# Whose step, of which blocks, and how it is taken. Both have AdamW as it is by default, and averages weight by weight.
+REFERENCES = {"DiT": (PlainBlock, ["dense"]), "TREAD": (CompiledBlock, ["dense", "routed"])}
+
+
+def plain_state(ours: TrainState, settings: Settings, block: type[PlainBlock]) -> TrainState:
     """PlainDiT with PyTorch's default AdamW. Raises UserError for networks other than DiT."""
     target = settings.model["_target_"]
     if target != "dit.DiT" or any(route.leave_layer_idx is not None for route in ours.model.routes):
         found = f"{target} with delayed routes" if target == "dit.DiT" else target
         raise UserError(f"--compare has a plain form of dit.DiT only, not of {found}; needed: model=tread")
     arguments = {key: value for key, value in settings.model.items() if key != "_target_"}
-    model, ema = (PlainDiT(**arguments, block=PlainBlock).to(ours.ema.device) for _ in range(2))
+    model, ema = (PlainDiT(**arguments, block=block).to(ours.ema.device) for _ in range(2))
     how = settings.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.train.lr, betas=how.betas, eps=how.eps, weight_decay=how.weight_decay
@@ -145,7 +165,7 @@ def plain_state(ours: TrainState, settings: Settings) -> TrainState:
 
 
 def plain_step(settings: Settings, loaded: TrainingData, state: TrainState, batches: Iterator) -> None:
-    """our_step, written plainly."""
+    """our_step, written plainly, and without clipping."""
     train, plan, device, losses = settings.train, loaded.plan, state.ema.device, []
     for micro in range(plan.accumulation):
         raw, y = (tensor.to(device) for tensor in next(batches))
@@ -158,7 +178,6 @@ def plain_step(settings: Settings, loaded: TrainingData, state: TrainState, batc
             loss = state.model.reduce(*errors, routing).mean()
         (loss / plan.accumulation).backward()
         losses.append(loss.item())
-    nn.utils.clip_grad_norm_(state.model.parameters(), train.grad_clip)
     plain_update(state, settings)
 
 
@@ -291,11 +310,12 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
     model = state.model
     if not model.routes:
         raise UserError("the model has no routes to compare with; needed: model=tread")
-    states = {"ours": (state, our_step, our_update)}
-    if compare:
-        states["plain"] = plain_state(state, settings), plain_step, plain_update
     ways = {"dense": lambda *given: None, "routed": model.training_routing}
-    report = {(whose, way): {} for whose in states for way in ways}
+    states, kinds = {"ours": (state, our_step, our_update)}, [("ours", way) for way in ways]
+    for whose, (block, theirs) in REFERENCES.items() if compare else ():
+        states[whose] = plain_state(state, settings, block), plain_step, plain_update
+        kinds += [(whose, way) for way in theirs]
+    report = {kind: {} for kind in kinds}
 
     with tempfile.TemporaryDirectory() as folder:
         latents, on_gpu = noise_latents(Path(folder), settings), device.type == "cuda"
@@ -310,17 +330,18 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
             take(settings, loaded, state, batches)
 
         def each_step() -> None:
-            for kind in report:
+            for kind in kinds:
                 step(*kind)
 
-        each_step()
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks hide their operators
+            each_step()
         updates = {
             whose: with_gradients(state, torch.zeros_like, lambda: count(lambda: update(state, settings)))
             for whose, (state, _, update) in states.items()
         }
-        for (whose, way), row in report.items():  # counted eagerly: compiled blocks hide their operators
+        for (whose, way), row in report.items():
             update = updates[whose]
-            with FlopCounterMode(display=False) as flops:
+            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops:
                 counter = count(lambda: step(whose, way))
             row |= {
                 "host_waits": counter.waits - update.waits,  # AdamW's own concern its step counts, on the host
@@ -329,11 +350,13 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
                 "to_cpu_bytes": counter.to_cpu,
                 "matrix_products": sum(counter.products.values()),
             }
-            if whose == "ours":  # the counter does not know the plain step's attention on CPUs
+            if whose == "ours":  # the counter does not know the other steps' attention on CPUs
                 row["gmacs_counted"] = flops.get_total_flops() / 2 / 3 / plan.global_batch_size / 1e9
             row["product_s"] = product_seconds(counter.products, device)
         compiled, why_not = decide_compile(settings.train.compile, device)
         compile_blocks(model.all_blocks, compiled)
+        for other in 2 * kinds[len(ways) :]:  # whose graphs are not counted
+            step(*other)
         counters.clear()
         each_step()
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
@@ -349,6 +372,7 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
             row["step_gb"] = step_memory(lambda: step(*kind), device) / 1e9
         optimizer = lambda: with_gradients(state, torch.randn_like, lambda: seconds_of(state.optimizer.step, device))
         optimizer_s = statistics.median(optimizer() for _ in range(rounds))
+        optimizer_product_s = product_seconds(updates["ours"].products, device)
 
     gmacs = {"dense": model.macs() / 1e9, "routed": model.macs(Routing()) / 1e9}
     for kind, row in report.items():
@@ -369,13 +393,14 @@ def bench(settings: Settings, compare: bool, rounds: int = ROUNDS) -> dict:
         "precision": settings.train.precision, "compile": f"{compiled}, {why_not}" if why_not else compiled,
         "gradient_checkpointing": settings.train.gradient_checkpointing, "steps_timed": rounds * STEPS,
         "speedup_predicted": predicted, "speedup_measured": realised, "measured_over_predicted": realised / predicted,
-        "optimizer": settings.optimizer.name, "optimizer_s": optimizer_s,
+        "optimizer": settings.optimizer.name, "optimizer_s": optimizer_s, "optimizer_product_s": optimizer_product_s,
         "optimizer_share": {way: optimizer_s / ours[way]["step_s"] for way in ways},
         "data_wait": waited, "graphs": graphs, "graph_breaks": breaks, "recompiles": recompiles,
         "peak_tflops": peak, "mfu": peak and {way: ours[way]["tflops"] / peak for way in ways},
-        "faster_than_plain": {
-            way: report["plain", way]["step_s"] / ours[way]["step_s"] for way in ways
-        } if compare else None,
+        "faster_than": {
+            f"{whose} {way}": row["step_s"] / ours[way]["step_s"]
+            for (whose, way), row in report.items() if whose != "ours"
+        } or None,
         "kinds": {" ".join(kind): row for kind, row in report.items()},
     }  # fmt: skip
 
@@ -445,27 +470,62 @@ def growth(out: Path) -> None:
     figure, panels = canvas((10, 4), 1, 2)
     for axes, what in zip(panels, ("multiply-adds of a step", "memory of a step beyond its state")):
         axes.set(xscale="log", yscale="log", xlabel="quantity, relative to the smallest", title=f"{what}, relative")
-        axes.grid(alpha=0.3)
     rows = []
     for name, (values, overrides) in VARIED.items():
         costs = np.array([step_costs(overrides(value)) for value in values])  # (values, 2)
-        x, relative = np.array(values) / values[0], (costs / costs[0]).T
-        slopes = [np.polyfit(np.log(x), np.log(y), 1)[0] for y in relative]
+        slopes = [slope(values, column) for column in costs.T]
         rows.append([name, ", ".join(map(str, values)), *(f"{slope:.2f}" for slope in slopes)])
-        for axes, y, slope in zip(panels, relative, slopes):
-            axes.plot(x, y, marker="o", label=f"{name}: {slope:.2f}")
-            axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+        for axes, y, slope_of in zip(panels, (costs / costs[0]).T, slopes):
+            axes.plot(np.array(values) / values[0], y, marker="o", label=f"{name}: {slope_of:.2f}")
+    keep(figure, panels, out)
     print(markdown(("quantity", "values", "slope of multiply-adds", "slope of memory"), rows) + str(out))
 
 
+def times(out: Path, overrides: Sequence[str]) -> None:
+    base = ["data=imagenet256", "model=tread", "model.size=DiT-XS/2", "train.global_batch_size=16", *overrides]
+    figure, panels = canvas((10, 4), 1, 2)
+    for axes, what in zip(panels, ("seconds of a routed step", "share of the optimizer")):
+        axes.set(xscale="log", xlabel="quantity, relative to the smallest", title=what)
+    panels[0].set_yscale("log")
+    rows = []
+    for (name, (values, keys)), optimizer in itertools.product(TIMED.items(), ("adamw", "muon")):
+        asked = [[*base, f"optimizer={optimizer}", *keys(value)] for value in values]
+        reports = [bench(load(*one), compare=False, rounds=ROUNDS // 2) for one in asked]
+        seconds = [report["kinds"]["ours routed"]["step_s"] for report in reports]
+        shares, grows = [report["optimizer_share"]["routed"] for report in reports], slope(values, seconds)
+        rows.append([name, optimizer, ", ".join(map(str, values)), ", ".join(f"{s:.3g}" for s in seconds)])
+        rows[-1] += [f"{grows:.2f}", ", ".join(f"{share:.2f}" for share in shares)]
+        print(*rows[-1], sep=" | ", flush=True)
+        for axes, y in zip(panels, (seconds, shares)):
+            line = dict(marker="o", linestyle="-" if optimizer == "adamw" else "--")
+            axes.plot(np.array(values) / values[0], y, label=f"{name}, {optimizer}: {grows:.2f}", **line)
+    keep(figure, panels, out)
+    print(markdown(("quantity", "optimizer", "values", "seconds", "slope", "the optimizer's share"), rows) + str(out))
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """On logarithmic axes."""
+    return np.polyfit(np.log(x), np.log(y), 1)[0]
+
+
+def keep(figure, panels, out: Path) -> None:
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
 def main(arguments: list[str]) -> None:
-    verb, *rest = arguments if arguments and arguments[0] in ("guidance", "growth") else ("step", *arguments)
+    verb, *rest = arguments if arguments and arguments[0] in ("guidance", "growth", "times") else ("step", *arguments)
     if verb == "guidance":
         bench_guidance(rest)
-    elif verb == "growth":
-        growth(Path(rest[0] if rest else "runs/growth.png"))
+    elif verb in ("growth", "times"):
+        named = bool(rest) and "=" not in rest[0]
+        out, keys = Path(rest[0] if named else f"runs/{verb}.png"), rest[named:]
+        if verb == "growth" and keys:
+            raise UserError(f"growth is counted around one network, and takes no {keys[0]}; needed: [OUT.png]")
+        growth(out) if verb == "growth" else times(out, keys)
     else:
         report = bench(load(*(key for key in rest if key != "--compare")), "--compare" in rest)
         print(show(report))

@@ -8,6 +8,7 @@ from dit import DiT
 from edm import EDM
 from routing_module import Routing
 from scripts import bench
+from system import UserError
 
 TINY = [
     "model.depth=6", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=8", "train.compile=off",
@@ -20,7 +21,9 @@ def report():
     return bench.bench(bench.load(*TINY), compare=True, rounds=2)
 
 
-def test_the_plain_network_is_the_same_function():
+@pytest.mark.parametrize("block", [block for block, _ in bench.REFERENCES.values()])
+@torch.compiler.set_stance("force_eager")
+def test_the_plain_network_is_the_same_function(block):
     settings = dict(
         input_size=16, patch_size=4, depth=6, hidden_size=32, num_heads=2, num_classes=10, learn_sigma=False
     )
@@ -29,7 +32,7 @@ def test_the_plain_network_is_the_same_function():
     ours = DiT(**settings, routes=routes)
     for p in ours.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    plain = bench.PlainDiT(**settings, routes=routes, block=bench.PlainBlock)
+    plain = bench.PlainDiT(**settings, routes=routes, block=block)
     plain.load_state_dict(ours.state_dict())
     x, y = torch.randn(3, 4, 16, 16), torch.tensor([0, 9, 10])
     for routed in (False, True):
@@ -43,14 +46,15 @@ def test_the_plain_network_is_the_same_function():
 
 def test_the_table_holds_what_was_counted(report):
     kinds = report["kinds"]
-    assert list(kinds) == ["ours dense", "ours routed", "plain dense", "plain routed"]
+    assert list(kinds) == ["ours dense", "ours routed", "DiT dense", "TREAD dense", "TREAD routed"]
+    assert kinds["DiT dense"]["host_waits"] == 2  # the loss, two micro-batches
     for way in ("dense", "routed"):
-        ours, plain = kinds[f"ours {way}"], kinds[f"plain {way}"]
-        assert ours["host_waits"] == 0 and plain["host_waits"] == 2 * 2  # labels and loss, two micro-batches
+        ours, plain = kinds[f"ours {way}"], kinds[f"TREAD {way}"]
+        assert ours["host_waits"] == 0 and plain["host_waits"] == 2 * 2  # labels, too
         assert ours["optimizer_and_ema_calls"] <= 8 < 500 < plain["optimizer_and_ema_calls"]
         assert ours["gmacs_counted"] == pytest.approx(ours["gmacs"], rel=5e-3)
         assert ours["to_cpu_bytes"] == 0 and 0 < ours["step_gb"] < 1 and ours["product_share"] > 0
-        assert report["faster_than_plain"][way] == pytest.approx(plain["step_s"] / ours["step_s"])
+        assert report["faster_than"][f"TREAD {way}"] == pytest.approx(plain["step_s"] / ours["step_s"])
     assert kinds["ours routed"]["gmacs"] < kinds["ours dense"]["gmacs"]
     assert kinds["ours routed"]["step_gb"] < kinds["ours dense"]["step_gb"]
     assert (report["graph_breaks"], report["recompiles"]) == (0, 0) and 0 <= report["data_wait"] < 1
@@ -58,7 +62,7 @@ def test_the_table_holds_what_was_counted(report):
     assert 0 < report["optimizer_s"] < 1 and report["optimizer"] == "adamw"
     for way, share in report["optimizer_share"].items():
         assert share == pytest.approx(report["optimizer_s"] / kinds[f"ours {way}"]["step_s"])
-    assert "plain routed" in bench.show(report)
+    assert "TREAD routed" in bench.show(report)
 
 
 def test_the_time_of_the_products_is_each_shapes_time_as_often_as_it_occurs(monkeypatch):
@@ -74,6 +78,7 @@ def test_the_cost_of_muon_is_printed():
     assert report["optimizer"] == "muon" and report["kinds"]["ours routed"]["host_waits"] == 0
     (line,) = [line for line in bench.show(report).splitlines() if line.startswith("optimizer_s ")]
     assert float(line.split()[1]) == pytest.approx(report["optimizer_s"], rel=1e-3)
+    assert report["optimizer_product_s"] > 0
 
 
 @pytest.mark.parametrize(
@@ -102,3 +107,22 @@ def test_growth_prints_a_slope_for_each_quantity(tmp_path, capsys, monkeypatch):
     slopes = {row[0]: row[2] for row in rows}
     assert slopes["micro-batch"] == "1.00"  # work is proportional to the batch
     assert [slopes[f"tokens of {mixer}"] for mixer in ("pom", "linear", "rwkv")] == ["0.99"] * 3
+
+
+def test_times_are_of_both_optimizers_and_say_their_share(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "TIMED", {"batch": ([2, 4], lambda n: [f"train.global_batch_size={n}"])})
+    small = [key for key in TINY if "batch" not in key]
+    bench.main(["times", str(tmp_path / "times.png"), *small, "data.input_size=8"])
+    rows = [
+        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| batch")
+    ]
+    assert [row[:3] for row in rows] == [["batch", "adamw", "2, 4"], ["batch", "muon", "2, 4"]]
+    for row in rows:
+        seconds, shares = ([float(value) for value in row[i].split(", ")] for i in (3, 5))
+        assert min(seconds) > 0 and all(0 < share < 1 for share in shares)
+    assert (tmp_path / "times.png").is_file()
+
+
+def test_growth_takes_no_keys():
+    with pytest.raises(UserError, match="takes no depth=3"):
+        bench.main(["growth", "depth=3"])
