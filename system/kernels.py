@@ -98,7 +98,7 @@ class CpuGelu(torch.autograd.Function):
 
 def at_once(numbers: int, device: str) -> int:
     """How many matrices of so many numbers are best multiplied together: on a CPU, as many as its caches hold."""
-    return max((2**18 if device == "cpu" else 2**26) // numbers, 1)
+    return max((2**19 if device == "cpu" else 2**26) // numbers, 1)
 
 
 def orthogonalize(x: torch.Tensor, steps: int) -> torch.Tensor:

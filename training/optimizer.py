@@ -79,7 +79,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def step_matrices(self, matrices: list[nn.Parameter]) -> None:
         """Adds the gradients, orthogonalized. Those of one shape, or its transpose, are multiplied together."""
         good, alike, lr = (self.found_inf == 0).float(), defaultdict(list), self.param_groups[0]["lr"]
-        torch._foreach_mul_(matrices, 1 - lr * self.settings.weight_decay * good)  # by 1 in a bad step
+        if self.settings.weight_decay:
+            torch._foreach_mul_(matrices, 1 - lr * self.settings.weight_decay * good)  # by 1 in a bad step
         for p in matrices:
             alike[tuple(sorted(p.shape))].append(p)
         for (rows, columns), group in alike.items():
