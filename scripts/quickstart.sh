@@ -7,7 +7,7 @@ run=runs/quickstart
 guidance="guidance=cfg scale=2.0 steps=19"
 installed=$SECONDS
 python train.py model=tread objective=rf optimizer=muon train.lr=1e-2 train.warmup_steps=50 \
-    train.max_steps=700 train.decay_steps=250 run_name=quickstart "$@"
+    train.max_steps=600 train.decay_steps=250 run_name=quickstart "$@"
 trained=$SECONDS
 python sample.py ckpt=$run $guidance seeds=0-99
 sampled=$SECONDS
