@@ -1,7 +1,8 @@
 """Which tokens bypass which blocks: `python scripts/show_routes.py`, keys in configs/show_routes.yaml.
 
-One row per seed: the image; for each route, the image with the tokens that bypass it darkened; and the whole network,
-blocks from bottom to top, tokens from left to right. The masks are those of sampling's strong branch.
+One row per seed: the image; for each route, the image with the tokens that bypass it in purple; and the whole network,
+a column for each token on its way from the first block, at the bottom, to the last. The masks are those of sampling's
+strong branch.
 """
 
 import sys
@@ -53,16 +54,21 @@ def through_blocks(run: sample.Run, kept: list[torch.Tensor]) -> torch.Tensor:
     return passes
 
 
+PURPLE = (70, 20, 90)
+
+
 def darkened(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """uint8 (B, 3, H, W), bool (B, N) -> the images with the patches of the other tokens darkened: (B, H, W, 3)."""
+    """uint8 (B, 3, H, W), bool (B, N) -> the images with the patches of the other tokens in purple: (B, H, W, 3)."""
     (height, width), (rows, columns) = images.shape[2:], grid
     patches = mask.view(-1, 1, *grid).repeat_interleave(height // rows, 2).repeat_interleave(width // columns, 3)
-    tint = torch.tensor([70, 20, 90]).view(1, 3, 1, 1)
+    tint = torch.tensor(PURPLE).view(1, 3, 1, 1)
     return torch.where(patches, images.int(), images.int() // 2 + tint).permute(0, 2, 3, 1)
 
 
 def main(overrides: list[str]) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
 
     shown = parse(Showing, cli.load_config("show_routes", overrides))
     seeds, run = parse_seeds(shown.seeds), sample.load_given(shown.ckpt, "mnist-tread-rf")
@@ -73,8 +79,10 @@ def main(overrides: list[str]) -> None:
     images = torch.cat(list(sample.generate(run, Guidance(), seeds, labels))).cpu()
     passes = through_blocks(run, kept)
 
-    columns = 2 + len(kept)
-    figure, axes = plt.subplots(len(seeds), columns, squeeze=False, figsize=(2 * columns + 1, 2 * len(seeds)))
+    columns, purple, light = 2 + len(kept), [value / 255 for value in PURPLE], "#e3e3e3"
+    widths = {"width_ratios": [1] * (columns - 1) + [2]}
+    size = 2.2 * columns + 2, 2.2 * len(seeds) + 0.4
+    figure, axes = plt.subplots(len(seeds), columns, squeeze=False, figsize=size, gridspec_kw=widths)
     for row, seed in enumerate(seeds):
         axes[row, 0].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
         axes[row, 0].set_title(f"seed {seed}", fontsize=8)
@@ -82,14 +90,16 @@ def main(overrides: list[str]) -> None:
             axes[row, column].imshow(darkened(images, mask, route.grid)[row].numpy(), interpolation="nearest")
             stays = f"{mask[row].sum()} of {mask.shape[1]} tokens"
             axes[row, column].set_title(f"{stays} in blocks {route.sparse_from}..{route.end_layer_idx}", fontsize=8)
-        axes[row, -1].imshow(passes[row].numpy(), aspect="auto", origin="lower", cmap="gray", vmin=0, vmax=1)
-        axes[row, -1].set(xlabel="token", ylabel="block", title="white: passes through")
-        axes[row, -1].title.set_fontsize(8)
+        network = {"cmap": ListedColormap([purple, light]), "vmin": 0, "vmax": 1}
+        axes[row, -1].imshow(passes[row].numpy(), aspect="auto", origin="lower", interpolation="nearest", **network)
+        axes[row, -1].set(xlabel="token", ylabel="block, the first is 0")
         for axis in axes[row, :-1]:
             axis.set_axis_off()
+    told = {light: "passes the block", tuple(purple): "skips it, and returns unchanged after the route"}
+    figure.legend([Patch(color=color) for color in told], told.values(), ncols=2, loc="lower center", frameon=False)
     out = Path(shown.out) if shown.out else run.folder / "routes.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.4 / size[1], 1, 1))
     figure.savefig(out, dpi=120)
     print(f"{run.checkpoint}: {out}")
 
