@@ -60,7 +60,8 @@ class RectifiedFlow(Objective):
         """The velocity's squared error: as in `Objective.errors`.
 
         Contrastive: less `contrastive` times the squared error against the other row of the pair (0, 1), (2, 3), ...,
-        whether its label was dropped or not. Cosine: plus `cosine` times 1 - the cosine over the channels of a pixel.
+        or, for the last of an odd number, the row before it, whether its label was dropped or not. Cosine: plus
+        `cosine` times 1 - the cosine over the channels of a pixel.
         """
         if self.timesteps == "uniform":
             t = uniform((len(x),), generators, device=x.device)  # (B,)
@@ -74,12 +75,11 @@ class RectifiedFlow(Objective):
             target = target * (time / span)  # (x_t - x) / span
         velocity = self.predict(net, x_t, t, condition)
         error = (velocity - target).square()  # (B, C, h, w)
-        if self.contrastive:
+        if self.contrastive and len(x) > 1:
             # Neighbours of a global batch are independent samples, and no split into even parts separates a pair.
             other = torch.arange(len(x), device=x.device) ^ 1  # (B,)
-            contrasts = other < len(x)  # an odd batch's last row has no other
-            wrong = target[other.clamp(max=len(x) - 1)]
-            error = error - self.contrastive * contrasts.view(-1, 1, 1, 1) * (velocity - wrong).square()
+            other = torch.where(other < len(x), other, len(x) - 2)  # an odd batch's last row: against the one before
+            error = error - self.contrastive * (velocity - target[other]).square()
         if self.cosine:
             error = error + self.cosine * (1 - cosine_similarity(velocity, target, dim=1))[:, None]
         return error, x_t, x_t - span * velocity

@@ -120,10 +120,11 @@ def test_lightningdit_files_are_flows_turned(qk_norm, tmp_path, x):
     torch.testing.assert_close(run.objective.predict(run.model, x, torch.tensor(0.3), y), expected, rtol=0, atol=1e-6)
 
 
-def test_a_file_of_va_vaes_latents_does_not_come_up_with_sds_autoencoder(tmp_path):
+def test_a_file_of_va_vaes_latents_does_not_come_up_with_sds_autoencoder(tmp_path, capsys):
     net = LightningDiT(4, 1, 32, WIDTH, DEPTH, 4, num_classes=10)
     torch.save(net.state_dict(), tmp_path / "lightningdit.pt")
     run = load_run(tmp_path / "lightningdit.pt", device="cpu")
+    assert "lightningdit.pt has no feat_rope and does not say use_rope; taken as true\n" in capsys.readouterr().err
     assert run.settings.data.codec["path"] is None
     with pytest.raises(ValueError, match="nothing says which VAE these latents are of; needed: codec.path="):
         generate(run, Guidance(), [0])  # before the first step
@@ -153,6 +154,10 @@ def refused_arguments(state):
     del no_rope["config"]["model"]["use_rope"]
     return {
         "REPA's cosine path": (dict(ema=state, args=cosine), "path_type cosine"),
+        "another spelling": (dict(ema=state, args={"path-type": "cosine", "prediction": "v"}), "path_type cosine"),
+        "arguments that are none": (dict(ema=state, args=["--path-type", "cosine"]), "its args are a list; needed"),
+        "LightningDiT's, beside others": (lightning(path_type="GVP") | {"args": namespace()}, "path_type gvp"),
+        "infinitely many labels": (dict(ema=state, args=namespace(model="DiT-S/2", num_classes=1e999)), "classes inf"),
         "REPA's other prediction": (dict(ema=state, args=other), "prediction x"),
         "SiT without a prediction": (dict(ema=state, args=namespace(path_type="Linear")), "prediction none"),
         "SiT of scores": (dict(ema=state, args=namespace(path_type="Linear", prediction="score")), "prediction score"),
@@ -184,6 +189,12 @@ def test_arguments_decide_whatever_the_prefix(net, case, prefix, tmp_path):
     with pytest.raises(UserError, match=message) as refusal:
         load_run(f"{prefix}{tmp_path / 'DiT-S-2.pt'}", device="cpu")
     assert "DiT-S-2.pt" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_velocity_is_not_opened_as_something_else(net, tmp_path):
+    torch.save(dict(ema=net.state_dict(), args=SIT_ARGS), tmp_path / "a.pt")
+    with pytest.raises(UserError, match="says path_type Linear .* of a velocity; needed: .*, not dit:"):
+        load_run(f"dit:{tmp_path / 'a.pt'}", device="cpu")
 
 
 def test_lightningdits_own_config_opens(tmp_path):

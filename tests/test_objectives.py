@@ -235,9 +235,12 @@ def test_the_objective_decides_on_learned_variances():
     build_network(made_settings(["model=maskdit", "objective=ddpm"]))  # which has no channels for them
 
 
-def test_a_lone_row_has_nothing_to_contrast_with():
+def test_a_lone_row_has_nothing_to_contrast_with_and_the_last_of_three_the_one_before():
     x, y = torch.randn(3, 1, 4, 4), torch.zeros(3, dtype=torch.int64)
-    seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    plain = loss_of(RectifiedFlow(), zero_net, x, y, seeded())
-    contrastive = loss_of(RectifiedFlow(contrastive=0.5), zero_net, x, y, seeded())
-    assert (plain == contrastive).tolist() == [False, False, True]
+    for rows in (1, 3):
+        plain, contrastive = (
+            loss_of(RectifiedFlow(contrastive=c), zero_net, x[:rows], y[:rows], torch.Generator().manual_seed(0))
+            for c in (0.0, 0.5)
+        )
+        other = plain[[1, 0, 1]] if rows == 3 else 0 * plain  # the network says 0: its error is the other's target
+        torch.testing.assert_close(contrastive, plain - 0.5 * other)

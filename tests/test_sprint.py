@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -250,8 +251,8 @@ def test_a_run_is_sampled_with_path_drop_guidance(model, tmp_path):
 WIDTH, HEADS, SIDE, PATCH = 128, 4, 8, 2
 
 
-def official_state(mlp, depth=3, channels=4, classes=5, encoder=2, decoder=2):
-    """Random values under the official names: `mlp` is gelu or swiglu, of 4 times the width either way."""
+def official_state(mlp, depth=3, channels=4, classes=5, encoder=2, decoder=2, inner=4 * WIDTH):
+    """Random values under the official names: `mlp` is gelu or swiglu."""
     linear = {
         "x_embedder.proj": (channels * PATCH**2, WIDTH),
         "t_embedder.mlp.0": (256, WIDTH),
@@ -269,9 +270,7 @@ def official_state(mlp, depth=3, channels=4, classes=5, encoder=2, decoder=2):
             linear |= {f"{block}.attn.qkv": (WIDTH, 3 * WIDTH), f"{block}.attn.proj": (WIDTH, WIDTH)}
             linear |= {f"{block}.adaLN_modulation.1": (WIDTH, 6 * WIDTH)}
             names = ("fc1",) if mlp == "gelu" else ("fc1_g", "fc1_x")
-            linear |= {f"{block}.mlp.{name}": (WIDTH, 4 * WIDTH) for name in names} | {
-                f"{block}.mlp.fc2": (4 * WIDTH, WIDTH)
-            }
+            linear |= {f"{block}.mlp.{name}": (WIDTH, inner) for name in names} | {f"{block}.mlp.fc2": (inner, WIDTH)}
             state |= {
                 f"{block}.attn.{name}.weight": 1 + torch.randn(WIDTH // HEADS) * 0.1 for name in ("q_norm", "k_norm")
             }
@@ -347,10 +346,10 @@ def official_output(state, x, t, y, keep_ids=None):
     return patches.view(SIDE, SIDE, channels, PATCH, PATCH).permute(2, 0, 3, 1, 4).reshape(x.shape)
 
 
-@pytest.fixture(params=["gelu", "swiglu"])
+@pytest.fixture(params=[("gelu", 4 * WIDTH), ("swiglu", 4 * WIDTH), ("swiglu", 4 * WIDTH * 2 // 3)])
 def official(request, tmp_path):
     torch.manual_seed(0)
-    state = official_state(request.param)
+    state = official_state(request.param[0], inner=request.param[1])
     save_file(state, tmp_path / "model_1.safetensors")
     return state, tmp_path / "model_1.safetensors"
 
@@ -392,6 +391,18 @@ def test_stages_are_read_from_the_keys(encoder, depth, decoder, mlp, tmp_path):
     drop = Routing(drop_path=True)
     assert torch.equal(back.model(x, t, y, routing=drop), run.model(x, t, y, routing=drop))
     assert len(run.model.block_macs(drop)) == encoder + decoder
+
+
+@pytest.mark.parametrize("told, message", [
+    ({}, None), ({"rel_pos_embed": None}, "says rel_pos_embed none in"), ({"q_norm": "layernorm"}, "q_norm layernorm"),
+])  # fmt: skip
+def test_settings_in_sections_of_sections_decide(told, message, tmp_path):
+    network = {"num_classes": 6, "class_dropout_prob": 0.0, "use_swiglu": True, "q_norm": "RMSNorm"} | told
+    config = {"model": {"network_config": network}, "loss": {"path_type": "linear", "prediction": "v", "cfg_prob": 0.1}}
+    torch.save({"ema": official_state("swiglu", 1), "config": config}, tmp_path / "a.pt")  # of six rows of labels
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        run = load_run(f"sprint16:{tmp_path / 'a.pt'}", device="cpu")
+        assert run.model.num_classes == 6 and run.dropout_known and run.settings.train.label_dropout == 0
 
 
 def test_the_dense_blocks_must_leave_some():

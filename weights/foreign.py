@@ -18,6 +18,7 @@ reversed and renamed, and how, is in weights/layouts.py. A SPRINT does not say i
 import argparse
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ CONFIG_KEY = "tread_config"  # the key of our exports' config, as YAML
 UNUSED = {"projectors.": "", "feat_rope.": "blocks.0.mlp.w12.weight", "rel_pos_embed.": "mask_token"}
 # What the arguments of a file may say; without them, a file is taken as its project trains by default.
 ARGUMENTS = {"path_type": ("linear",), "prediction": ("velocity", "v"), "use_rope": ("true",)}
+# SPRINT's, which leave no trace in its keys.
+ARGUMENTS |= {"rel_pos_embed": ("rope",), "norm_type": ("layernorm", "rmsnorm"), "q_norm": ("rmsnorm", "none")}
 
 
 def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[Any, Tensors, int]:
@@ -66,13 +69,16 @@ def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[A
             check_keys(tensors, path)
             family = "sit"
     else:
-        check_arguments(args, path)
+        check_arguments(args, family, path)
         found = layouts.our_names(found)
         unused = tuple(prefix for prefix, shown_by in UNUSED.items() if shown_by in (*found, ""))
         tensors, family, stages = renamed({k: v for k, v in found.items() if not k.startswith(unused)}, family, path)
         check_keys(tensors, path, stages)
         family = family or family_of(found, args, path)
         values = config_of(family, tensors, args, path)
+        if values["model"]["_target_"] == "lightningdit.LightningDiT" and "use_rope" not in args:
+            if not any(key.startswith("feat_rope.") for key in found):  # which are in the files of its own code
+                print(f"warning: {path} has no feat_rope and does not say use_rope; taken as true", file=sys.stderr)
         values["model"] |= stages
         if family != "maskdit" and len(tensors[LABELS]) == values["data"]["num_classes"]:  # without a null label
             tensors[LABELS] = torch.nn.functional.pad(tensors[LABELS], (0, 0, 0, 1))
@@ -100,9 +106,13 @@ def read_theirs(path: Path, weights: str) -> tuple[Tensors, dict, int]:
         raise UserError(f"{path} has no weights under a name that is known; it has {names}")
     if not known:
         return tensors, {}, 0
-    args = loaded.get("args", loaded.get("config"))
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    args = {k: v for part in args.values() if isinstance(part, dict) for k, v in part.items()} | args
+    args = {key: loaded[key] for key in ("config", "args") if loaded.get(key) is not None}
+    args = {key: vars(told) if isinstance(told, argparse.Namespace) else told for key, told in args.items()}
+    if not isinstance(args.get("args", {}), dict):
+        raise UserError(f"{path}: its args are a {type(args['args']).__name__}; needed: names with values")
+    for _ in range(3):  # they may be in sections, and in sections of these; the outer ones come first
+        args = {k: v for part in args.values() if isinstance(part, dict) for k, v in part.items()} | args
+    args = {str(name).replace("-", "_"): value for name, value in args.items()}
     if chosen.endswith("_state_dict"):  # TREAD's name
         args = {"layout": "tread", **args}
     step = next((loaded[key] for key in ("step", "steps") if isinstance(loaded.get(key), int)), 0)
@@ -110,10 +120,15 @@ def read_theirs(path: Path, weights: str) -> tuple[Tensors, dict, int]:
     return tensors, args, step
 
 
-def check_arguments(args: dict, path: Path) -> None:
-    """Raises UserError for arguments of a file that its network cannot be opened with."""
-    args = {"use_rope": "use_swiglu" not in args} | args  # which LightningDiT's configs turn on
-    asked = {key: str(args.get(key)).lower() for key in ARGUMENTS if key in args or "path_type" in args}
+def check_arguments(args: dict, family: str | None, path: Path) -> None:
+    """Raises UserError for arguments of a file that its network cannot be opened with, or not as `family`."""
+    if family in ("dit", "tread", "maskdit") and "path_type" in args:
+        found = f"{path} says path_type {str(args['path_type']):.40} in its arguments, of a velocity"
+        raise UserError(f"{found}; needed: ckpt=FILE, or sit: or repa: in front, not {family}:")
+    # LightningDiT's configs turn it on; SPRINT's networks have it anyway. A path needs a prediction beside it.
+    args = {"use_rope": "use_swiglu" not in args or "network_config" in args} | args
+    args = {"prediction": None} | args if "path_type" in args else args
+    asked = {key: str(args[key]).lower() for key in ARGUMENTS if key in args}
     wrong = [key for key, value in asked.items() if value not in ARGUMENTS[key]]
     if wrong:
         found = ", ".join(f"{key} {asked[key]:.40}" for key in wrong)
@@ -174,7 +189,7 @@ def labels_of(network: str, table: Sequence[int], args: dict, path: Path) -> tup
     said = f"class_dropout_prob {share}, num_classes {classes}"
     try:
         share, classes = None if share is None else float(share), int(classes or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{path} says {said} in its arguments; needed: numbers") from None
     if network == "maskdit.MaskDiT":  # a column a class; no label is zero
         return table[1], share
@@ -227,8 +242,9 @@ def config_of(family: str, tensors: Tensors, args: dict, path: Path) -> dict:
     else:
         model["learn_sigma"] = outputs == 2 * channels
     if network == "sprint.Sprint":
-        inner, ratio = ("mlp.w3", 1.5) if model["mlp"] == "swiglu" else ("mlp.fc2", 1)
-        model["mlp_ratio"] = tensors[f"blocks.0.{inner}.weight"].shape[1] / width * ratio
+        output, ratio = ("mlp.w3", 1.5) if model["mlp"] == "swiglu" else ("mlp.fc2", 1)
+        inner = tensors[f"blocks.0.{output}.weight"].shape[1]
+        model["mlp_ratio"] = math.ceil(inner * ratio) / width  # SwiGLU's inner width is two thirds, rounded down
         model |= {"rotary": True, "sincos": False, "selection": "random" if tokens % 2 else "structured"}
     if network == "dit.DiT" and family == "tread":
         model["routes"] = [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -4}]
