@@ -58,7 +58,7 @@ class Encoding:
     split: Literal["train", "val", "test"] | None = None
     scale: Annotated[float, above(0)] = 0.18215
     size: Positive = 256
-    kind: Literal["sample", "moments"] = "sample"
+    kind: Literal["sample_scaled", "moments_logvar"] = "sample_scaled"
     classes: Names | None = None
     flip: Literal["none", "both"] = "none"
     dtype: Literal["float16", "float32"] = "float16"
@@ -186,7 +186,7 @@ def as_begun(note: Path, found: Pictures) -> Pictures:
 def latents(codec: VAECodec, pixels: torch.Tensor, keys: list[str], cfg: Encoding) -> np.ndarray:
     """pixels (B, 3, size, size) uint8 -> scaled samples (B, C, h, w), or unscaled moments (B, 2C, h, w), as stored."""
     out = torch.cat(codec.moments(pixels), dim=1)  # (B, 2C, h, w)
-    if cfg.kind == "sample":
+    if cfg.kind == "sample_scaled":
         noise = [seeded_generator("encode", key) for key in keys]
         out = LatentEncoding("moments_logvar", cfg.scale).to_model_input(out.cpu(), noise)  # (B, C, h, w)
     return out.cpu().numpy().astype(cfg.dtype)
@@ -215,8 +215,8 @@ def wait_for_shards(folder: Path, names: list[str], timeout_s: float) -> None:
 
 def finish(folder: Path, images: Images, cfg: Encoding, vae_sha256: str, texts: TextSource | None) -> None:
     """Process 0, when all shards exist: meta.json, and what to do next."""
-    moments, codec = cfg.kind == "moments", {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
-    encoding = LatentEncoding("moments_logvar", cfg.scale) if moments else LatentEncoding("sample_scaled")
+    codec = {"_target_": "autoencoder.VAECodec", "path": cfg.vae, "scale": cfg.scale}
+    encoding = LatentEncoding(cfg.kind, None if cfg.kind == "sample_scaled" else cfg.scale)
     classes = cfg.classes or (images.classes if texts is None and any(images.classes) else None)
     about = dict(codec=codec, codec_sha256=vae_sha256, flip=cfg.flip, num_classes=classes, condition=texts)
     manifest = finalize(folder, encoding, **about)
