@@ -58,7 +58,7 @@ class Encoding:
     split: Literal["train", "val", "test"] | None = None
     scale: Annotated[float, above(0)] = 0.18215
     size: Positive = 256
-    kind: Literal["sample_scaled", "moments_logvar"] = "sample_scaled"
+    kind: Literal["sample_scaled", "moments_logvar", "sample", "moments"] = "sample_scaled"
     classes: Names | None = None
     flip: Literal["none", "both"] = "none"
     dtype: Literal["float16", "float32"] = "float16"
@@ -71,6 +71,10 @@ class Encoding:
     on_error: Literal["stop", "skip"] = "stop"
     num_threads: Positive = 8
     timeout_s: Positive = 600
+
+    def __post_init__(self):
+        short = {"sample": "sample_scaled", "moments": "moments_logvar"}  # as scripts of before say
+        object.__setattr__(self, "kind", short.get(self.kind, self.kind))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def command(*arguments, launcher: tuple = ()) -> list[str]:
 @pytest.fixture(scope="module")
 def encoded(photos, vae, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("encoded") / "set"
-    main(settings(photos, out, vae, "kind=moments_logvar", "flip=both", "dtype=float32", "val=3"))
+    main(settings(photos, out, vae, "kind=moments", "flip=both", "dtype=float32", "val=3"))
     return out
 
 
