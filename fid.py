@@ -44,15 +44,8 @@ from evaluation.evaluate import (
 )
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
-from evaluation.reference import (
-    MAX_FEATURES,
-    Reference,
-    check_extractor,
-    read_reference,
-    reference_from,
-    write_reference,
-)
-from evaluation.score import choose_metrics, describe_scoring, measure, score, shard_range, with_progress, write_metrics
+from evaluation.reference import MAX_FEATURES, Reference, read_reference, reference_from, write_reference
+from evaluation.score import describe_scoring, measure, score, shard_range, with_progress, write_metrics
 from randomness import seeded_generator
 from system import UserError, cli
 from system.compiling import pays_to_compile
@@ -151,9 +144,7 @@ def check(settings: Calc, given: set[str]) -> None:
     if settings.images is not None and given - SCORING_KEYS:
         names = ", ".join(sorted(given - SCORING_KEYS))
         raise UserError(f"{names}: only with ckpt=; images=... are scored as they are")
-    extractor, reference = extractor_and_reference(settings)
-    check_extractor(reference, extractor)
-    choose_metrics(settings.metrics, extractor, reference)
+    extractor_and_reference(settings)
     if settings.ckpt is not None:
         checkpoint = find_checkpoint(settings.ckpt)
         if settings.ema_width is not None:
@@ -239,9 +230,8 @@ def row_folder(settings: Calc, default: Path, source: str, name: str, alone: boo
 def ref(settings: Ref) -> None:
     """Writes a reference: an extractor's statistics of images, or those in an ADM file. Raises UserError."""
     if settings.images is not None:
-        reference = make_reference(
-            settings.images, settings, MAX_FEATURES if settings.features is None else settings.features
-        )
+        wanted = MAX_FEATURES if settings.features is None else settings.features
+        reference = make_reference(settings.images, settings, wanted)
     else:
         reference = read_reference(settings.from_)
         if settings.features:

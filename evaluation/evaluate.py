@@ -9,20 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 
 import conditions
 from checkpoints.config import Scoring
 from checkpoints.generate import count_calls, generate, load_weak, progress
 from checkpoints.load import Run
 from checkpoints.naming import settings_name
-from conditions import Condition
+from conditions import Condition, labels_of
 from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
-from evaluation.score import describe_scoring, distance_name, is_whole_part, read_part, score, shard_range, write_part
+from evaluation.score import choose_metrics, describe_scoring, distance_name, score, shard_range
 from evaluation.table import finite
 from system import UserError
-from system.files import read_json
+from system.files import atomic_file, read_json
 from system.processes import start_processes
 
 # Left out of folders' names: what changes no score, and what `score_name` adds in its own way.
@@ -33,15 +34,18 @@ UNNAMED = (
 
 
 def extractor_and_reference(settings: Scoring) -> tuple[Extractor, Reference]:
-    """The extractor and the reference of a row, loaded once for all rows. Raises UserError."""
+    """The extractor and the reference of a row, loaded once for all rows. Raises UserError, as choose_metrics too."""
     extractor = cached_extractor(settings.extractor, settings.extractor_weights, settings.extractor_sha256)
     if settings.ref is not None:
-        return extractor, cached_reference(settings.ref)
-    if extractor.name not in CLASSIFIERS:
+        reference = cached_reference(settings.ref)
+    elif extractor.name not in CLASSIFIERS:
         raise UserError(f"extractor={extractor.name} needs ref=FILE.npz, made by `python fid.py ref`")
-    with start_processes().main_process_first():  # the others read what it has made
-        path = settings.digits if extractor.name == "mnist" else settings.fashion
-        return extractor, cached_shipped_reference(extractor, path)
+    else:
+        with start_processes().main_process_first():  # the others read what it has made
+            path = settings.digits if extractor.name == "mnist" else settings.fashion
+            reference = cached_shipped_reference(extractor, path)
+    choose_metrics(settings.metrics, extractor, reference)
+    return extractor, reference
 
 
 @functools.cache
@@ -77,10 +81,7 @@ def evaluate(
         found = extractor(images)
         return found if clip is None else found._replace(clip=clip(images, [captions[i] for i in rows]))
 
-    batches, labels = (
-        generate_features(run, settings, condition, rows, features_of, parts),
-        conditions.labels_of(condition),
-    )
+    batches, labels = generate_features(run, settings, condition, rows, features_of, parts), labels_of(condition)
     with progress(run, settings, len(rows), settings.steps):
         scores = score(batches, n, extractor, reference, labels=labels, metrics=settings.metrics)
     seconds = time.time() - started
@@ -110,6 +111,25 @@ def generate_features(
         if file and not made:
             write_part(file, features)
         yield features
+
+
+def write_part(path: Path, features: Features) -> None:
+    """Keeps one batch's features: a safetensors file's bytes, then their sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = save({key: part.contiguous().cpu() for key, part in features._asdict().items() if part is not None})
+    with atomic_file(path) as file:
+        file.write(kept + hashlib.sha256(kept).digest())
+
+
+def is_whole_part(path: Path) -> bool:
+    """Whether a part is there and as `write_part` wrote it; any other is made again."""
+    held = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(held[:-32]).digest() == held[-32:]
+
+
+def read_part(path: Path, device: torch.device) -> Features:
+    """What `write_part` has kept."""
+    return Features(**{key: part.to(device) for key, part in load(path.read_bytes()[:-32]).items()})
 
 
 def scored_before(folder: Path, about: dict) -> str:

@@ -58,14 +58,6 @@ class FeatureStats:
         return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).cpu().numpy()
 
 
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """(n, D) of each process -> (N, D) of all, in the order of the processes, on the CPU."""
-    parts = [rows.cpu()] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(parts, parts[0])
-    return torch.cat(parts)
-
-
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians; mu (D,), sigma (D, D), float64.
 
