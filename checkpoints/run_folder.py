@@ -41,12 +41,8 @@ CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to dr
 START_AGAIN = "start_again"  # in the run folder: the run was stopped and saved; the same command continues it
 TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio is this run's
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
-CONTINUED = (
-    "config.yaml",
-    "trainer_state.json",
-    "optimizer.safetensors",
-    *WEIGHTS_FILES.values(),
-)  # what resuming reads
+# What resuming reads
+CONTINUED = ("config.yaml", "trainer_state.json", "optimizer.safetensors", *WEIGHTS_FILES.values())
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 PAUSES_S = (1, 10)  # before a failed save is tried again: a full disk or a network file system may recover

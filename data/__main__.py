@@ -71,9 +71,8 @@ def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list
     stray = [a for a in overrides if "=" not in a]
     if len(paths) < count or stray:
         found = f"found {stray[0]!r}" if stray else f"found {len(paths)}"
-        raise UserError(
-            f"python -m data {verb} needs {count} path{'s' * (count > 1)}, then key=value settings; {found}"
-        )
+        needed = f"{count} path{'s' * (count > 1)}, then key=value settings"
+        raise UserError(f"python -m data {verb} needs {needed}; {found}")
     return paths, overrides
 
 

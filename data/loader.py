@@ -142,9 +142,8 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, Condition, list[str]] | UserError:
         start = (i * self.plan.world_size + self.plan.rank) * self.plan.micro_batch_size
-        positions = np.arange(
-            start, start + self.plan.micro_batch_size
-        )  # micro-batches of all ranks, one after another
+        # Micro-batches of all ranks, one after another.
+        positions = np.arange(start, start + self.plan.micro_batch_size)
         if self.read_ahead:
             windows = self.order.windows_from(start)
             for window in set(windows).difference(self._requested):
