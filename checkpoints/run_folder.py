@@ -27,14 +27,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from checkpoints.config import Settings, from_file, to_yaml
 from system import UserError, cli, hub
-from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, usual_mode, write_text_atomic
+from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, write_text_atomic
 from system.processes import is_main
 from system.settings import Count, parse_known, read_yaml
-from system.tensors import check_numbers, read_safetensors
+from system.tensors import check_numbers, read_safetensors, write_safetensors
 
 MANIFEST = "manifest.json"
 CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
@@ -147,8 +146,7 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
         with ThreadPoolExecutor() as pool:  # a file is hashed while the next is written
             entries = {name: pool.submit(seal, temporary / name) for name in texts}
             for name, named in tensors.items():
-                with usual_mode(temporary / name):
-                    save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, temporary / name)
+                write_safetensors(temporary / name, named)
                 entries[name] = pool.submit(seal, temporary / name)
         manifest = {"step": step_of(target), "files": {name: entries[name].result() for name in sorted(entries)}}
         write_text_atomic(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")

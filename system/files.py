@@ -118,15 +118,6 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def usual_mode(path: Path) -> Iterator[None]:
-    """Gives a file that safetensors writes inside a new file's permissions: its owner alone could read it otherwise."""
-    path.touch()
-    mode = path.stat().st_mode & 0o777
-    yield
-    path.chmod(mode)
-
-
 def write_text_atomic(path: Path, text: str) -> None:
     """Replaces a text file as a whole."""
     with atomic_file(path) as file:
