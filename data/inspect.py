@@ -30,8 +30,6 @@ def inspect(path: str | Path) -> dict:
     (what to do with them).
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} is not there")
     return _inspect_shards(path) if path.is_dir() and has_latent_shards(path) else _inspect_source(path)
 
 

@@ -185,25 +185,21 @@ class Loader(DataLoader):
     """Faults are reported here, in the process that logs."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Condition]]:
+        """Raises UserError for damage, and for a killed loader process."""
         batches = super().__iter__()
         try:
-            while (batch := self._next(batches)) is not None:
+            for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
                 *batch, faults = batch
                 self.dataset.latents.report(faults)
                 yield tuple(batch)
-        finally:
-            del batches  # ends the loader processes here, and not when the traceback is freed
-
-    def _next(self, batches: Iterator) -> tuple | UserError | None:
-        """The next batch, None at the end. Raises UserError for a killed loader process."""
-        try:
-            return next(batches, None)
         except (EOFError, ConnectionError, RuntimeError) as error:
             if died := loader_died(error, self.num_workers):
                 raise died from error
             raise
+        finally:
+            del batches  # ends the loader processes here, and not when the traceback is freed
 
 
 def loader_died(error: Exception, num_workers: int) -> UserError | None:
