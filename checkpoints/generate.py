@@ -1,7 +1,6 @@
 """Images of a run. An image depends on its seed and condition alone: its noise, condition and routing masks come from
 generators keyed by the seed, whatever the batch size and the number of processes."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from contracts import Condition
 from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
 from solvers import flow_time, solve
-from system import UserError
+from system import UserError, warn
 from system.processes import start_processes
 
 load_cached = lru_cache(maxsize=1)(load_run)  # evaluation generates batch by batch
@@ -118,7 +117,7 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, weak: Run 
 @lru_cache
 def warn_once(text: str) -> None:
     if start_processes().is_main_process:
-        print(f"warning: {text}", file=sys.stderr)
+        warn(text)
 
 
 @torch.no_grad()

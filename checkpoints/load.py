@@ -1,7 +1,6 @@
 """A trained network with everything that sampling needs: objective, codec and settings."""
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +17,7 @@ from checkpoints.run_folder import CONDITIONS_FILE, WEIGHTS_FILES, load_strictly
 from conditions import TextStats
 from contracts import Condition, Network, Objective, Routing, check_members
 from guidance import internal
-from system import UserError
+from system import UserError, warn
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
 from system.files import sha256_once
@@ -62,7 +61,7 @@ class Run:
         """blocks, where this machine can, or off."""
         self.compile, reason = decide_compile(wanted, self.device)
         if reason:
-            print(f"warning: compile off: {reason}", file=sys.stderr)
+            warn(f"compile off: {reason}")
         compile_blocks(self.model.all_blocks, self.compile, dynamic=True)
 
     def predict(

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from checkpoints.config import Settings, from_file, to_yaml
-from system import UserError, cli, hub
+from system import UserError, cli, hub, warn
 from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, write_text_atomic
 from system.processes import is_main
 from system.settings import Count, parse_known, read_yaml
@@ -92,7 +91,7 @@ def save(
             if pause is None:
                 raise
             again = f"{cli.one_line(error)}; trying again in {pause} s"
-            print(f"warning: checkpoint of step {step}: {again}", file=sys.stderr)
+            warn(f"checkpoint of step {step}: {again}")
             time.sleep(pause)
     prune_checkpoints(run_folder, settings.train.keep_last, settings.train.keep_every)
 
@@ -201,7 +200,7 @@ def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) 
             if halves:
                 write_folder(run_folder / "snapshots" / path.name, halves, {})
         except (OSError, UserError) as error:
-            print(f"warning: {path} is not deleted, for its averages cannot be kept: {error}", file=sys.stderr)
+            warn(f"{path} is not deleted, for its averages cannot be kept: {error}")
         else:
             (path / MANIFEST).unlink()  # from here on it is no checkpoint
             shutil.rmtree(path)
@@ -268,7 +267,7 @@ def newest_intact(run_folder: Path) -> Path | None:
             return path
         except UserError as error:
             if is_main():
-                print(f"warning: {error}; going back to the one before", file=sys.stderr)
+                warn(f"{error}; going back to the one before")
     if found:
         raise UserError(f"{run_folder}: all {len(found)} checkpoints are damaged; needed: a copy, or another run_name")
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from data.archives import sample_key
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
 from data.index import NO_MORE_FILES, TEXT_FIELDS, Index, describe_sample, refuse_low_limit
 from randomness import Generators, seeded_generator
-from system import UserError, printable
+from system import UserError, warn
 
 MAX_OPEN_SHARDS = 256
 MAX_SAMPLES = 4096  # for statistics, spread evenly over the set: enough for three digits
@@ -208,11 +207,6 @@ class Latents:
     def __del__(self):
         for fd in self.__dict__.get("_files", {}).values():
             os.close(fd)
-
-
-def warn(line: str) -> None:
-    """To stderr rather than to a logger, which a launcher's settings may have switched off."""
-    print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def spread_evenly(count: int, at_most: int) -> np.ndarray:

@@ -25,12 +25,12 @@ from data import emoji, shards
 from data.convert import plan_shards
 from data.encoding import LatentEncoding
 from data.images import DECODERS, Images, center_crop, decoded_ahead, open_images
-from data.latents import spread_evenly, warn
+from data.latents import spread_evenly
 from data.packed import find_idx, read_idx
 from data.shards import Captions, TextSource, finalize, open_latents, reserve, write_shard
 from data.texts import captioned, load_encoder
 from randomness import seeded_generator
-from system import UserError, hub
+from system import UserError, hub, warn
 from system.files import check_name, locked, read_json, sha256_of
 from system.tensors import weights_sha256
 

@@ -39,8 +39,8 @@ from conditions import KINDS, TextStats, load_stats
 from data.archives import ARRAY, CAPTIONS, FEATURES, LABEL, TEXT
 from data.encoding import LatentEncoding
 from data.index import Layout, build_index, find_layout, load_index, save_index
-from data.latents import Latents, channel_stats, text_stats, warn
-from system import UserError
+from data.latents import Latents, channel_stats, text_stats
+from system import UserError, warn
 from system.files import atomic_file, check_name, read_json, sha256_of, write_text_atomic
 from system.settings import Count, Kind, PerChannel, parse_known
 from system.tensors import read_safetensors

@@ -9,14 +9,13 @@ The last two are torch-fidelity's, number for number, on the features' own devic
 the CPU, in ten times the time).
 """
 
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from system import UserError
+from system import UserError, warn
 
 
 class FeatureStats:
@@ -96,7 +95,7 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
     rounding = len(sigma) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
     if eigenvalues[0] < -100 * rounding:
         clamped = f"clamped eigenvalues down to {eigenvalues[0].item():.3g} (largest: {eigenvalues[-1].item():.3g})"
-        print(f"warning: {clamped}: no covariance", file=sys.stderr)
+        warn(f"{clamped}: no covariance")
     kept = eigenvalues > rounding
     return vectors[:, kept] * eigenvalues[kept].sqrt()
 

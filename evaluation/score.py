@@ -5,7 +5,6 @@ process computes the scores.
 """
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -20,7 +19,7 @@ from evaluation.features import CLASSIFIERS, Extractor, Features
 from evaluation.metrics import FeatureStats, frechet_distance, inception_score, kernel_distance, precision_recall
 from evaluation.reference import Reference, check_extractor
 from evaluation.table import finite
-from system import UserError
+from system import UserError, warn
 from system.files import commit, write_text_atomic
 from system.processes import start_processes, together
 
@@ -106,7 +105,7 @@ def score(
     assert stats.count == n, f"{stats.count} images instead of {n}"
     if n <= extractor.num_features:
         few = f"{n} images are too few for {extractor.num_features} features: distances are overestimated"
-        print(f"warning: {few}", file=sys.stderr)
+        warn(few)
     scores, distance = {}, distance_name(extractor, n)
     if "fd" in metrics:
         scores[distance] = frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma)

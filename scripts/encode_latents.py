@@ -33,12 +33,11 @@ from data.archives import CAPTIONS, LABEL
 from data.convert import entries, plan_shards
 from data.encoding import LatentEncoding
 from data.images import Images, center_crop, decoded_ahead, open_images
-from data.latents import warn
 from data.shards import TextSource, finalize, reserve, write_manifest, write_shard
 from data.texts import Encoder, captioned, load_encoder
 from randomness import seeded_generator
 from scripts.add_features import load_teacher
-from system import UserError, cli, hub
+from system import UserError, cli, hub, warn
 from system.files import read_json, write_text_atomic
 from system.limits import MEMBER_BYTES
 from system.settings import Count, Names, Positive, above, parse

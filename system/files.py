@@ -14,13 +14,12 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from system import UserError
+from system import UserError, warn
 from system.limits import TEXT_BYTES
 from system.processes import once_per_machine
 
@@ -181,7 +180,7 @@ def reserve(folder: Path) -> TextIO:
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             reason = f"{folder}: this file system has no locks ({error.strerror})"
-            print(f"warning: {reason}; no second job may use the folder meanwhile", file=sys.stderr)
+            warn(f"{reason}; no second job may use the folder meanwhile")
             return lock
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
