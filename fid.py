@@ -13,7 +13,6 @@ or `torchrun`. An interrupted call continues where it stopped.
 
 import dataclasses
 import glob
-import hashlib
 import json
 import math
 import shutil
@@ -30,6 +29,7 @@ import sample
 from checkpoints import config
 from checkpoints.config import Count, Positive, Scoring, Width
 from checkpoints.load import Run, load_run
+from checkpoints.naming import digest
 from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
@@ -174,7 +174,7 @@ def calc_row(settings: Calc, alone: bool) -> dict:
         result = evaluate(run, settings, extractor, reference, folder / "parts", clip)
     else:
         images = open_images(settings.images)
-        source = hashlib.sha256(str(images.path.absolute()).encode()).hexdigest()[:6]
+        source = digest(str(images.path.absolute()))[:6]
         name = f"{images.path.name}-{score_name(settings, extractor, len(images))}"
         folder = row_folder(settings, images.path.parent, source, name, alone)
         names, result = {"folder": str(folder)}, evaluate_images(images, settings, extractor, reference)

@@ -87,6 +87,8 @@ def load_run(
     weights: "ema" or "raw". tensors: in their place, such as an average of another width. device: None = this process's
     own. precision: fp32, bf16 or, where all processes call this, auto. Raises UserError for no or a damaged checkpoint.
     """
+    if weights not in WEIGHTS_FILES:
+        raise UserError(f"weights={weights!r}; needed: ema or raw")
     path, known = folders.find_checkpoint(ckpt), True
     if path.is_file():
         values, tensors, step = foreign.read(path, weights, folders.split_family(ckpt)[0])
@@ -94,8 +96,6 @@ def load_run(
         known = "train" in values
     else:
         beside = path / CONDITIONS_FILE
-        if weights not in WEIGHTS_FILES:
-            raise UserError(f"weights={weights!r}; needed: ema or raw")
         read = [WEIGHTS_FILES[weights]] if tensors is None else []  # the rest is several times as much
         folders.verify_checkpoint(path, only=["config.yaml", *read, *([CONDITIONS_FILE] if beside.is_file() else [])])
         settings, step = folders.read_config(path), folders.step_of(path)

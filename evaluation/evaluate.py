@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import conditions
 from checkpoints.config import Scoring
 from checkpoints.generate import count_calls, generate, load_weak, progress
 from checkpoints.load import Run
-from checkpoints.naming import settings_name
+from checkpoints.naming import digest, settings_name
 from conditions import Condition, labels_of
 from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
@@ -75,7 +75,7 @@ def evaluate(
     about, rows = describe_run(run, settings, clip), shard_range(n)
     if parts is not None:
         asked = json.dumps([about, extractor.name, extractor.sha256], sort_keys=True)
-        parts = parts / hashlib.sha256(asked.encode()).hexdigest()[:16]
+        parts = parts / digest(asked)[:16]
 
     def features_of(images: torch.Tensor, rows: range) -> Features:
         found = extractor(images)
@@ -160,13 +160,9 @@ def describe_run(run: Run, settings: Scoring, clip: Clip | None = None) -> dict:
         "checkpoint_sha256": run.sha256 if run.checkpoint else None,
         "weak_sha256": weak.sha256 if weak is not run else None,
         "codec": run.settings.data.codec, "rounding": "nearest",
-        **({"prompts": len(run.captions), "prompts_sha256": digest(run.captions)} if run.captions else {}),
+        **({"prompts": len(run.captions), "prompts_sha256": digest("\n".join(run.captions))} if run.captions else {}),
         **({"clip": clip.name, "clip_sha256": clip.sha256} if clip is not None else {}),
     }  # fmt: skip
-
-
-def digest(captions: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(captions).encode()).hexdigest()
 
 
 def score_name(settings: Scoring, extractor: Extractor, n: int, precision: str = "fp32", compile: str = "off") -> str:
