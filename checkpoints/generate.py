@@ -34,7 +34,6 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
             raise UserError(f"{found} for the weak branch; needed: weak_ckpt=")
         ckpt = kept[0]
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
-    weak.called = run.called
     found, needed = ((*each.model.latent_shape, each.objective.predicts) for each in (weak, run))
     if found != needed or not conditions.alike(run.model.null_condition, weak.model.null_condition):
         what = f"latents, predictions {found} or conditions"
@@ -126,6 +125,7 @@ def generate_latents(
 ) -> torch.Tensor:
     """One batch: seeds (B), their condition -> latents (B, C, h, w) float32. weak: the weak branch; None = `run`."""
     weak = weak or run
+    weak.called = run.called  # both count for a bar, which may have come since the weak one was loaded
     strong_branch, weak_branch = branches(run, weak, guidance, seeds, conditions.to(condition, run.device))
     predict = guide(
         strong_branch, weak_branch, partial(setting, run, guidance, "scale"), guidance.interval,
