@@ -15,7 +15,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,9 +63,6 @@ class Export:
 
 
 def main(overrides: list[str]) -> None:
-    if set(overrides) & {"-h", "--help"}:
-        print(__doc__.strip())
-        return
     settings = parse(Export, cli.load_config("export", overrides))
     out, width, average = Path(settings.out), settings.ema_width, None
     if out.exists():
@@ -266,5 +262,4 @@ def is_number(value: object) -> bool:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

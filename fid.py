@@ -7,8 +7,8 @@
     python fid.py ref images=FOLDER extractor=inception out=ref.npz
     python fid.py ref from=VIRTUAL_imagenet256_labeled.npz out=imagenet256.npz
 
-Every row writes a metrics.json with everything that its numbers depend on. On several GPUs: `accelerate launch fid.py`
-or `torchrun`. An interrupted call continues where it stopped.
+The keys: configs/fid.yaml and configs/fid_ref.yaml. Every row writes a metrics.json with everything that its numbers
+depend on. On several GPUs: `accelerate launch fid.py` or `torchrun`. An interrupted call continues where it stopped.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import glob
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,15 +48,10 @@ from evaluation.score import describe_scoring, measure, score, shard_range, with
 from randomness import seeded_generator
 from system import UserError, cli
 from system.compiling import pays_to_compile
-from system.launchers import own_process
 from system.processes import from_first, start_processes
 from system.settings import parse
 from training import ema
 
-USAGE = """
-python fid.py calc ckpt=RUN | images=FOLDER|ZIP|TAR|NPZ [key=value ...]          keys: configs/fid.yaml
-python fid.py ref images=FOLDER|ZIP|TAR|NPZ | from=NPZ out=FILE.npz [key=value]  keys: configs/fid_ref.yaml
-"""
 SCORING_KEYS = {  # all others are about generating
     "ckpt", "images", "batch_size", "out",
     "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "fashion", "metrics",
@@ -109,7 +103,7 @@ class Ref:
 
 
 def main(argv: Sequence[str]) -> None:
-    verb, overrides = cli.verb(argv, USAGE, ("calc", "ref"))
+    verb, overrides = cli.verb(argv, __doc__, ("calc", "ref"))
     start_processes(timeout_s=4 * 3600)  # precision and recall may keep the first one busy for long
     if verb == "ref":
         ref(parse(Ref, cli.load_config("fid_ref", overrides)))
@@ -258,6 +252,4 @@ def make_reference(source: str, settings: Ref, wanted: int) -> Reference:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

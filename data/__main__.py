@@ -9,7 +9,6 @@ Exit code 2 for a request that cannot be met; `inspect` exits with 1 if it finds
 
 import json
 import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,5 +74,4 @@ def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        sys.exit(main(sys.argv[1:]))
+    cli.command(main, __doc__)
