@@ -33,14 +33,7 @@ from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
 from evaluation.clip import load_clip
-from evaluation.evaluate import (
-    cached_extractor,
-    describe_run,
-    evaluate,
-    extractor_and_reference,
-    score_name,
-    scored_before,
-)
+from evaluation.evaluate import cached_extractor, describe_run, evaluate, extractor_and_reference, score_name
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
 from evaluation.reference import MAX_FEATURES, Reference, read_reference, reference_from, write_reference
@@ -48,6 +41,7 @@ from evaluation.score import describe_scoring, measure, score, shard_range, with
 from randomness import seeded_generator
 from system import UserError, cli
 from system.compiling import pays_to_compile
+from system.files import read_json
 from system.processes import from_first, start_processes
 from system.settings import parse
 from training import ema
@@ -176,6 +170,18 @@ def calc_row(settings: Calc, alone: bool) -> dict:
         write_metrics(result, folder)
         shutil.rmtree(folder / "parts", ignore_errors=True)
     return result | names
+
+
+def scored_before(folder: Path, about: dict) -> str:
+    """The metrics.json of an earlier call with the same images, extractor, reference, metrics and code; "" = none.
+
+    about: of `describe_run` and `describe_scoring`.
+    """
+    about = json.loads(json.dumps(table.finite(about | {"processes": None})))
+    path = folder / "metrics.json"
+    before = read_json(path) if path.is_file() else {}
+    same = about == {**{key: before.get(key) for key in about}, "processes": None}
+    return json.dumps(before) if same and not str(about["commit"]).endswith("-dirty") else ""
 
 
 def load_scored(settings: Calc) -> Run:

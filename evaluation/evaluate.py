@@ -21,9 +21,8 @@ from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
 from evaluation.score import choose_metrics, describe_scoring, distance_name, score, shard_range
-from evaluation.table import finite
 from system import UserError
-from system.files import atomic_file, read_json
+from system.files import atomic_file
 from system.processes import start_processes
 
 # Left out of folders' names: what changes no score, and what `score_name` adds in its own way.
@@ -130,18 +129,6 @@ def is_whole_part(path: Path) -> bool:
 def read_part(path: Path, device: torch.device) -> Features:
     """What `write_part` has kept."""
     return Features(**{key: part.to(device) for key, part in load(path.read_bytes()[:-32]).items()})
-
-
-def scored_before(folder: Path, about: dict) -> str:
-    """The metrics.json of an earlier call with the same images, extractor, reference, metrics and code; "" = none.
-
-    about: of `describe_run` and `describe_scoring`.
-    """
-    about = json.loads(json.dumps(finite(about | {"processes": None})))
-    path = folder / "metrics.json"
-    before = read_json(path) if path.is_file() else {}
-    same = about == {**{key: before.get(key) for key in about}, "processes": None}
-    return json.dumps(before) if same and not str(about["commit"]).endswith("-dirty") else ""
 
 
 def describe_run(run: Run, settings: Scoring, clip: Clip | None = None) -> dict:
