@@ -49,9 +49,7 @@ def _inspect_shards(folder: Path) -> dict:
     manifest = read_manifest(folder)
     shards = {split: names for split in SPLITS if (names := split_shards(folder, split, manifest))}
     known = manifest or asdict(find_layout([folder / name for names in shards.values() for name in names]))
-    indices = {
-        split: build_index(folder, names, known, before=cached_index(folder, split)) for split, names in shards.items()
-    }
+    indices = {split: build_index(folder, names, known, cached_index(folder, split)) for split, names in shards.items()}
     wrong = [fault for index in indices.values() for fault in index.faults]
     index = next((index for index in indices.values() if len(index.entries)), None)
     if index is None:

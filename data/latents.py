@@ -229,10 +229,8 @@ def mean_and_std(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[flo
 def channel_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[list[float], list[float]]:
     """Mean and std (C numbers each) of the model's input over at most `max_samples` samples."""
     chosen, generator = spread_evenly(len(latents), max_samples), seeded_generator("channel_stats")
-    return mean_and_std(
-        latents.to_model_input(latents.read(indices)[0], generator)
-        for indices in np.array_split(chosen, -(-len(chosen) // 256))
-    )
+    parts = np.array_split(chosen, -(-len(chosen) // 256))
+    return mean_and_std(latents.to_model_input(latents.read(part)[0], generator) for part in parts)
 
 
 def text_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[torch.Tensor, torch.Tensor]:

@@ -174,10 +174,8 @@ def wait_for_room(needed: int) -> None:
     while os.path.isdir(SHARED) and (room := shutil.disk_usage(SHARED)).free < needed:
         if room.total < needed or time.monotonic() > until:
             found = f"{SHARED} has {room.free / 1e6:.3g} of {room.total / 1e6:.3g} MB free"
-            raise UserError(
-                f"{found}, and batches of the loader processes take {needed / 1e6:.3g} MB; needed: data.num_workers=0, "
-                "or more (docker run --shm-size=1g)"
-            )
+            found = f"{found}, and batches of the loader processes take {needed / 1e6:.3g} MB"
+            raise UserError(f"{found}; needed: data.num_workers=0, or more (docker run --shm-size=1g)")
         time.sleep(0.1)
 
 
@@ -207,7 +205,5 @@ def loader_died(error: Exception, num_workers: int) -> UserError | None:
     of SIGCHLD meets the main thread. None for other errors."""
     if not isinstance(error, (EOFError, ConnectionError)) and "DataLoader worker (pid" not in str(error):
         return None
-    return UserError(
-        f"a loader process died ({error or type(error).__name__}), often for want of memory; "
-        f"needed: a smaller data.num_workers than {num_workers}, or the same command again"
-    )
+    found = f"a loader process died ({error or type(error).__name__}), often for want of memory"
+    return UserError(f"{found}; needed: a smaller data.num_workers than {num_workers}, or the same command again")
