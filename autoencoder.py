@@ -71,9 +71,8 @@ class VAECodec(Codec):
     def vae(self) -> torch.nn.Module:
         """Loaded at first use: training on latents never needs it."""
         if self.path is None:
-            raise UserError(
-                "nothing says which VAE these latents are of; needed: codec.path=, codec.scale=, codec.bias="
-            )
+            found = "nothing says which VAE these latents are of"
+            raise UserError(f"{found}; needed: codec.path=, codec.scale=, codec.bias=")
         if self._vae is None:
             try:
                 from diffusers import AutoencoderKL
@@ -91,10 +90,8 @@ class VAECodec(Codec):
         numbers |= {name: len(value) for name, value in (("scale", self.scale), ("bias", self.bias)) if value.ndim}
         for name, number in numbers.items():
             if number != channels:
-                raise UserError(
-                    f"the network makes latents of {channels} channels, the codec {self.path} has {number} "
-                    f"{name}; needed: codec.path=, codec.scale= and codec.bias= of the same latents"
-                )
+                found = f"the network makes latents of {channels} channels, the codec {self.path} has {number} {name}"
+                raise UserError(f"{found}; needed: codec.path=, codec.scale= and codec.bias= of the same latents")
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,9 +85,8 @@ def drop(condition: Condition, null: Condition, rate: float, generators: Generat
     dropped = uniform(like.shape[:1], generators, device=like.device) < rate  # (B,)
     if not isinstance(condition, Text):
         return torch.where(dropped, null[0], condition)  # a number, which no device waits for
-    return _each(
-        lambda a, b: torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), a, b), to(null, like.device), condition
-    )
+    null = to(null, like.device)
+    return _each(lambda a, b: torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), a, b), null, condition)
 
 
 def choose(rule: str | int, seeds: Sequence[int], pool: Condition) -> Condition:
@@ -168,17 +167,12 @@ def load(tensors: dict[str, torch.Tensor]) -> Condition:
     if (names := sorted(tensors)) not in ([], ["labels"], ["mask", "states"]):
         raise UserError(f"conditions of {', '.join(names)}; needed: labels, or states and mask, or nothing")
     found = Text(**tensors) if "mask" in tensors else tensors.get("labels")
-    fits = found is None or (
-        found.dtype == torch.int64 and found.ndim == 1
-        if "labels" in tensors
-        else (
-            found.states.ndim == 3
-            and found.states.is_floating_point()
-            and found.states.isfinite().all()
-            and found.mask.dtype == torch.bool
-            and found.mask.shape == found.states.shape[:2]
-        )
-    )
+    if isinstance(found, Text):
+        states, mask = found
+        fits = states.ndim == 3 and states.is_floating_point() and states.isfinite().all()
+        fits = fits and mask.dtype == torch.bool and mask.shape == states.shape[:2]
+    else:
+        fits = found is None or found.dtype == torch.int64 and found.ndim == 1
     if not fits:
         raise UserError("conditions of odd shapes or types; needed: int64 (B,), or finite (B, T, D) and bool (B, T)")
     return found

@@ -15,14 +15,12 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 import conditions
 from checkpoints.config import Settings, Train, Weights, Width, to_yaml
@@ -32,8 +30,9 @@ from checkpoints.run_folder import CONDITIONS_FILE, find_checkpoint
 from cost import cost_table
 from evaluation.table import SCORES, finite
 from system import UserError, cli, hub, printable
-from system.files import atomic_file, fresh_folder, read_json, usual_mode
+from system.files import atomic_file, fresh_folder, read_json
 from system.settings import Check, parse
+from system.tensors import write_safetensors
 from training.ema import check_reconstruction, reconstruct
 from weights import pipeline
 from weights.foreign import CONFIG_KEY, check_keys
@@ -64,9 +63,6 @@ class Export:
 
 
 def main(overrides: list[str]) -> None:
-    if set(overrides) & {"-h", "--help"}:
-        print(__doc__.strip())
-        return
     settings = parse(Export, cli.load_config("export", overrides))
     out, width, average = Path(settings.out), settings.ema_width, None
     if out.exists():
@@ -144,23 +140,18 @@ def is_trained(settings: Settings) -> bool:
 def export_folder(run: Run, tensors: Tensors, out: Path, settings: Export) -> None:
     config = portable_config(run)
     metadata = {CONFIG_KEY: yaml.safe_dump(config, sort_keys=False), "step": str(run.step), "format": "pt"}
-    files = {"model.safetensors": (tensors, metadata)}
-    if conditions.kind_of(run.pool) == "text":
-        files[CONDITIONS_FILE] = conditions.save(run.pool, run.text_stats), None
     width = {} if run.ema_width is None else {"ema_width": run.ema_width}
     facts = finite({"step": run.step, "weights": run.weights, **width, **config})
-    texts = {"config.json": json.dumps(facts, indent=2) + "\n"}
     where = "model.safetensors" if settings.push is None else f"hf:{settings.push}"
     use = f"    python sample.py ckpt={where}\n\nor, from Python, in a checkout of the code:\n\n"
     use += f'    from checkpoints.load import load_run\n    run = load_run("{where}")'
-    texts["README.md"] = model_card(run, use, settings)
+    card = model_card(run, use, settings)
     with fresh_folder(out) as folder:
-        for name, content in files.items():
-            with usual_mode(folder / name):
-                save_file(content[0], folder / name, content[1])
-        for name, text in texts.items():
-            (folder / name).write_text(text)
-        add_picture(run, folder)
+        write_safetensors(folder / "model.safetensors", tensors, metadata)
+        if conditions.kind_of(run.pool) == "text":
+            write_safetensors(folder / CONDITIONS_FILE, conditions.save(run.pool, run.text_stats))
+        (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+        add_card(run, folder, card)
 
 
 def export_pt(run: Run, tensors: Tensors, out: Path, layout: str) -> None:
@@ -195,8 +186,7 @@ def export_pipeline(run: Run, tensors: Tensors, out: Path, settings: Export) -> 
     card = model_card(run, pipeline.PIPELINE_USE, settings)
     with fresh_folder(out) as folder:
         made.save_pretrained(folder)
-        (folder / "README.md").write_text(card)
-        add_picture(run, folder)
+        add_card(run, folder, card)
 
 
 def picture_of(run: Run) -> Path | None:
@@ -205,7 +195,8 @@ def picture_of(run: Run) -> Path | None:
     return path if run.weights == "ema" and run.ema_width is None and path.is_file() else None
 
 
-def add_picture(run: Run, folder: Path) -> None:
+def add_card(run: Run, folder: Path, card: str) -> None:
+    (folder / "README.md").write_text(card)
     if (picture := picture_of(run)) is not None:
         shutil.copyfile(picture, folder / PICTURE)
 
@@ -231,9 +222,8 @@ def model_card(run: Run, use: str, export: Export) -> str:
     if run.ema_width is not None:
         facts |= {"ema_width": run.ema_width}
         facts.pop("ema_decay", None)
-    lines += [
-        f"| {markdown(name)} | {markdown(value)} |" for name, value in (facts | last_figures(run) | scores(run)).items()
-    ]
+    facts |= last_figures(run) | scores(run)
+    lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in facts.items()]
     if run.checkpoint.is_dir():
         lines += ["", *(f"    {line}" for line in cost_table(model, settings).splitlines())]
     return "\n".join(lines) + "\n"
@@ -248,7 +238,7 @@ def markdown(value: object) -> str:
 def last_figures(run: Run) -> dict[str, str]:
     """The last training and validation losses up to the run's step, by name."""
     figures, log = {}, run.folder / "metrics.jsonl"
-    for _, _, values in log_lines(log) if log.is_file() else ():
+    for _, _, values in log_lines(log):
         for name, value in (values or {}).items():
             if values["step"] <= run.step and is_number(value) and name in LOSSES:
                 figures[name] = f"{value:.4g} (step {values['step']})"
@@ -261,10 +251,8 @@ def scores(run: Run) -> dict[str, str]:
     for path in sorted(run.folder.glob("eval/**/metrics.json")):
         values = read_json(path)
         if values.get("checkpoint_sha256") == run.sha256 and values.get("ema_width") == run.ema_width:
-            scored = {name: value for name, value in values.items() if name.startswith(SCORES)}
-            figures = [
-                f"{name} {value:.4g}" if is_number(value) else f"{name} {value}" for name, value in scored.items()
-            ]
+            scored = ((name, value) for name, value in values.items() if name.startswith(SCORES))
+            figures = (f"{name} {value:.4g}" if is_number(value) else f"{name} {value}" for name, value in scored)
             found[f"{path.parent.name}, {values.get('n')} images"] = ", ".join(figures)
     return found
 
@@ -274,5 +262,4 @@ def is_number(value: object) -> bool:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

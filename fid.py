@@ -7,17 +7,15 @@
     python fid.py ref images=FOLDER extractor=inception out=ref.npz
     python fid.py ref from=VIRTUAL_imagenet256_labeled.npz out=imagenet256.npz
 
-Every row writes a metrics.json with everything that its numbers depend on. On several GPUs: `accelerate launch fid.py`
-or `torchrun`. An interrupted call continues where it stopped.
+The keys: configs/fid.yaml and configs/fid_ref.yaml. Every row writes a metrics.json with everything that its numbers
+depend on. On several GPUs: `accelerate launch fid.py` or `torchrun`. An interrupted call continues where it stopped.
 """
 
 import dataclasses
 import glob
-import hashlib
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,41 +28,24 @@ import sample
 from checkpoints import config
 from checkpoints.config import Count, Positive, Scoring, Width
 from checkpoints.load import Run, load_run
+from checkpoints.naming import digest
 from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
 from evaluation.clip import load_clip
-from evaluation.evaluate import (
-    cached_extractor,
-    describe_run,
-    evaluate,
-    extractor_and_reference,
-    score_name,
-    scored_before,
-)
+from evaluation.evaluate import cached_extractor, describe_run, evaluate, extractor_and_reference, score_name
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
-from evaluation.reference import (
-    MAX_FEATURES,
-    Reference,
-    check_extractor,
-    read_reference,
-    reference_from,
-    write_reference,
-)
-from evaluation.score import choose_metrics, describe_scoring, measure, score, shard_range, with_progress, write_metrics
+from evaluation.reference import MAX_FEATURES, Reference, read_reference, reference_from, write_reference
+from evaluation.score import describe_scoring, measure, score, shard_range, with_progress, write_metrics
 from randomness import seeded_generator
 from system import UserError, cli
 from system.compiling import pays_to_compile
-from system.launchers import own_process
+from system.files import read_json
 from system.processes import from_first, start_processes
 from system.settings import parse
 from training import ema
 
-USAGE = """
-python fid.py calc ckpt=RUN | images=FOLDER|ZIP|TAR|NPZ [key=value ...]          keys: configs/fid.yaml
-python fid.py ref images=FOLDER|ZIP|TAR|NPZ | from=NPZ out=FILE.npz [key=value]  keys: configs/fid_ref.yaml
-"""
 SCORING_KEYS = {  # all others are about generating
     "ckpt", "images", "batch_size", "out",
     "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "fashion", "metrics",
@@ -116,7 +97,7 @@ class Ref:
 
 
 def main(argv: Sequence[str]) -> None:
-    verb, overrides = cli.verb(argv, USAGE, ("calc", "ref"))
+    verb, overrides = cli.verb(argv, __doc__, ("calc", "ref"))
     start_processes(timeout_s=4 * 3600)  # precision and recall may keep the first one busy for long
     if verb == "ref":
         ref(parse(Ref, cli.load_config("fid_ref", overrides)))
@@ -151,9 +132,7 @@ def check(settings: Calc, given: set[str]) -> None:
     if settings.images is not None and given - SCORING_KEYS:
         names = ", ".join(sorted(given - SCORING_KEYS))
         raise UserError(f"{names}: only with ckpt=; images=... are scored as they are")
-    extractor, reference = extractor_and_reference(settings)
-    check_extractor(reference, extractor)
-    choose_metrics(settings.metrics, extractor, reference)
+    extractor_and_reference(settings)
     if settings.ckpt is not None:
         checkpoint = find_checkpoint(settings.ckpt)
         if settings.ema_width is not None:
@@ -183,7 +162,7 @@ def calc_row(settings: Calc, alone: bool) -> dict:
         result = evaluate(run, settings, extractor, reference, folder / "parts", clip)
     else:
         images = open_images(settings.images)
-        source = hashlib.sha256(str(images.path.absolute()).encode()).hexdigest()[:6]
+        source = digest(str(images.path.absolute()))[:6]
         name = f"{images.path.name}-{score_name(settings, extractor, len(images))}"
         folder = row_folder(settings, images.path.parent, source, name, alone)
         names, result = {"folder": str(folder)}, evaluate_images(images, settings, extractor, reference)
@@ -191,6 +170,18 @@ def calc_row(settings: Calc, alone: bool) -> dict:
         write_metrics(result, folder)
         shutil.rmtree(folder / "parts", ignore_errors=True)
     return result | names
+
+
+def scored_before(folder: Path, about: dict) -> str:
+    """The metrics.json of an earlier call with the same images, extractor, reference, metrics and code; "" = none.
+
+    about: of `describe_run` and `describe_scoring`.
+    """
+    about = json.loads(json.dumps(table.finite(about | {"processes": None})))
+    path = folder / "metrics.json"
+    before = read_json(path) if path.is_file() else {}
+    same = about == {**{key: before.get(key) for key in about}, "processes": None}
+    return json.dumps(before) if same and not str(about["commit"]).endswith("-dirty") else ""
 
 
 def load_scored(settings: Calc) -> Run:
@@ -239,9 +230,8 @@ def row_folder(settings: Calc, default: Path, source: str, name: str, alone: boo
 def ref(settings: Ref) -> None:
     """Writes a reference: an extractor's statistics of images, or those in an ADM file. Raises UserError."""
     if settings.images is not None:
-        reference = make_reference(
-            settings.images, settings, MAX_FEATURES if settings.features is None else settings.features
-        )
+        wanted = MAX_FEATURES if settings.features is None else settings.features
+        reference = make_reference(settings.images, settings, wanted)
     else:
         reference = read_reference(settings.from_)
         if settings.features:
@@ -268,6 +258,4 @@ def make_reference(source: str, settings: Ref, wanted: int) -> Reference:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

@@ -1,7 +1,6 @@
 """Images of a run. An image depends on its seed and condition alone: its noise, condition and routing masks come from
 generators keyed by the seed, whatever the batch size and the number of processes."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from contracts import Condition
 from guidance import Branch, Guidance, check_networks, guide, pair
 from randomness import normal, seeded_generator
 from solvers import flow_time, solve
-from system import UserError
+from system import UserError, warn
 from system.processes import start_processes
 
 load_cached = lru_cache(maxsize=1)(load_run)  # evaluation generates batch by batch
@@ -35,7 +34,6 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
             raise UserError(f"{found} for the weak branch; needed: weak_ckpt=")
         ckpt = kept[0]
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
-    weak.called = run.called
     found, needed = ((*each.model.latent_shape, each.objective.predicts) for each in (weak, run))
     if found != needed or not conditions.alike(run.model.null_condition, weak.model.null_condition):
         what = f"latents, predictions {found} or conditions"
@@ -118,7 +116,7 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, weak: Run 
 @lru_cache
 def warn_once(text: str) -> None:
     if start_processes().is_main_process:
-        print(f"warning: {text}", file=sys.stderr)
+        warn(text)
 
 
 @torch.no_grad()
@@ -127,6 +125,7 @@ def generate_latents(
 ) -> torch.Tensor:
     """One batch: seeds (B), their condition -> latents (B, C, h, w) float32. weak: the weak branch; None = `run`."""
     weak = weak or run
+    weak.called = run.called  # both count for a bar, which may have come since the weak one was loaded
     strong_branch, weak_branch = branches(run, weak, guidance, seeds, conditions.to(condition, run.device))
     predict = guide(
         strong_branch, weak_branch, partial(setting, run, guidance, "scale"), guidance.interval,

@@ -1,7 +1,6 @@
 """A trained network with everything that sampling needs: objective, codec and settings."""
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +17,7 @@ from checkpoints.run_folder import CONDITIONS_FILE, WEIGHTS_FILES, load_strictly
 from conditions import TextStats
 from contracts import Condition, Network, Objective, Routing, check_members
 from guidance import internal
-from system import UserError
+from system import UserError, warn
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
 from system.files import sha256_once
@@ -62,7 +61,7 @@ class Run:
         """blocks, where this machine can, or off."""
         self.compile, reason = decide_compile(wanted, self.device)
         if reason:
-            print(f"warning: compile off: {reason}", file=sys.stderr)
+            warn(f"compile off: {reason}")
         compile_blocks(self.model.all_blocks, self.compile, dynamic=True)
 
     def predict(
@@ -88,6 +87,8 @@ def load_run(
     weights: "ema" or "raw". tensors: in their place, such as an average of another width. device: None = this process's
     own. precision: fp32, bf16 or, where all processes call this, auto. Raises UserError for no or a damaged checkpoint.
     """
+    if weights not in WEIGHTS_FILES:
+        raise UserError(f"weights={weights!r}; needed: ema or raw")
     path, known = folders.find_checkpoint(ckpt), True
     if path.is_file():
         values, tensors, step = foreign.read(path, weights, folders.split_family(ckpt)[0])
@@ -95,8 +96,6 @@ def load_run(
         known = "train" in values
     else:
         beside = path / CONDITIONS_FILE
-        if weights not in WEIGHTS_FILES:
-            raise UserError(f"weights={weights!r}; needed: ema or raw")
         read = [WEIGHTS_FILES[weights]] if tensors is None else []  # the rest is several times as much
         folders.verify_checkpoint(path, only=["config.yaml", *read, *([CONDITIONS_FILE] if beside.is_file() else [])])
         settings, step = folders.read_config(path), folders.step_of(path)

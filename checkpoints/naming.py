@@ -20,7 +20,7 @@ def settings_name(settings, leave_out: Collection[str] = ()) -> str:
         if field.name not in leave_out and getattr(settings, field.name) != default:
             value = values[field.name]
             text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-            parts.append((field.name, _digest(text)[:6] if isinstance(value, dict) else text))
+            parts.append((field.name, digest(text)[:6] if isinstance(value, dict) else text))
     return name_of(parts) or "default"
 
 
@@ -48,11 +48,11 @@ def name_of(parts: Iterable[tuple[str, str]]) -> str:
     names = []
     for key, value in parts:
         plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")
-        digest = f"-{_digest(value)[:6]}" if plain != value else ""
-        names.append(f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', key)}-{plain}{digest}")
+        odd = f"-{digest(value)[:6]}" if plain != value else ""
+        names.append(f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', key)}-{plain}{odd}")
     name = "_".join(names)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{_digest(name)[:12]}"
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{digest(name)[:12]}"
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

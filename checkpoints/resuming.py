@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from checkpoints.config import Settings, to_yaml
 from checkpoints.curves import log_lines
 from checkpoints.run_folder import newest_intact, step_of
 from contracts import Network, Objective
-from system import UserError
+from system import UserError, warn
 from system.building import class_of
 from system.files import check_no_links, read_json, reserve, write_text_atomic
 from system.settings import Count, convert, nested, parse_known
@@ -148,6 +147,6 @@ def cut_log(metrics: Path, step: int) -> None:
     lines = list(log_lines(metrics))
     if broken := [str(number) for number, _, values in lines if values is None]:
         numbers = ", ".join(broken[:10] + ["..."] * (len(broken) > 10))
-        print(f"warning: {metrics}: left out what is no log line: {numbers}", file=sys.stderr)
+        warn(f"{metrics}: left out what is no log line: {numbers}")
     kept = (line + "\n" for _, line, values in lines if values is not None and values["step"] <= step)
     write_text_atomic(metrics, "".join(kept))

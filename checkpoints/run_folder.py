@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,26 +26,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from checkpoints.config import Settings, from_file, to_yaml
-from system import UserError, cli, hub
-from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, usual_mode, write_text_atomic
+from system import UserError, cli, hub, warn
+from system.files import check_name, read_json, read_small, sha256_of, sha256_once, sync, write_text_atomic
 from system.processes import is_main
 from system.settings import Count, parse_known, read_yaml
-from system.tensors import check_numbers, read_safetensors
+from system.tensors import check_numbers, read_safetensors, write_safetensors
 
 MANIFEST = "manifest.json"
 CONDITIONS_FILE = "conditions.safetensors"  # texts of the validation set, to draw images for
 START_AGAIN = "start_again"  # in the run folder: the run was stopped and saved; the same command continues it
 TRACKER_ID = "tracker_id"  # in the run folder: which curve at wandb and trackio is this run's
 WEIGHTS_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
-CONTINUED = (
-    "config.yaml",
-    "trainer_state.json",
-    "optimizer.safetensors",
-    *WEIGHTS_FILES.values(),
-)  # what resuming reads
+# What resuming reads
+CONTINUED = ("config.yaml", "trainer_state.json", "optimizer.safetensors", *WEIGHTS_FILES.values())
 TEMPORARY = ".tmp_"
 STEP_NAME = re.compile(r"step_(\d{7,})")
 PAUSES_S = (1, 10)  # before a failed save is tried again: a full disk or a network file system may recover
@@ -97,7 +91,7 @@ def save(
             if pause is None:
                 raise
             again = f"{cli.one_line(error)}; trying again in {pause} s"
-            print(f"warning: checkpoint of step {step}: {again}", file=sys.stderr)
+            warn(f"checkpoint of step {step}: {again}")
             time.sleep(pause)
     prune_checkpoints(run_folder, settings.train.keep_last, settings.train.keep_every)
 
@@ -151,8 +145,7 @@ def write_folder(target: Path, tensors: NamedTensors, texts: dict[str, str]) -> 
         with ThreadPoolExecutor() as pool:  # a file is hashed while the next is written
             entries = {name: pool.submit(seal, temporary / name) for name in texts}
             for name, named in tensors.items():
-                with usual_mode(temporary / name):
-                    save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, temporary / name)
+                write_safetensors(temporary / name, named)
                 entries[name] = pool.submit(seal, temporary / name)
         manifest = {"step": step_of(target), "files": {name: entries[name].result() for name in sorted(entries)}}
         write_text_atomic(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -207,7 +200,7 @@ def prune_checkpoints(run_folder: Path, keep_last: int, keep_every: int | None) 
             if halves:
                 write_folder(run_folder / "snapshots" / path.name, halves, {})
         except (OSError, UserError) as error:
-            print(f"warning: {path} is not deleted, for its averages cannot be kept: {error}", file=sys.stderr)
+            warn(f"{path} is not deleted, for its averages cannot be kept: {error}")
         else:
             (path / MANIFEST).unlink()  # from here on it is no checkpoint
             shutil.rmtree(path)
@@ -274,7 +267,7 @@ def newest_intact(run_folder: Path) -> Path | None:
             return path
         except UserError as error:
             if is_main():
-                print(f"warning: {error}; going back to the one before", file=sys.stderr)
+                warn(f"{error}; going back to the one before")
     if found:
         raise UserError(f"{run_folder}: all {len(found)} checkpoints are damaged; needed: a copy, or another run_name")
 

@@ -9,7 +9,6 @@ Exit code 2 for a request that cannot be met; `inspect` exits with 1 if it finds
 
 import json
 import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,8 +48,6 @@ def main(argv: list[str]) -> int:
         after = f"; python -m data inspect {shlex.quote(target)} says more"
     else:
         settings = asdict(parse(Indexing, cli.load_config(verb, overrides)))
-        if not Path(target).is_dir():
-            raise UserError(f"no folder {target}")
         if overrides and read_manifest(Path(target)):
             raise UserError(f"{target} has a meta.json that says these things; remove it to index the shards anew")
         encoding = LatentEncoding(*(settings.pop(key) for key in ("kind", "scale", "bias")))
@@ -71,12 +68,10 @@ def _split(verb: str, arguments: list[str], count: int) -> tuple[list[str], list
     stray = [a for a in overrides if "=" not in a]
     if len(paths) < count or stray:
         found = f"found {stray[0]!r}" if stray else f"found {len(paths)}"
-        raise UserError(
-            f"python -m data {verb} needs {count} path{'s' * (count > 1)}, then key=value settings; {found}"
-        )
+        needed = f"{count} path{'s' * (count > 1)}, then key=value settings"
+        raise UserError(f"python -m data {verb} needs {needed}; {found}")
     return paths, overrides
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        sys.exit(main(sys.argv[1:]))
+    cli.command(main, __doc__)

@@ -59,9 +59,7 @@ def convert(source_path: str, target: str, settings: Conversion) -> dict:
         raise UserError(f"flip=both, and {source_path} has no mirror images; needed: null or none")
     named = settings.classes or source.classes
     if settings.classes and settings.num_classes not in (None, len(named)):
-        raise UserError(
-            f"{len(named)} classes, and num_classes={settings.num_classes}; needed: as many, or one of them"
-        )
+        raise UserError(f"{len(named)} classes, and num_classes={settings.num_classes}; needed: as many, or one")
     shards = plan_shards(source.count, settings.shard_size, settings.val, source.val)
     recipe = {"source": os.path.realpath(source_path), "format": source.format, "images": source.count}
     recipe |= asdict(encoding) | {"codec": source.codec, "flip": flip}

@@ -37,9 +37,7 @@ class LatentEncoding:
             if self.scale is not None or self.bias is not None:
                 raise UserError("scale and bias are for the other kinds: in sample_scaled they are applied already")
         elif self.scale is None:
-            raise UserError(
-                f"latents of kind {self.kind} need a scale, and none is given: add scale=... (and bias=...)"
-            )
+            raise UserError(f"latents of kind {self.kind} need a scale: add scale=... (and bias=...)")
         elif self.bias is None:
             object.__setattr__(self, "bias", 0.0)
 

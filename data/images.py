@@ -2,7 +2,6 @@
 
 import contextlib
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from data import archives
 from data.archives import CAPTIONS, LABEL, PICTURES, Tree, split_name
 from data.index import MAX_TEXTS
 from data.packed import SPLITS, as_picture, open_pictures
-from system import UserError
+from system import UserError, warn
 from system.files import open_regular
 from system.limits import ARRAY_BYTES, PICTURE_PIXELS
 
@@ -104,7 +103,7 @@ class Images:
         """
         first = self._decode(0)
         if first.mode in ("L", "1"):
-            print(f"warning: {self.path} holds grey images, repeated to three channels", file=sys.stderr)
+            warn(f"{self.path} holds grey images, repeated to three channels")
 
         def pixels(i: int) -> np.ndarray:
             image = self._decode(i)
@@ -120,7 +119,7 @@ class Images:
         for number, batch in enumerate(decoded_ahead(parts, pixels, DECODERS)):
             if number == 0 and batch.max() <= 1:
                 told = f"the first {len(batch)} pictures of {self.path} hold no pixel above 1, of 255"
-                print(f"warning: {told}: were numbers of 0..1 stored as uint8?", file=sys.stderr)
+                warn(f"{told}: were numbers of 0..1 stored as uint8?")
             yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
     def _decode(self, i: int) -> Image.Image:

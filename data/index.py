@@ -28,18 +28,8 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from data.archives import (
-    ARRAY,
-    FEATURES,
-    LABEL,
-    TEXT,
-    Member,
-    members,
-    npy_header,
-    parse_number,
-    sample_key,
-    split_name,
-)
+from data import archives
+from data.archives import ARRAY, FEATURES, LABEL, TEXT, Member, split_name
 from system import UserError
 from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
@@ -194,7 +184,7 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
     others: set[str] = set()
     rows, known = [], {*layout.parts, *text_names(layout)}
     with open_regular(path) as file:
-        for member in members(file, faults):
+        for member in archives.members(file, faults):
             key, extension = split_name(member.name)
             if extension not in known:
                 others.add(extension)
@@ -226,19 +216,17 @@ def _row(fd: int, parts: dict[str, Member], layout: Layout) -> tuple:
     _, *row = _read_array(fd, parts[ARRAY], layout.dtype, layout.shape)
     if layout.condition == "class":
         contents = os.pread(fd, min(parts[LABEL].size, 64), parts[LABEL].offset)
-        row.append(parse_number(contents, "has a label that", layout.num_classes))
-    texts, features = [], ()
-    for name in text_names(layout):
+        row.append(archives.parse_number(contents, "has a label that", layout.num_classes))
+
+    def more(name: str, *needed) -> tuple[int, int, int, int]:
         try:
-            needed = layout.text_length, layout.text_width
-            texts.append(_read_array(fd, parts[name], layout.text_dtype, needed, True) if name in parts else (0,) * 4)
+            return _read_array(fd, parts[name], *needed)
         except UserError as error:
             raise UserError(f"has a .{name} that {error}") from None
-    if layout.feature_shape:
-        try:
-            _, *features = _read_array(fd, parts[FEATURES], "float16", layout.feature_shape)
-        except UserError as error:
-            raise UserError(f"has a .{FEATURES} that {error}") from None
+
+    shape = layout.text_length, layout.text_width
+    texts = [more(n, layout.text_dtype, shape, True) if n in parts else (0,) * 4 for n in text_names(layout)]
+    _, *features = more(FEATURES, "float16", layout.feature_shape) if layout.feature_shape else (0,)
     return (*row, *zip(*texts), *features)
 
 
@@ -269,7 +257,7 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
     count = 1  # of the texts of a sample
     for path in paths:
         with open_regular(path) as file:
-            for member in members(file, []):
+            for member in archives.members(file, []):
                 extensions.add(extension := split_name(member.name)[1])
                 if extension in (ARRAY, TEXT, FEATURES) and extension not in found:
                     with contextlib.suppress(UserError):  # validation will name it
@@ -294,7 +282,7 @@ def find_layout(paths: list[Path], condition: str | None = None, num_classes: in
 
 def _float_header(contents: bytes, size: int) -> tuple[tuple[int, ...], str, int]:
     """(shape, dtype, bytes of header) of a .npy file. Raises UserError for anything but a float array in C order."""
-    shape, fortran_order, dtype, start = npy_header(contents, size)
+    shape, fortran_order, dtype, start = archives.npy_header(contents, size)
     if dtype.name not in DTYPES or not dtype.isnative or (fortran_order and len(shape) > 1):
         order = "Fortran" if fortran_order else "C"
         raise UserError(f"is {dtype.str} in {order} order; needed: {' or '.join(DTYPES)} in C order, little-endian")
@@ -307,7 +295,7 @@ def _is_read_error(fault: str) -> bool:
 
 
 def describe_sample(path: Path, offset: int) -> str:
-    return f"sample {sample_key(path, offset)!r} at byte {offset}"
+    return f"sample {archives.sample_key(path, offset)!r} at byte {offset}"
 
 
 def _stamp(folder: Path, shards: list[str], manifest: dict) -> str:

@@ -30,8 +30,6 @@ def inspect(path: str | Path) -> dict:
     (what to do with them).
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} is not there")
     return _inspect_shards(path) if path.is_dir() and has_latent_shards(path) else _inspect_source(path)
 
 
@@ -51,9 +49,7 @@ def _inspect_shards(folder: Path) -> dict:
     manifest = read_manifest(folder)
     shards = {split: names for split in SPLITS if (names := split_shards(folder, split, manifest))}
     known = manifest or asdict(find_layout([folder / name for names in shards.values() for name in names]))
-    indices = {
-        split: build_index(folder, names, known, before=cached_index(folder, split)) for split, names in shards.items()
-    }
+    indices = {split: build_index(folder, names, known, cached_index(folder, split)) for split, names in shards.items()}
     wrong = [fault for index in indices.values() for fault in index.faults]
     index = next((index for index in indices.values() if len(index.entries)), None)
     if index is None:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from data.archives import sample_key
 from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
 from data.index import NO_MORE_FILES, TEXT_FIELDS, Index, describe_sample, refuse_low_limit
 from randomness import Generators, seeded_generator
-from system import UserError, printable
+from system import UserError, warn
 
 MAX_OPEN_SHARDS = 256
 MAX_SAMPLES = 4096  # for statistics, spread evenly over the set: enough for three digits
@@ -210,11 +209,6 @@ class Latents:
             os.close(fd)
 
 
-def warn(line: str) -> None:
-    """To stderr rather than to a logger, which a launcher's settings may have switched off."""
-    print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
-
-
 def spread_evenly(count: int, at_most: int) -> np.ndarray:
     """Up to `at_most` different indices (n,) in 0..count-1, ascending."""
     return np.unique(np.linspace(0, count - 1, at_most).astype(np.int64))
@@ -235,10 +229,8 @@ def mean_and_std(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[flo
 def channel_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[list[float], list[float]]:
     """Mean and std (C numbers each) of the model's input over at most `max_samples` samples."""
     chosen, generator = spread_evenly(len(latents), max_samples), seeded_generator("channel_stats")
-    return mean_and_std(
-        latents.to_model_input(latents.read(indices)[0], generator)
-        for indices in np.array_split(chosen, -(-len(chosen) // 256))
-    )
+    parts = np.array_split(chosen, -(-len(chosen) // 256))
+    return mean_and_std(latents.to_model_input(latents.read(part)[0], generator) for part in parts)
 
 
 def text_stats(latents: Latents, max_samples: int = MAX_SAMPLES) -> tuple[torch.Tensor, torch.Tensor]:

@@ -142,9 +142,8 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, Condition, list[str]] | UserError:
         start = (i * self.plan.world_size + self.plan.rank) * self.plan.micro_batch_size
-        positions = np.arange(
-            start, start + self.plan.micro_batch_size
-        )  # micro-batches of all ranks, one after another
+        # Micro-batches of all ranks, one after another.
+        positions = np.arange(start, start + self.plan.micro_batch_size)
         if self.read_ahead:
             windows = self.order.windows_from(start)
             for window in set(windows).difference(self._requested):
@@ -175,10 +174,8 @@ def wait_for_room(needed: int) -> None:
     while os.path.isdir(SHARED) and (room := shutil.disk_usage(SHARED)).free < needed:
         if room.total < needed or time.monotonic() > until:
             found = f"{SHARED} has {room.free / 1e6:.3g} of {room.total / 1e6:.3g} MB free"
-            raise UserError(
-                f"{found}, and batches of the loader processes take {needed / 1e6:.3g} MB; needed: data.num_workers=0, "
-                "or more (docker run --shm-size=1g)"
-            )
+            found = f"{found}, and batches of the loader processes take {needed / 1e6:.3g} MB"
+            raise UserError(f"{found}; needed: data.num_workers=0, or more (docker run --shm-size=1g)")
         time.sleep(0.1)
 
 
@@ -186,25 +183,21 @@ class Loader(DataLoader):
     """Faults are reported here, in the process that logs."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Condition]]:
+        """Raises UserError for damage, and for a killed loader process."""
         batches = super().__iter__()
         try:
-            while (batch := self._next(batches)) is not None:
+            for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
                 *batch, faults = batch
                 self.dataset.latents.report(faults)
                 yield tuple(batch)
-        finally:
-            del batches  # ends the loader processes here, and not when the traceback is freed
-
-    def _next(self, batches: Iterator) -> tuple | UserError | None:
-        """The next batch, None at the end. Raises UserError for a killed loader process."""
-        try:
-            return next(batches, None)
         except (EOFError, ConnectionError, RuntimeError) as error:
             if died := loader_died(error, self.num_workers):
                 raise died from error
             raise
+        finally:
+            del batches  # ends the loader processes here, and not when the traceback is freed
 
 
 def loader_died(error: Exception, num_workers: int) -> UserError | None:
@@ -212,7 +205,5 @@ def loader_died(error: Exception, num_workers: int) -> UserError | None:
     of SIGCHLD meets the main thread. None for other errors."""
     if not isinstance(error, (EOFError, ConnectionError)) and "DataLoader worker (pid" not in str(error):
         return None
-    return UserError(
-        f"a loader process died ({error or type(error).__name__}), often for want of memory; "
-        f"needed: a smaller data.num_workers than {num_workers}, or the same command again"
-    )
+    found = f"a loader process died ({error or type(error).__name__}), often for want of memory"
+    return UserError(f"{found}; needed: a smaller data.num_workers than {num_workers}, or the same command again")

@@ -21,26 +21,16 @@ import torch
 from tqdm import tqdm
 
 from autoencoder import VAECodec
-from data import emoji
+from data import emoji, shards
 from data.convert import plan_shards
 from data.encoding import LatentEncoding
 from data.images import DECODERS, Images, center_crop, decoded_ahead, open_images
-from data.latents import spread_evenly, warn
+from data.latents import spread_evenly
 from data.packed import find_idx, read_idx
-from data.shards import (
-    FILE_NAME,
-    Captions,
-    TextSource,
-    finalize,
-    open_latents,
-    read_manifest,
-    reserve,
-    shard_name,
-    write_shard,
-)
+from data.shards import Captions, TextSource, finalize, open_latents, reserve, write_shard
 from data.texts import captioned, load_encoder
 from randomness import seeded_generator
-from system import UserError, hub
+from system import UserError, hub, warn
 from system.files import check_name, locked, read_json, sha256_of
 from system.tensors import weights_sha256
 
@@ -215,7 +205,7 @@ def prepare_pictures(
     with locked(folder / ".pictures.lock"):
         note = folder / ".recipe.json"
         begun = read_json(note) if note.exists() else {}
-        if not (folder / FILE_NAME).exists() and begun.get("prepare") == "pictures" and begun != recipe:
+        if not (folder / shards.FILE_NAME).exists() and begun.get("prepare") == "pictures" and begun != recipe:
             for path in (*folder.glob("*.tar"), note):
                 path.unlink()
         reserve(folder, recipe)
@@ -292,7 +282,7 @@ def _is_intact(folder: Path, condition: str = "class") -> bool:
     try:
         for split in ("train", "val"):
             open_latents(folder, split=split, condition=condition)
-        return bool(read_manifest(folder))
+        return bool(shards.read_manifest(folder))
     except UserError:
         return False
 
@@ -303,13 +293,13 @@ def _write(
 ) -> None:  # fmt: skip
     """pixels (N, C, h, w) in 0..255; told: (key, label or captions) of each; splits: the pictures' numbers. about: what
     made the texts, or the names of the classes."""
-    (folder / FILE_NAME).unlink(missing_ok=True)
+    (folder / shards.FILE_NAME).unlink(missing_ok=True)
     for split, chosen in splits.items():
         shuffled = chosen[torch.randperm(len(chosen), generator=seeded_generator(name, split)).numpy()]
         for number, start in enumerate(range(0, len(chosen), SHARD_SIZE[name])):
             shard = shuffled[start : start + SHARD_SIZE[name]]
             samples = ((told[i][0], (pixels[i] / 127.5 - 1).astype(np.float16), told[i][1]) for i in shard)
-            write_shard(folder / shard_name(split, number), samples)
+            write_shard(folder / shards.shard_name(split, number), samples)
     texts = about if isinstance(about, TextSource) else None
     codec, names = {"_target_": "autoencoder.PixelCodec"}, about if texts is None else None
     finalize(folder, LatentEncoding("sample_scaled"), codec=codec, num_classes=names, condition=texts)

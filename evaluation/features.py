@@ -21,7 +21,7 @@ from autoencoder import PixelCodec
 from checkpoints.run_folder import load_strictly, read_tensors
 from data import open_latents, prepare
 from evaluation import inception
-from system import UserError
+from system import UserError, hub
 from system.files import sha256_once
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -135,15 +135,8 @@ class DinoV2(nn.Module):
 
 def dinov2_weights() -> Path:
     """timm's on the Hugging Face hub, downloaded once. Raises UserError where there is no such file."""
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(f"timm/{DINOV2}", "model.safetensors"))
-    except (ImportError, OSError, ValueError):
-        raise UserError(
-            f"no DINOv2 weights: timm/{DINOV2} could not be downloaded from the Hugging Face hub; "
-            "give extractor_weights=<its model.safetensors>"
-        ) from None
+    with hub.refusals("no DINOv2 weights; needed: extractor_weights=<its model.safetensors>"):
+        return hub.local(f"hf:timm/{DINOV2}/model.safetensors")
 
 
 class Classifier(nn.Module):

@@ -9,14 +9,13 @@ The last two are torch-fidelity's, number for number, on the features' own devic
 the CPU, in ten times the time).
 """
 
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from system import UserError
+from system import UserError, warn
 
 
 class FeatureStats:
@@ -58,14 +57,6 @@ class FeatureStats:
         return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).cpu().numpy()
 
 
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """(n, D) of each process -> (N, D) of all, in the order of the processes, on the CPU."""
-    parts = [rows.cpu()] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(parts, parts[0])
-    return torch.cat(parts)
-
-
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians; mu (D,), sigma (D, D), float64.
 
@@ -104,7 +95,7 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
     rounding = len(sigma) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
     if eigenvalues[0] < -100 * rounding:
         clamped = f"clamped eigenvalues down to {eigenvalues[0].item():.3g} (largest: {eigenvalues[-1].item():.3g})"
-        print(f"warning: {clamped}: no covariance", file=sys.stderr)
+        warn(f"{clamped}: no covariance")
     kept = eigenvalues > rounding
     return vectors[:, kept] * eigenvalues[kept].sqrt()
 

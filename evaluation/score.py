@@ -4,32 +4,23 @@ On several processes each takes one block of the images (`shard_range`), one mes
 process computes the scores.
 """
 
-import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
-from safetensors.torch import load, save
+import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints.config import Metrics
 from evaluation import inception
 from evaluation.features import CLASSIFIERS, Extractor, Features
-from evaluation.metrics import (
-    FeatureStats,
-    frechet_distance,
-    gather_rows,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from evaluation.metrics import FeatureStats, frechet_distance, inception_score, kernel_distance, precision_recall
 from evaluation.reference import Reference, check_extractor
 from evaluation.table import finite
-from system import UserError
-from system.files import atomic_file, commit, write_text_atomic
+from system import UserError, warn
+from system.files import commit, write_text_atomic
 from system.processes import start_processes, together
 
 METRICS = get_args(get_args(Metrics)[0])  # names: fd, sfid, is, pr, kid
@@ -83,6 +74,14 @@ def measure(
     return Measured(stats, spatial_stats, *(None if rows is None else gather_rows(rows) for rows in own))
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """(n, D) of each process -> (N, D) of all, in the order of the processes, on the CPU."""
+    parts = [rows.cpu()] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(parts, parts[0])
+    return torch.cat(parts)
+
+
 def score(
     batches: Iterable[Features], n: int, extractor: Extractor, reference: Reference, *,
     labels: torch.Tensor | None = None, metrics: Sequence[str] | None = None,
@@ -93,7 +92,6 @@ def score(
     class_accuracy. metrics: of fd, sfid, is, pr, kid; None = all that the extractor and the reference allow.
     Raises UserError for a reference of another extractor and for metrics that the two do not allow.
     """
-    check_extractor(reference, extractor)
     metrics = choose_metrics(metrics, extractor, reference)
     with_classes = labels is not None and extractor.name in CLASSIFIERS
     keep = torch.ones(len(shard_range(n)), dtype=torch.bool) if {"pr", "kid"} & set(metrics) else None
@@ -107,7 +105,7 @@ def score(
     assert stats.count == n, f"{stats.count} images instead of {n}"
     if n <= extractor.num_features:
         few = f"{n} images are too few for {extractor.num_features} features: distances are overestimated"
-        print(f"warning: {few}", file=sys.stderr)
+        warn(few)
     scores, distance = {}, distance_name(extractor, n)
     if "fd" in metrics:
         scores[distance] = frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma)
@@ -130,7 +128,8 @@ def score(
 
 
 def choose_metrics(wanted: Sequence[str] | None, extractor: Extractor, reference: Reference) -> list[str]:
-    """The metrics to compute. Raises UserError for one that lacks what it needs."""
+    """The metrics to compute. Raises UserError for one that lacks what it needs, and as `check_extractor`."""
+    check_extractor(reference, extractor)
     no_features = reference.features is None and "a reference with features (`fid.py ref` keeps them)"
     lacking = {
         "sfid": reference.mu_s is None and "a reference with mu_s and sigma_s (extractor=inception)",
@@ -149,25 +148,6 @@ def distance_name(extractor: Extractor, n: int) -> str:
     if extractor.name != "inception" or extractor.sha256 not in inception.TRUE_WEIGHTS:
         return f"fd_{extractor.name}"
     return f"fid{n // 1000}k" if n % 1000 == 0 else f"fid{n}"
-
-
-def write_part(path: Path, features: Features) -> None:
-    """Keeps one batch's features: a safetensors file's bytes, then their sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = save({key: part.contiguous().cpu() for key, part in features._asdict().items() if part is not None})
-    with atomic_file(path) as file:
-        file.write(kept + hashlib.sha256(kept).digest())
-
-
-def is_whole_part(path: Path) -> bool:
-    """Whether a part is there and as `write_part` wrote it; any other is made again."""
-    held = path.read_bytes() if path.is_file() else b""
-    return hashlib.sha256(held[:-32]).digest() == held[-32:]
-
-
-def read_part(path: Path, device: torch.device) -> Features:
-    """What `write_part` has kept."""
-    return Features(**{key: part.to(device) for key, part in load(path.read_bytes()[:-32]).items()})
 
 
 def describe_scoring(extractor: Extractor, reference: Reference, metrics: Sequence[str] | None) -> dict:

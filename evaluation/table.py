@@ -10,20 +10,10 @@ from system.files import atomic_file, own
 
 SETTINGS = ("run", "step", "weights", "ema_width", "guidance", "images", "n")
 AXES = {"step": ("training step", "scores.png"), "ema_width": ("relative width of the average", "widths.png")}
-SCORES = (
-    "fid",
-    "fd_",
-    "sfid",
-    "sfd_",
-    "inception_score",
-    "precision",
-    "recall",
-    "kid",
-    "clip_score",
-    "class_accuracy",
-)  # prefixes
+# Of scores, and of those that are better when lower, the names' beginnings.
+SCORES = tuple("fid fd_ sfid sfd_ inception_score precision recall kid clip_score class_accuracy".split())
+LOWER = ("fid", "fd_", "sfid", "sfd_", "kid")
 COSTS = ("network_calls", "gmacs_per_image", "images_per_s")
-LOWER = ("fid", "fd_", "sfid", "sfd_", "kid")  # prefixes of scores that are better when lower
 ARROWS = "↓ lower is better, ↑ higher is better"
 WIDTH = 80
 

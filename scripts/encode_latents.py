@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,12 +33,11 @@ from data.archives import CAPTIONS, LABEL
 from data.convert import entries, plan_shards
 from data.encoding import LatentEncoding
 from data.images import Images, center_crop, decoded_ahead, open_images
-from data.latents import warn
 from data.shards import TextSource, finalize, reserve, write_manifest, write_shard
 from data.texts import Encoder, captioned, load_encoder
 from randomness import seeded_generator
 from scripts.add_features import load_teacher
-from system import UserError, cli, hub
+from system import UserError, cli, hub, warn
 from system.files import read_json, write_text_atomic
 from system.limits import MEMBER_BYTES
 from system.settings import Count, Names, Positive, above, parse
@@ -153,18 +152,16 @@ def encode(
     batches = np.split(chosen, range(cfg.batch_size, len(chosen), cfg.batch_size))
     crops = decoded_ahead(batches, crop, cfg.num_threads)
     for batch, pixels in zip(batches, map(torch.from_numpy, crops)):  # (B, 3, size, size) uint8
-        arrays: dict[str, np.ndarray] = {}
-        features: dict[str, tuple[np.ndarray, ...]] = defaultdict(tuple)
+        made: dict[str, tuple[np.ndarray, ...]] = {}  # array, and features where there is a teacher
         for mirrored, side in ((False, pixels), (True, pixels.flip(-1)))[: 2 if cfg.flip == "both" else 1]:
             keys = [entries(image, cfg.flip)[mirrored][0] for image in batch.tolist()]
-            arrays |= zip(keys, latents(codec, side, keys, cfg))
-            if teacher is not None:
-                features |= zip(keys, zip(teacher(side).half().cpu().numpy()))
+            features = [] if teacher is None else [teacher(side).half().cpu().numpy()]
+            made |= zip(keys, zip(latents(codec, side, keys, cfg), *features))
         there = [image for image in batch.tolist() if image not in left_out]
         told = pictures.told if encoder is None else captioned(encoder, {i: pictures.told[i] for i in there})
         for image in there:
             for key, _ in entries(image, cfg.flip):
-                yield key, arrays[key], told[image], *features[key]
+                yield key, made[key][0], told[image], *made[key][1:]
         progress.update(len(batch))
     for fault in filter(None, left_out.values()):
         warn(f"left out (on_error=skip): {fault}")

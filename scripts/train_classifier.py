@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,8 +24,8 @@ from evaluation.features import CLASSIFIERS, Classifier, real_images
 from randomness import seeded_generator, uniform
 from scripts.add_features import TEACHERS
 from system import UserError, cli
-from system.files import usual_mode
 from system.settings import convert, parse
+from system.tensors import write_safetensors
 
 EPOCHS = {"mnist": 20, "fashion": 8}
 AUGMENTATION = {"mnist": 1.0, "fashion": 0.4}  # clothes hang straight
@@ -86,8 +85,7 @@ def main(overrides: list[str]) -> None:
         right = torch.cat([net(part).logits.argmax(1) for part in images.split(500)]) == labels
     path = (TEACHERS if teacher else CLASSIFIERS)[data.name]
     path.parent.mkdir(exist_ok=True)
-    with usual_mode(path):
-        save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)
+    write_safetensors(path, net.state_dict())
     seconds = time.time() - started
     print(f"{right.float().mean():.4f} of {len(labels)} unseen pictures, {seconds:.0f} s: {path.name}")
 

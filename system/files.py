@@ -14,13 +14,12 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from system import UserError
+from system import UserError, warn
 from system.limits import TEXT_BYTES
 from system.processes import once_per_machine
 
@@ -118,15 +117,6 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def usual_mode(path: Path) -> Iterator[None]:
-    """Gives a file that safetensors writes inside a new file's permissions: its owner alone could read it otherwise."""
-    path.touch()
-    mode = path.stat().st_mode & 0o777
-    yield
-    path.chmod(mode)
-
-
 def write_text_atomic(path: Path, text: str) -> None:
     """Replaces a text file as a whole."""
     with atomic_file(path) as file:
@@ -190,7 +180,7 @@ def reserve(folder: Path) -> TextIO:
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             reason = f"{folder}: this file system has no locks ({error.strerror})"
-            print(f"warning: {reason}; no second job may use the folder meanwhile", file=sys.stderr)
+            warn(f"{reason}; no second job may use the folder meanwhile")
             return lock
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise

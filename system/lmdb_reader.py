@@ -5,7 +5,6 @@ The library maps the file and trusts it: a damaged one ends the process that rea
 
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 LONGEST = 1 << 28  # bytes of a value
@@ -28,7 +27,6 @@ def serve(folder: str) -> None:
         print(str(error).replace("\n", " "), flush=True)
 
 
-@lru_cache(maxsize=1)
 def start(folder: Path) -> subprocess.Popen:
     """The reader of a folder; what it says first is "open", or why it is not. It ends with this process."""
     command = [sys.executable, "-I", __file__, str(folder)]

@@ -1,4 +1,4 @@
-"""Files of tensors from elsewhere, .safetensors and .pt: read without running code, and refused in one line."""
+"""Files of tensors: .safetensors and .pt, which are read without running code and refused in one line, and ours."""
 
 import argparse
 import hashlib
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from system import UserError
 from system.files import open_regular
@@ -33,6 +34,14 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error})") from None
+
+
+def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Writes a file with a new file's permissions; by itself, safetensors lets its owner alone read it."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def read_pt(path: Path) -> dict:

@@ -475,7 +475,7 @@ def test_killed_and_started_again(trained, digits, tmp_path, monkeypatch):
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*/*.safetensors")}
     assert 0 < len(finished) < 16
-    read, read_part = {}, score.read_part
+    read, read_part = {}, evaluate.read_part
 
     def watched(path, device):
         read[path.name] = path.stat().st_mtime_ns

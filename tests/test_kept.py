@@ -18,8 +18,8 @@ from checkpoints.run_folder import MANIFEST, prune_checkpoints
 from data import loader, open_latents
 from data.index import refuse_low_limit
 from data.latents import Latents
+from evaluation.evaluate import is_whole_part, read_part, write_part
 from evaluation.features import Features
-from evaluation.score import is_whole_part, read_part, write_part
 from system import UserError, compiling
 from tests.conftest import ROOT, write_shard
 

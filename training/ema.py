@@ -6,7 +6,6 @@ Numbers of equations and algorithms are the paper's, whose times are images, not
 """
 
 import copy
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from checkpoints.run_folder import average_files, read_tensors, snapshots_until, step_of, verify_checkpoint
-from system import UserError
+from system import UserError, warn
 
 POOR_FIT = 0.1  # error, relative to the wanted profile, from which on a reconstruction is warned of
 
@@ -94,7 +93,7 @@ def reconstruct(checkpoint: Path, width: float) -> dict[str, torch.Tensor]:
     mix, error = coefficients(steps, widths, step_of(checkpoint), width)
     if error > POOR_FIT:
         found = f"{len(folders)} snapshots come within {error:.0%} of its profile; more saves come nearer"
-        print(f"warning: ema_width={width}: {found}", file=sys.stderr)
+        warn(f"ema_width={width}: {found}")
     for folder in folders:
         verify_checkpoint(folder, only=[path.name for path in average_files(folder).values()])
     average: dict[str, torch.Tensor] = {}

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from checkpoints.config import Settings
 from checkpoints.curves import log_lines
 from cost import mean_macs, training_flops
-from data.latents import warn
-from system import UserError, cli
+from system import UserError, cli, warn
 from system.files import own
 from system.precision import peak_tflops
 from system.processes import OtherProcessFailed, Preempted, from_first

@@ -83,9 +83,8 @@ def reverse_time(tensors: Tensors) -> Tensors:
     result = dict(tensors)
     w = time_frequencies().double()  # (F,)
     cos, sin = tensors["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)  # (D, F) each
-    result["t_embedder.mlp.0.weight"] = torch.cat(
-        [cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()], dim=1
-    )  # (D, 2F)
+    reflected = [cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()]
+    result["t_embedder.mlp.0.weight"] = torch.cat(reflected, dim=1)  # (D, 2F)
     channels, patch = tensors["x_embedder.proj.weight"].shape[1:3]
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = tensors[key].unflatten(0, (patch**2, -1)).clone()  # (p * p, C_out, ...)

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -120,6 +120,7 @@ def _maskdit_lmdb(path: Path) -> Source | None:
     return replace(source, count=half, flip="both") if half and count % 2 == 0 and is_mirrored() else source
 
 
+@lru_cache(maxsize=1)
 def _lmdb(folder: Path) -> Callable[[str], bytes]:
     """get(key) of an LMDB folder, read by another process, which a damaged file may end. Raises UserError."""
     if find_spec("lmdb") is None:
@@ -139,10 +140,8 @@ def _lmdb(folder: Path) -> Callable[[str], bytes]:
             raise UserError(f"{place} is damaged at {key!r} ({size or 'its reader crashed'})")
         return reader.stdout.read(int(size))
 
-    if not hasattr(reader, "opened"):
-        reader.opened = line()
-    if reader.opened != "open":
-        raise UserError(f"{place} cannot be opened: {reader.opened or 'its reader crashed'}")
+    if (opened := line()) != "open":
+        raise UserError(f"{place} cannot be opened: {opened or 'its reader crashed'}")
     return get
 
 
@@ -175,16 +174,14 @@ def _fastdit(path: Path) -> Source | None:
     if names != label_names:
         raise UserError(f"{features} has {len(names)} arrays and {labels} {len(label_names)}; needed: the same names")
 
-    def array(i: int, mirrored: bool) -> np.ndarray:
-        place = features / names[i]
-        return _latent(read_npy(read_small(place, MEMBER_BYTES), place), place)
-
     def label(i: int) -> int:
-        place = labels / names[i]
-        found = read_npy(read_small(place, MEMBER_BYTES), place)
+        found = _npy(place := labels / names[i])
         if found.size != 1 or found.dtype.kind not in "iuf" or not 0 <= found.item() < 2**31 or found.item() % 1:
             raise UserError(f"{place}: holds {found.dtype} {found.shape}; needed: one whole number of 0 or more")
         return int(found.item())
+
+    def array(i: int, mirrored: bool) -> np.ndarray:
+        return _latent(_npy(features / names[i]), features / names[i])
 
     return Source(len(names), array, label, "sample_scaled", codec=_sd_codec("ema"))
 
@@ -244,23 +241,24 @@ def _uvit(path: Path) -> Source | None:
     if empty is None:
         raise UserError(f"{path} has no empty_context.npy, the states of no caption; needed: beside train and val")
 
-    def read(place: Path) -> np.ndarray:
-        return read_npy(read_small(place, MEMBER_BYTES), place)
-
     def array(i: int, mirrored: bool) -> np.ndarray:
-        place = images[i][0] / f"{images[i][1]}.npy"
-        return _latent(read(place), place)
+        return _latent(_npy(place := images[i][0] / f"{images[i][1]}.npy"), place)
 
     def texts(i: int) -> list[np.ndarray]:
         folder, number, count = images[i]
-        return [_text(read(place), place) for place in (folder / f"{number}_{j}.npy" for j in range(count))]
+        return [_text(folder / f"{number}_{j}.npy") for j in range(count)]
 
     val = sum(folder != images[0][0] for folder, _, _ in images)
-    return _sd_moments(len(images), array, texts=texts, null_text=_text(read(empty), empty), val=val)
+    return _sd_moments(len(images), array, texts=texts, null_text=_text(empty), val=val)
 
 
-def _text(array: np.ndarray, place: str | Path) -> np.ndarray:
-    """(T, D) float16 or float32. `place` begins an error."""
+def _npy(place: Path) -> np.ndarray:
+    return read_npy(read_small(place, MEMBER_BYTES), place)
+
+
+def _text(place: Path) -> np.ndarray:
+    """(T, D) float16 or float32 of a .npy file. Raises UserError for anything else."""
+    array = _npy(place)
     if array.ndim != 2 or array.dtype not in (np.float16, np.float32) or not len(array):
         raise UserError(f"{place}: holds {array.dtype} {array.shape}; needed: float16 or float32 (T, D)")
     return array
