@@ -6,6 +6,7 @@ kept inside a route, D width, H heads.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,8 @@ class DiT(Network):
             raise UserError(f"input_size {self.input_size} is not divisible by patch_size {patch_size}")
         if D % self.num_heads or D % 4:
             raise UserError(f"hidden_size {D} must be divisible by num_heads ({self.num_heads}) and by 4")
+        if (middle := self.middle_head) is not None and not 0 <= middle < depth:
+            raise UserError(f"middle_head={middle}; needed: the number of a block, from 0 to {depth - 1}, or null")
         self.latent_shape, self.grid = (self.in_channels, h, w), (h // patch_size, w // patch_size)
         self.spacing = old_h / h, old_w / w  # of the tokens' coordinates, of rows and of columns
         self.num_tokens, self.name = math.prod(self.grid), self.size.removeprefix("DiT-").replace("/", "")
@@ -108,7 +111,7 @@ class DiT(Network):
         self.final_layer = FinalLayer(D, patch_size, self.out_channels)
         self.initialize_weights()
         if self.middle_head is not None:
-            self.add_middle_head(self.middle_head)
+            self.middle_layer = deepcopy(self.final_layer)  # which begins at zero
         for after in {route.end_layer_idx + 1 for route in self.routes} - {depth} if self.fp32_after_route else ():
             self.blocks[after].keeps_fp32 = True
 
@@ -122,11 +125,7 @@ class DiT(Network):
 
     def initialize_weights(self) -> None:
         """Xavier linear layers, zero biases, N(0, 0.02) embeddings; adaLN modulation and output start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier(self)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         if isinstance(self.y_embedder, LabelEmbedder):
@@ -168,17 +167,6 @@ class DiT(Network):
                 states = states | {MIDDLE: self.middle_output(*states[self.middle_head], c)}
         out = unpatchify(patches, self.patch_size, self.grid)
         return (out, states) if states else out
-
-    def add_middle_head(self, block: int) -> None:
-        """After `block`, of the last one's kind. The other weights are drawn as without it."""
-        if not 0 <= block < len(self.blocks):
-            last = len(self.blocks) - 1
-            raise UserError(f"middle_head={block}; needed: the number of a block, from 0 to {last}, or null for none")
-        self.middle_head = block
-        with torch.random.fork_rng(devices=[]):
-            self.middle_layer = FinalLayer(self.hidden_size, self.patch_size, self.out_channels)
-        for p in self.middle_layer.parameters():
-            nn.init.zeros_(p)
 
     def blocks_of(self, hidden: Collection[int | str]) -> Collection[int | str]:
         """`hidden`, with the block that the middle head needs."""
@@ -226,6 +214,14 @@ class DiT(Network):
     def block_macs(self, routing: Routing | None) -> list[int]:
         """Multiply-adds of each block."""
         return [block.macs(n) for block, n in zip(self.blocks, self.tokens_seen(routing))]
+
+
+def xavier(*modules: nn.Module) -> None:
+    """Draws the weights of all linear layers within; their biases are zero."""
+    for layer in (part for module in modules for part in module.modules() if isinstance(part, nn.Linear)):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def weights_of(module: nn.Module) -> int:

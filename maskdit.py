@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Block, Condition, DiT, FinalLayer, LabelEmbedder, block_tokens, modulate, sincos_positions, weights_of
+from dit import Block, Condition, DiT, FinalLayer, LabelEmbedder, block_tokens, sincos_positions, weights_of, xavier
 from routing_module import Route, Routing, Source, gather_tokens, num_kept, run_blocks, scatter_tokens
 
 DECODER = dict(decoder_hidden_size=512, decoder_depth=8, decoder_num_heads=16)  # at every published size
@@ -55,7 +55,7 @@ class MaskDiT(DiT):
             raise ValueError(f"{found}; needed: mae_weight=0")
         if isinstance(self.y_embedder, LabelEmbedder):
             self.y_embedder = OneHotEmbedder(self.num_classes, D)
-        self.decoder_layer = DecoderLayer(D, width)
+        self.decoder_layer = FinalLayer(D, 1, width)
         blocks = [Block(width, heads, self.mlp_ratio, self.text_size) for _ in range(self.decoder_depth)]
         self.decoder_blocks = nn.ModuleList(conditioned(block, D) for block in blocks)
         self.final_layer = conditioned(FinalLayer(width, self.patch_size, self.in_channels), D)
@@ -66,12 +66,7 @@ class MaskDiT(DiT):
 
     def initialize_decoder(self) -> None:
         """As the blocks; the layer into the decoder starts at zero too, as in the authors' code."""
-        for part in (self.decoder_layer, self.decoder_blocks, self.final_layer):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        xavier(self.decoder_layer, self.decoder_blocks, self.final_layer)
         for part in (self.decoder_layer, *self.decoder_blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
         for layer in (self.decoder_layer, self.final_layer):
@@ -139,18 +134,6 @@ class OneHotEmbedder(nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, D)
         return F.embedding(y, F.pad(self.embedding_table.weight.T, (0, 0, 0, 1)))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, hidden_size: int, decoder_hidden_size: int):
-        super().__init__()
-        self.norm_decoder = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, decoder_hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # (B, K, D), (B, D) -> (B, K, decoder's width)
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_decoder(x), shift, scale))
 
 
 def conditioned(module: nn.Module, width: int) -> nn.Module:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from conditions import Condition
+from dit import Condition, xavier
 from lightningdit import LightningDiT
 from randomness import uniform
 from routing_module import Route, Routing, gather_tokens, run_blocks, scatter_tokens
@@ -56,8 +56,7 @@ class Sprint(LightningDiT):
         super().__post_init__()
         self.sparse = slice(f, -h)  # g's blocks
         self.fusion = nn.Linear(2 * self.hidden_size, self.hidden_size)
-        nn.init.xavier_uniform_(self.fusion.weight)
-        nn.init.zeros_(self.fusion.bias)
+        xavier(self.fusion)
         # A buffer: in the authors' code it is not trained.
         self.register_buffer("mask_token", 0.02 * torch.randn(1, 1, self.hidden_size))
 
