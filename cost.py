@@ -7,7 +7,6 @@ Memory is that of one process in an uncompiled step, which is run on tensors wit
 data.text_length tokens, or one.
 """
 
-import sys
 import weakref
 from bisect import bisect
 from collections import Counter
@@ -203,9 +202,6 @@ def out_of_memory(settings: Settings, micro_batch: int, rows: int, limit: int, p
 
 
 def main(overrides: list[str]) -> None:
-    if set(overrides) & {"-h", "--help"}:
-        print(__doc__.strip())
-        return
     settings = parse(Settings, cli.load_config("config", overrides))
     with torch.device("meta"):  # shapes without memory
         model = build_network(settings)
@@ -214,5 +210,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        main(sys.argv[1:])
+    cli.command(main, __doc__)
