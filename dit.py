@@ -99,13 +99,12 @@ class DiT(Network):
 
         self.x_embedder = PatchEmbed(patch_size, self.in_channels, D)
         self.t_embedder = TimestepEmbedder(D)
-        self.y_embedder = condition_embedder(self.condition, self.num_classes, self.text_width, D)
         self.text_length, self.reads_text = self.text_length or 1, self.condition == "text" and self.attends
+        self.y_embedder, self.null_condition = self.condition_parts()
         if self.pooled_text and not self.reads_text:
             raise UserError("pooled_text=true is for networks that attend to texts; needed: pooled_text=false")
         modulated = self.pooled_text or not self.reads_text
         self.modulated = self.condition != "none" and modulated  # the blocks, by the condition
-        self.null_condition = null_of(self.condition, self.num_classes, self.text_length, self.text_width)
         self.register_buffer("pos_embed", sincos_positions(D, *self.grid, self.spacing)[None])  # (1, N, D)
         self.blocks = nn.ModuleList([self.new_block() for _ in range(depth)])
         self.final_layer = FinalLayer(D, patch_size, self.out_channels)
@@ -114,6 +113,24 @@ class DiT(Network):
             self.middle_layer = deepcopy(self.final_layer)  # which begins at zero
         for after in {route.end_layer_idx + 1 for route in self.routes} - {depth} if self.fp32_after_route else ():
             self.blocks[after].keeps_fp32 = True
+
+    def condition_parts(self) -> tuple[nn.Module | None, Condition]:
+        """What turns a condition into (B, D), and the null condition, which is on the CPU. Raises UserError."""
+        if self.condition == "class":
+            if not (self.num_classes or 0) > 0:
+                raise UserError(f"num_classes={self.num_classes}; needed: at least 1, or another condition than class")
+            null = torch.tensor([self.num_classes], device="cpu")
+            return LabelEmbedder(self.num_classes, self.hidden_size), null
+        if self.condition == "text":
+            if not (self.text_width or 0) > 0:
+                found = f"text_width={self.text_width}; needed: the width of the texts' states (data.text_width)"
+                raise UserError(found)
+            states = torch.zeros(1, self.text_length, self.text_width, device="cpu")
+            null = Text(states, torch.zeros(1, self.text_length, dtype=torch.bool, device="cpu"))  # without tokens
+            return TextEmbedder(self.text_width, self.hidden_size), null
+        if self.condition != "none":
+            raise UserError(f"condition={self.condition}; needed: class, text or none")
+        return None, None
 
     def new_block(self) -> nn.Module:
         return Block(self.hidden_size, self.num_heads, self.mlp_ratio, self.text_size)
@@ -359,29 +376,6 @@ def time_frequencies(device: torch.device | str | None = None) -> torch.Tensor:
     """Angular frequencies (TIME_WIDTH / 2,), falling from 1."""
     half = TIME_WIDTH // 2
     return torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=device))
-
-
-def condition_embedder(
-    condition: str, num_classes: int | None, text_width: int | None, hidden_size: int
-) -> nn.Module | None:
-    """What turns a condition into (B, D); None = there is none. Raises UserError for sizes that are missing."""
-    if condition not in ("class", "text", "none"):
-        raise UserError(f"condition={condition}; needed: class, text or none")
-    if condition == "class" and not (num_classes or 0) > 0:
-        raise UserError(f"num_classes={num_classes}; needed: at least 1, or another condition than class")
-    if condition == "text" and not (text_width or 0) > 0:
-        raise UserError(f"text_width={text_width}; needed: the width of the texts' states (data.text_width)")
-    if condition == "class":
-        return LabelEmbedder(num_classes, hidden_size)
-    return TextEmbedder(text_width, hidden_size) if condition == "text" else None
-
-
-def null_of(condition: str, num_classes: int | None, text_length: int, text_width: int | None) -> Condition:
-    """The number of classes, or a text without tokens, which is as long as others; on the CPU, as `conditions` says."""
-    if condition != "text":
-        return torch.tensor([num_classes], device="cpu") if condition == "class" else None
-    states = torch.zeros(1, text_length, text_width, device="cpu")
-    return Text(states, torch.zeros(1, text_length, dtype=torch.bool, device="cpu"))
 
 
 class LabelEmbedder(nn.Module):
