@@ -5,7 +5,9 @@ kept inside a route, D width, H heads.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,107 +32,117 @@ SIZES = {
 TIME_WIDTH = 256  # of the sinusoidal time embedding
 
 
-def shape_of(
-    size: str, patch_size: int | None, hidden_size: int | None, depth: int | None, num_heads: int | None
-) -> tuple[int, int, int, int]:
-    """(patch_size, hidden_size, depth, num_heads): the numbers given, and those of `size` where they are None.
-
-    size: DiT-XL/2 and the like: XS, S, B, L or XL, at any patch size. Raises UserError for another name.
-    """
+def numbers_of(size: str) -> dict[str, int]:
+    """What DiT-XL/2 and the like name: XS, S, B, L or XL, at any patch size. Raises UserError for another name."""
     name, _, patch = size.removeprefix("DiT-").partition("/")
     if name not in SIZES or not patch.isdigit():
         raise UserError(f"model size {size!r}; needed: DiT-{{{','.join(SIZES)}}}/{{2,4,8}}, for example DiT-XL/2")
-    named = (int(patch), *(SIZES[name][key] for key in ("hidden_size", "depth", "num_heads")))
-    given = (patch_size, hidden_size, depth, num_heads)
-    return tuple(by_name if number is None else number for by_name, number in zip(named, given))
+    return {"patch_size": int(patch), **SIZES[name]}
 
 
+def sides_of(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+@dataclass(eq=False, repr=False)
 class DiT(Network):
     """net(x, t, condition, *, routing=None, hidden=()), as in `contracts.Network`. A class label is 0..num_classes-1,
     or num_classes for "no label".
 
-    input_size: of x, h = w or (h, w). size: names patch_size, hidden_size, depth and num_heads, where they are None.
-    learn_sigma: True = 2 * in_channels outputs, as in official DiT and SiT.
-    fp32_after_route: the block after an active route runs without autocast, as in TREAD's own code.
-    condition: "class", "text" or "none". text_width: of a text's states. text_length: of its tokens, as `macs` counts.
-    pooled_text: the mean of a text's states modulates the blocks too; PRX's do not.
-    block: builds a block from (hidden_size, num_heads, mlp_ratio) and, for texts, `text`; None = `Block`.
-    middle_head: a second head predicts after this block, counted from 0 (arXiv 2512.24176); None = there is none.
-    positions_from: the input_size to whose sides the tokens' coordinates are scaled, that of a network which this one
-        starts from; None = its own.
-    Raises UserError for sizes that do not divide, ValueError for routes that do not fit.
+    The fields are the constructor's arguments. Raises UserError for sizes that do not divide, ValueError for routes
+    that do not fit.
     """
+
+    input_size: int | Sequence[int] = 32  # of x, h = w or (h, w)
+    patch_size: int | None = None  # None = by size
+    in_channels: int = 4
+    hidden_size: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    num_classes: int | None = 1000
+    learn_sigma: bool = True  # 2 * in_channels outputs, as in official DiT and SiT
+    routes: Sequence[Route | Mapping] = ()
+    fp32_after_route: bool = False  # the block after an active route runs without autocast, as in TREAD's own code
+    size: str = "DiT-XL/2"
+    condition: str = "class"  # or text, none
+    text_width: int | None = None  # of a text's states
+    text_length: int | None = None  # of a text, as `macs` counts
+    pooled_text: bool = False  # the mean of a text's states modulates the blocks too; PRX's do not
+    middle_head: int | None = None  # a second head predicts after this block (arXiv 2512.24176)
+    # The input_size to whose sides the tokens' coordinates are scaled, that of a network which this one starts from.
+    positions_from: int | Sequence[int] | None = None
 
     attends = True  # its blocks, to a text's tokens; else the text's mean modulates them
 
-    def __init__(
-        self,
-        input_size: int | Sequence[int] = 32,
-        patch_size: int | None = None,
-        in_channels: int = 4,
-        hidden_size: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        num_classes: int | None = 1000,
-        learn_sigma: bool = True,
-        routes: Sequence[Route | Mapping] = (),
-        fp32_after_route: bool = False,
-        size: str = "DiT-XL/2",
-        condition: str = "class",
-        text_width: int | None = None,
-        text_length: int | None = None,
-        pooled_text: bool = False,
-        block: Callable[..., nn.Module] | None = None,
-        middle_head: int | None = None,
-        positions_from: int | Sequence[int] | None = None,
-    ):
+    def __post_init__(self):
         super().__init__()
-        patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
-        h, w = (input_size, input_size) if isinstance(input_size, int) else input_size
-        old_h, old_w = (positions_from,) * 2 if isinstance(positions_from, int) else positions_from or (h, w)
-        if min(h, w, old_h, old_w, patch_size, in_channels, hidden_size, depth, num_heads) < 1:
+        for name, number in numbers_of(self.size).items():
+            if getattr(self, name) is None:
+                setattr(self, name, number)
+        D, depth, patch_size = self.hidden_size, self.depth, self.patch_size
+        h, w = sides_of(self.input_size)
+        old_h, old_w = sides_of(self.input_size if self.positions_from is None else self.positions_from)
+        if min(h, w, old_h, old_w, patch_size, self.in_channels, D, depth, self.num_heads) < 1:
             raise UserError("each of DiT's sizes, from input_size to num_heads, must be at least 1")
         if h % patch_size or w % patch_size:
-            raise UserError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise UserError(f"hidden_size {hidden_size} must be divisible by num_heads ({num_heads}) and by 4")
-        self.latent_shape, self.grid, self.patch_size = (
-            (in_channels, h, w),
-            (h // patch_size, w // patch_size),
-            patch_size,
-        )
+            raise UserError(f"input_size {self.input_size} is not divisible by patch_size {patch_size}")
+        if D % self.num_heads or D % 4:
+            raise UserError(f"hidden_size {D} must be divisible by num_heads ({self.num_heads}) and by 4")
+        if (middle := self.middle_head) is not None and not 0 <= middle < depth:
+            raise UserError(f"middle_head={middle}; needed: the number of a block, from 0 to {depth - 1}, or null")
+        self.latent_shape, self.grid = (self.in_channels, h, w), (h // patch_size, w // patch_size)
         self.spacing = old_h / h, old_w / w  # of the tokens' coordinates, of rows and of columns
-        self.num_tokens, self.name = math.prod(self.grid), size.removeprefix("DiT-").replace("/", "")
-        self.hidden_size, self.num_heads, self.num_classes = hidden_size, num_heads, num_classes
-        self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.routes = resolve_routes(routes, depth, self.grid)
+        self.num_tokens, self.name = math.prod(self.grid), self.size.removeprefix("DiT-").replace("/", "")
+        self.out_channels = self.in_channels * 2 if self.learn_sigma else self.in_channels
+        self.routes = resolve_routes(self.routes, depth, self.grid)
 
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = condition_embedder(condition, num_classes, text_width, hidden_size)
-        self.text_length, self.reads_text = text_length or 1, condition == "text" and self.attends
-        if pooled_text and not self.reads_text:
+        self.x_embedder = PatchEmbed(patch_size, self.in_channels, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.text_length, self.reads_text = self.text_length or 1, self.condition == "text" and self.attends
+        self.y_embedder, self.null_condition = self.condition_parts()
+        if self.pooled_text and not self.reads_text:
             raise UserError("pooled_text=true is for networks that attend to texts; needed: pooled_text=false")
-        self.modulated = condition != "none" and (pooled_text or not self.reads_text)  # the blocks, by the condition
-        self.null_condition = null_of(condition, num_classes, self.text_length, text_width)
-        text = {"text": (hidden_size, self.text_length)} if self.reads_text else {}
-        self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid, self.spacing)[None])  # (1, N, D)
-        self.blocks = nn.ModuleList([(block or Block)(hidden_size, num_heads, mlp_ratio, **text) for _ in range(depth)])
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        modulated = self.pooled_text or not self.reads_text
+        self.modulated = self.condition != "none" and modulated  # the blocks, by the condition
+        self.register_buffer("pos_embed", sincos_positions(D, *self.grid, self.spacing)[None])  # (1, N, D)
+        self.blocks = nn.ModuleList([self.new_block() for _ in range(depth)])
+        self.final_layer = FinalLayer(D, patch_size, self.out_channels)
         self.initialize_weights()
-        if middle_head is not None:
-            self.add_middle_head(middle_head)
-        for after in {route.end_layer_idx + 1 for route in self.routes} - {depth} if fp32_after_route else ():
+        if self.middle_head is not None:
+            self.middle_layer = deepcopy(self.final_layer)  # which begins at zero
+        for after in {route.end_layer_idx + 1 for route in self.routes} - {depth} if self.fp32_after_route else ():
             self.blocks[after].keeps_fp32 = True
+
+    def condition_parts(self) -> tuple[nn.Module | None, Condition]:
+        """What turns a condition into (B, D), and the null condition, which is on the CPU. Raises UserError."""
+        if self.condition == "class":
+            if not (self.num_classes or 0) > 0:
+                raise UserError(f"num_classes={self.num_classes}; needed: at least 1, or another condition than class")
+            null = torch.tensor([self.num_classes], device="cpu")
+            return LabelEmbedder(self.num_classes, self.hidden_size), null
+        if self.condition == "text":
+            if not (self.text_width or 0) > 0:
+                found = f"text_width={self.text_width}; needed: the width of the texts' states (data.text_width)"
+                raise UserError(found)
+            states = torch.zeros(1, self.text_length, self.text_width, device="cpu")
+            null = Text(states, torch.zeros(1, self.text_length, dtype=torch.bool, device="cpu"))  # without tokens
+            return TextEmbedder(self.text_width, self.hidden_size), null
+        if self.condition != "none":
+            raise UserError(f"condition={self.condition}; needed: class, text or none")
+        return None, None
+
+    def new_block(self) -> nn.Module:
+        return Block(self.hidden_size, self.num_heads, self.mlp_ratio, self.text_size)
+
+    @property
+    def text_size(self) -> tuple[int, int] | None:
+        """(width, number) of the tokens of a text that blocks attend to."""
+        return (self.hidden_size, self.text_length) if self.reads_text else None
 
     def initialize_weights(self) -> None:
         """Xavier linear layers, zero biases, N(0, 0.02) embeddings; adaLN modulation and output start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier(self)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         if isinstance(self.y_embedder, LabelEmbedder):
@@ -172,17 +184,6 @@ class DiT(Network):
                 states = states | {MIDDLE: self.middle_output(*states[self.middle_head], c)}
         out = unpatchify(patches, self.patch_size, self.grid)
         return (out, states) if states else out
-
-    def add_middle_head(self, block: int) -> None:
-        """After `block`, of the last one's kind. The other weights are drawn as without it."""
-        if not 0 <= block < len(self.blocks):
-            last = len(self.blocks) - 1
-            raise UserError(f"middle_head={block}; needed: the number of a block, from 0 to {last}, or null for none")
-        self.middle_head = block
-        with torch.random.fork_rng(devices=[]):
-            self.middle_layer = FinalLayer(self.hidden_size, self.patch_size, self.out_channels)
-        for p in self.middle_layer.parameters():
-            nn.init.zeros_(p)
 
     def blocks_of(self, hidden: Collection[int | str]) -> Collection[int | str]:
         """`hidden`, with the block that the middle head needs."""
@@ -230,6 +231,14 @@ class DiT(Network):
     def block_macs(self, routing: Routing | None) -> list[int]:
         """Multiply-adds of each block."""
         return [block.macs(n) for block, n in zip(self.blocks, self.tokens_seen(routing))]
+
+
+def xavier(*modules: nn.Module) -> None:
+    """Draws the weights of all linear layers within; their biases are zero."""
+    for layer in (part for module in modules for part in module.modules() if isinstance(part, nn.Linear)):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def weights_of(module: nn.Module) -> int:
@@ -367,29 +376,6 @@ def time_frequencies(device: torch.device | str | None = None) -> torch.Tensor:
     """Angular frequencies (TIME_WIDTH / 2,), falling from 1."""
     half = TIME_WIDTH // 2
     return torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=device))
-
-
-def condition_embedder(
-    condition: str, num_classes: int | None, text_width: int | None, hidden_size: int
-) -> nn.Module | None:
-    """What turns a condition into (B, D); None = there is none. Raises UserError for sizes that are missing."""
-    if condition not in ("class", "text", "none"):
-        raise UserError(f"condition={condition}; needed: class, text or none")
-    if condition == "class" and not (num_classes or 0) > 0:
-        raise UserError(f"num_classes={num_classes}; needed: at least 1, or another condition than class")
-    if condition == "text" and not (text_width or 0) > 0:
-        raise UserError(f"text_width={text_width}; needed: the width of the texts' states (data.text_width)")
-    if condition == "class":
-        return LabelEmbedder(num_classes, hidden_size)
-    return TextEmbedder(text_width, hidden_size) if condition == "text" else None
-
-
-def null_of(condition: str, num_classes: int | None, text_length: int, text_width: int | None) -> Condition:
-    """The number of classes, or a text without tokens, which is as long as others; on the CPU, as `conditions` says."""
-    if condition != "text":
-        return torch.tensor([num_classes], device="cpu") if condition == "class" else None
-    states = torch.zeros(1, text_length, text_width, device="cpu")
-    return Text(states, torch.zeros(1, text_length, dtype=torch.bool, device="cpu"))
 
 
 class LabelEmbedder(nn.Module):

@@ -115,13 +115,12 @@ def check_networks(guidance: Guidance, strong: Network, weak: Network) -> None:
     trained = all(any(route.selection_ratio > 0 for route in network.routes) for network in (strong, weak))
     if guidance.routed and not trained:
         raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
-    for network, name in ((strong, "gamma_strong"), (weak, "gamma_weak"))[: 2 if guidance.on else 1]:
+    for network, name in zip(networks, ("gamma_strong", "gamma_weak")):
+        first, last = guidance.ends(name)
         for route in network.routes:
-            first, last = guidance.ends(name)
             if route.selection != "random" and first != last:
-                raise UserError(
-                    f"{name} changes from {first:g} to {last:g}; selection={route.selection} needs one ratio"
-                )
+                found = f"{name} changes from {first:g} to {last:g}"
+                raise UserError(f"{found}; selection={route.selection} needs one ratio")
             with user_mistakes(name):
                 check_route(route, first, route.grid)
     if guidance.on and guidance.weak_path:

@@ -4,76 +4,54 @@ State-dict keys are that project's. Each kept token keeps the rotary angles of i
 the tokens.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Attention, Block, DiT, Mlp, Route, Routing, Text, modulate, shape_of
+from dit import Attention, Block, DiT, Mlp, Routing, Text, modulate
 from system import UserError
 from system.kernels import linear
 
 
+@dataclass(eq=False, repr=False)
 class LightningDiT(DiT):
-    """DiT's call, routes and arguments. Also raises UserError where a head's width is not divisible by 4.
+    """DiT's call, routes and arguments. Also raises UserError where a head's width is not divisible by 4."""
 
-    qk_norm: RMSNorm of queries and keys: steadier in long bf16 runs, at some cost in FID; with texts, always.
-    norm, mlp: "rms" or "layer", "swiglu", "gelu" or "relu2" (ReLU squared): "layer" and "gelu" are DiT's.
-    rotary, sincos: where positions enter: as the angles of queries and keys, and added to the tokens.
-    value_residual: all blocks but the first mix their values v with the first's, v_1, gathered with their tokens in a
-        route: l v_1 + (1 - l) v, where each learns its l, from 0.5 (arXiv 2410.17897).
-    """
+    input_size: int | Sequence[int] = 16
+    in_channels: int = 32
+    learn_sigma: bool = False
+    size: str = "DiT-XL/1"
+    qk_norm: bool = False  # of queries and keys: steadier in long bf16 runs, at some cost in FID; with texts, always
+    norm: str = "rms"  # or layer, DiT's
+    mlp: str = "swiglu"  # or gelu, DiT's; relu2: ReLU squared
+    rotary: bool = True  # positions enter as the angles of queries and keys,
+    sincos: bool = True  # and are added to the tokens
+    # All blocks but the first mix their values v with the first's, v_1, gathered with their tokens in a route:
+    # l v_1 + (1 - l) v, where each learns its l, from 0.5 (arXiv 2410.17897).
+    value_residual: bool = False
 
-    def __init__(
-        self,
-        input_size: int | Sequence[int] = 16,
-        patch_size: int | None = None,
-        in_channels: int = 32,
-        hidden_size: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        num_classes: int | None = 1000,
-        learn_sigma: bool = False,
-        routes: Sequence[Route | Mapping] = (),
-        qk_norm: bool = False,
-        fp32_after_route: bool = False,
-        size: str = "DiT-XL/1",
-        norm: str = "rms",
-        mlp: str = "swiglu",
-        rotary: bool = True,
-        sincos: bool = True,
-        condition: str = "class",
-        text_width: int | None = None,
-        text_length: int | None = None,
-        pooled_text: bool = False,
-        value_residual: bool = False,
-        middle_head: int | None = None,
-        positions_from: int | Sequence[int] | None = None,
-    ):
-        if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu", "relu2"):
-            raise UserError(f"norm={norm}, mlp={mlp}; needed: norm rms or layer, mlp swiglu, gelu or relu2")
-        patch_size, hidden_size, depth, num_heads = shape_of(size, patch_size, hidden_size, depth, num_heads)
-        if hidden_size % (4 * num_heads):
-            raise UserError(f"hidden_size {hidden_size} is not divisible by 4 x num_heads ({num_heads})")
-        super().__init__(
-            input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            routes, fp32_after_route, size, condition, text_width, text_length, pooled_text,
-            block=partial(LightningBlock, qk_norm=qk_norm, norm=norm, mlp=mlp), middle_head=middle_head,
-            positions_from=positions_from,
-        )  # fmt: skip
-        for head in self.all_blocks[len(self.blocks) :] if norm == "rms" else ():
-            head.norm_final = nn.RMSNorm(hidden_size, eps=1e-6)
-        if not sincos:
+    def __post_init__(self):
+        if self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu", "relu2"):
+            raise UserError(f"norm={self.norm}, mlp={self.mlp}; needed: norm rms or layer, mlp swiglu, gelu or relu2")
+        super().__post_init__()
+        if self.hidden_size % (4 * self.num_heads):
+            raise UserError(f"hidden_size {self.hidden_size} is not divisible by 4 x num_heads ({self.num_heads})")
+        for head in self.all_blocks[len(self.blocks) :] if self.norm == "rms" else ():
+            head.norm_final = nn.RMSNorm(self.hidden_size, eps=1e-6)
+        if not self.sincos:
             self.pos_embed.zero_()
-        self.rotary, self.value_residual = rotary, value_residual
-        for block in self.blocks[1:] if value_residual else ():
+        for block in self.blocks[1:] if self.value_residual else ():
             block.attn.first_share = nn.Parameter(torch.tensor(0.5))
-        angles = rotary_angles(hidden_size // num_heads, *self.grid, self.spacing)[None]  # (1, N, D/H)
+        angles = rotary_angles(self.hidden_size // self.num_heads, *self.grid, self.spacing)[None]  # (1, N, D/H)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def new_block(self) -> nn.Module:
+        own = dict(qk_norm=self.qk_norm, norm=self.norm, mlp=self.mlp)
+        return LightningBlock(self.hidden_size, self.num_heads, self.mlp_ratio, self.text_size, **own)
 
     def positions(self) -> tuple[torch.Tensor, ...]:
         """Cosine and sine of the tokens' angles, (1, N, D/H) each."""

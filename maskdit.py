@@ -9,86 +9,64 @@ others (MAE). State-dict keys are the official ones; "no label" is a zero embedd
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Block, Condition, DiT, FinalLayer, LabelEmbedder, block_tokens, modulate, sincos_positions, weights_of
+from dit import Block, Condition, DiT, FinalLayer, LabelEmbedder, block_tokens, sincos_positions, weights_of, xavier
 from routing_module import Route, Routing, Source, gather_tokens, num_kept, run_blocks, scatter_tokens
 
 DECODER = dict(decoder_hidden_size=512, decoder_depth=8, decoder_num_heads=16)  # at every published size
 SMALL_DECODER = dict(decoder_hidden_size=64, decoder_depth=4, decoder_num_heads=2)  # XS's, in proportion to XL's
 
 
+@dataclass(eq=False, repr=False)
 class MaskDiT(DiT):
     """DiT's call and arguments, with the mask in place of routes, and the decoder.
-
-    selection_ratio, selection: of the encoder's tokens in training, as in a Route; 0 = unmasked fine-tuning, in which
-    the mask token is not trained. mae_weight: the reconstruction's weight in the loss.
-    decoder_hidden_size, decoder_depth, decoder_num_heads: None = by `size`.
 
     Raises ValueError for sizes that do not divide, and for a ratio that the selection does not allow.
     """
 
-    def __init__(
-        self,
-        input_size: int | Sequence[int] = 32,
-        patch_size: int | None = None,
-        in_channels: int = 4,
-        hidden_size: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        num_classes: int | None = 1000,
-        selection_ratio: float = 0.5,
-        selection: str = "random",
-        mae_weight: float = 0.1,
-        decoder_hidden_size: int | None = None,
-        decoder_depth: int | None = None,
-        decoder_num_heads: int | None = None,
-        size: str = "DiT-XL/2",
-        condition: str = "class",
-        text_width: int | None = None,
-        text_length: int | None = None,
-        pooled_text: bool = False,
-        positions_from: int | Sequence[int] | None = None,
-    ):
-        super().__init__(
-            input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, False,
-            [Route(selection_ratio, 0, -1, selection)], False, size, condition, text_width, text_length, pooled_text,
-            positions_from=positions_from,
-        )  # fmt: skip
-        named = SMALL_DECODER if size.removeprefix("DiT-").startswith("XS/") else DECODER
-        given = (decoder_hidden_size, decoder_depth, decoder_num_heads)
-        width, depth, heads = (number if by is None else by for number, by in zip(named.values(), given))
-        if min(width, depth, heads) < 1 or width % heads or width % 4:
+    learn_sigma: bool = field(default=False, init=False)
+    routes: Sequence[Route] = field(init=False)
+    fp32_after_route: bool = field(init=False)
+    middle_head: int | None = field(init=False)
+    selection_ratio: float = 0.5  # of the encoder's tokens in training; 0 = unmasked fine-tuning: no mask token learns
+    selection: str = "random"
+    mae_weight: float = 0.1  # of the reconstruction in the loss
+    decoder_hidden_size: int | None = None  # None = by size
+    decoder_depth: int | None = None
+    decoder_num_heads: int | None = None
+
+    def __post_init__(self):
+        self.routes = [Route(self.selection_ratio, 0, -1, self.selection)]
+        super().__post_init__()
+        D, small = self.hidden_size, self.size.removeprefix("DiT-").startswith("XS/")
+        for name, number in (SMALL_DECODER if small else DECODER).items():
+            if getattr(self, name) is None:
+                setattr(self, name, number)
+        width, heads = self.decoder_hidden_size, self.decoder_num_heads
+        if min(width, self.decoder_depth, heads) < 1 or width % heads or width % 4:
             raise ValueError(f"decoder_hidden_size {width} must be divisible by decoder_num_heads ({heads}) and by 4")
-        if in_channels * self.patch_size**2 == 1 and mae_weight:
-            raise ValueError(
-                "mae_weight normalises patches, and this model's have one number each; needed: mae_weight=0"
-            )
-        D, self.mae_weight = self.hidden_size, mae_weight
+        if self.in_channels * self.patch_size**2 == 1 and self.mae_weight:
+            found = "mae_weight normalises patches, and this model's have one number each"
+            raise ValueError(f"{found}; needed: mae_weight=0")
         if isinstance(self.y_embedder, LabelEmbedder):
-            self.y_embedder = OneHotEmbedder(num_classes, D)
-        self.decoder_layer = DecoderLayer(D, width)
-        text = (D, self.text_length) if self.reads_text else None
-        blocks = [conditioned(Block(width, heads, mlp_ratio, text), D) for _ in range(depth)]
-        self.decoder_blocks = nn.ModuleList(blocks)
-        self.final_layer = conditioned(FinalLayer(width, self.patch_size, in_channels), D)
+            self.y_embedder = OneHotEmbedder(self.num_classes, D)
+        self.decoder_layer = FinalLayer(D, 1, width)
+        blocks = [Block(width, heads, self.mlp_ratio, self.text_size) for _ in range(self.decoder_depth)]
+        self.decoder_blocks = nn.ModuleList(conditioned(block, D) for block in blocks)
+        self.final_layer = conditioned(FinalLayer(width, self.patch_size, self.in_channels), D)
         self.register_buffer("decoder_pos_embed", sincos_positions(width, *self.grid, self.spacing)[None])
-        masked = num_kept(self.num_tokens, selection_ratio) < self.num_tokens
+        masked = num_kept(self.num_tokens, self.selection_ratio) < self.num_tokens
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width), requires_grad=masked)
         self.initialize_decoder()
 
     def initialize_decoder(self) -> None:
         """As the blocks; the layer into the decoder starts at zero too, as in the authors' code."""
-        for part in (self.decoder_layer, self.decoder_blocks, self.final_layer):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        xavier(self.decoder_layer, self.decoder_blocks, self.final_layer)
         for part in (self.decoder_layer, *self.decoder_blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
         for layer in (self.decoder_layer, self.final_layer):
@@ -156,18 +134,6 @@ class OneHotEmbedder(nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, D)
         return F.embedding(y, F.pad(self.embedding_table.weight.T, (0, 0, 0, 1)))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, hidden_size: int, decoder_hidden_size: int):
-        super().__init__()
-        self.norm_decoder = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, decoder_hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # (B, K, D), (B, D) -> (B, K, decoder's width)
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_decoder(x), shift, scale))
 
 
 def conditioned(module: nn.Module, width: int) -> nn.Module:

@@ -11,20 +11,22 @@ tokens, K tokens given, D width, E = 2 D, S state, H heads, P = E / H.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit import Block, DiT, Route, modulate
+from dit import Block, DiT, modulate
 from routing_module import CELLS, gather_tokens, scatter_tokens
 
 LINEAR_HEAD, SSD_HEAD, SSD_STATE, CHUNK = 32, 64, 64, 64  # channels, channels, numbers per channel, tokens at once
 MAX_DECAY = 30  # of BiWKV over the whole sequence: beyond it, sums in float32 are not exact
 
 
+@dataclass(eq=False, repr=False)
 class Mixer(DiT):
     """DiT's call, routes and arguments, but for heads, whose width is the mixer's. mixer: as listed above.
 
@@ -32,49 +34,33 @@ class Mixer(DiT):
     Also raises ValueError for another mixer, for widths that it cannot divide and a selection that it cannot take.
     """
 
+    num_heads: int = field(default=1, init=False)
+    pooled_text: bool = field(init=False)
+    middle_head: int | None = field(init=False)
+    mixer: str = "pom"
+
     attends = False
 
-    def __init__(
-        self,
-        input_size: int | Sequence[int] = 32,
-        patch_size: int | None = None,
-        in_channels: int = 4,
-        hidden_size: int | None = None,
-        depth: int | None = None,
-        mlp_ratio: float = 4.0,
-        num_classes: int | None = 1000,
-        learn_sigma: bool = True,
-        routes: Sequence[Route | Mapping] = (),
-        fp32_after_route: bool = False,
-        size: str = "DiT-XL/2",
-        condition: str = "class",
-        text_width: int | None = None,
-        text_length: int | None = None,
-        mixer: str = "pom",
-        positions_from: int | Sequence[int] | None = None,
-    ):
-        kinds = {"pom": PolynomialMixer, "linear": LinearAttention, "rwkv": SpatialMix}
-        kinds |= {"ssd": partial(StateSpace, directions=2), "ssd_zigzag": partial(StateSpace, directions=1)}
-        if mixer not in kinds:
-            raise ValueError(f"mixer={mixer}; needed: {', '.join(kinds)}")
-        super().__init__(
-            input_size, patch_size, in_channels, hidden_size, depth, 1, mlp_ratio, num_classes, learn_sigma, routes,
-            fp32_after_route, size, condition, text_width, text_length,
-            block=partial(RwkvBlock if mixer == "rwkv" else MixerBlock, mixer=kinds[mixer]),
-            positions_from=positions_from,
-        )  # fmt: skip
+    def __post_init__(self):
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer={self.mixer}; needed: {', '.join(MIXERS)}")
+        super().__post_init__()
         self.per_token: torch.Tensor | None
         self.register_buffer("per_token", None, persistent=False)
-        if mixer == "rwkv":
+        if self.mixer == "rwkv":
             self.per_token = torch.arange(self.num_tokens)[None]  # (1, N)
             self.shift_and_start()
-        elif mixer == "ssd_zigzag":
+        elif self.mixer == "ssd_zigzag":
             self.per_token = zigzag_ranks(*self.grid)[None]  # (1, N, 8)
             for i, block in enumerate(self.blocks):
                 block.attn.path.fill_(i % 8)
-        elif mixer == "ssd" and any(route.selection == "cells" for route in self.routes):
+        elif self.mixer == "ssd" and any(route.selection == "cells" for route in self.routes):
             found = "selection=cells orders tokens by cell, and mixer=ssd scans them row by row"
             raise ValueError(f"{found}; needed: another selection, or mixer=ssd_zigzag, which sorts them")
+
+    def new_block(self) -> nn.Module:
+        kind = RwkvBlock if self.mixer == "rwkv" else MixerBlock
+        return kind(self.hidden_size, self.num_heads, self.mlp_ratio, MIXERS[self.mixer])
 
     def shift_and_start(self) -> None:
         """Tells RWKV's blocks on which grid they shift, and starts their decays and mixes by layer and channel."""
@@ -353,3 +339,12 @@ def biwkv(w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
     own = (u + k).exp()
     above, below = left(v, k) + left(v.flip(1), k.flip(1)).flip(2) + torch.stack([own * v, own])
     return above / below
+
+
+MIXERS = {
+    "pom": PolynomialMixer,
+    "linear": LinearAttention,
+    "rwkv": SpatialMix,
+    "ssd": partial(StateSpace, directions=2),
+    "ssd_zigzag": partial(StateSpace, directions=1),
+}

@@ -9,7 +9,6 @@ Without ckpt=, both use the run in assets/. Runs of objective=edm are sampled as
 """
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -102,16 +101,12 @@ def main(argv: list[str]) -> None:
     import sample
     from system import cli
 
-    with cli.user_errors():
-        verb, overrides = cli.verb(argv, __doc__, ("sample", "sample_tread"))
-        presets = ["sampler=rf", f"guidance={'sparse' if verb == 'sample_tread' else 'none'}"]
-        sample.main(presets + overrides, shipped="mnist-tread-rf")
+    verb, overrides = cli.verb(argv, __doc__, ("sample", "sample_tread"))
+    presets = ["sampler=rf", f"guidance={'sparse' if verb == 'sample_tread' else 'none'}"]
+    sample.main(presets + overrides, shipped="mnist-tread-rf")
 
 
 if __name__ == "__main__":
-    from system.cli import user_errors
-    from system.launchers import own_process
+    from system.cli import command
 
-    with user_errors():
-        own_process()
-    main(sys.argv[1:])
+    command(main, __doc__)

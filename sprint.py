@@ -10,74 +10,55 @@ At selection_ratio 0 nothing is padded: the second stage and dense sampling use 
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from conditions import Condition
+from dit import Condition, xavier
 from lightningdit import LightningDiT
 from randomness import uniform
 from routing_module import Route, Routing, gather_tokens, run_blocks, scatter_tokens
 
 
+@dataclass(eq=False, repr=False)
 class Sprint(LightningDiT):
     """LightningDiT's call and arguments, and the sparse middle in place of routes.
 
-    selection_ratio, selection: of g's tokens in training, as in a Route. path_drop: the probability, per sample, that
-    training replaces the deep stream by the mask token. The other defaults are the paper's SiT: DiT's LayerNorm, rotary
-    positions alone, QK-norm, SwiGLU; with norm="layer", mlp="gelu", qk_norm=False, rotary=False it is DiT.
-
-    encoder_depth, decoder_depth: the blocks of f and of h.
-    Raises ValueError where these leave no block for g, and for a ratio that the selection does not allow.
+    The defaults are the paper's SiT: DiT's LayerNorm, rotary positions alone, QK-norm, SwiGLU; with norm="layer",
+    mlp="gelu", qk_norm=False, rotary=False it is DiT. Raises ValueError where encoder and decoder leave no block for g,
+    and for a ratio that the selection does not allow.
     """
 
-    def __init__(
-        self,
-        input_size: int | Sequence[int] = 32,
-        patch_size: int | None = None,
-        in_channels: int = 4,
-        hidden_size: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        num_classes: int | None = 1000,
-        learn_sigma: bool = False,
-        selection_ratio: float = 0.75,
-        selection: str = "structured",
-        path_drop: float = 0.1,
-        qk_norm: bool = True,
-        size: str = "DiT-XL/2",
-        norm: str = "layer",
-        mlp: str = "swiglu",
-        rotary: bool = True,
-        sincos: bool = False,
-        condition: str = "class",
-        text_width: int | None = None,
-        text_length: int | None = None,
-        pooled_text: bool = False,
-        encoder_depth: int = 2,
-        decoder_depth: int = 2,
-        middle_head: int | None = None,
-        positions_from: int | Sequence[int] | None = None,
-    ):
-        if min(encoder_depth, decoder_depth) < 1 or depth is not None and depth <= encoder_depth + decoder_depth:
-            dense = f"{encoder_depth} + {decoder_depth} dense blocks"
-            raise ValueError(f"SPRINT's {dense} leave none of {depth} for its sparse middle; needed: 1 of each or more")
-        if not 0 <= path_drop < 1:
-            raise ValueError(f"path_drop {path_drop}; needed: a probability in [0, 1)")
-        route = Route(selection_ratio, encoder_depth, -1 - decoder_depth, selection)
-        super().__init__(
-            input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, learn_sigma,
-            [route], qk_norm, False, size, norm, mlp, rotary, sincos, condition, text_width, text_length, pooled_text,
-            middle_head=middle_head, positions_from=positions_from,
-        )  # fmt: skip
-        self.path_drop, hidden_size = path_drop, self.hidden_size
-        self.sparse = slice(encoder_depth, -decoder_depth)  # g's blocks
-        self.fusion = nn.Linear(2 * hidden_size, hidden_size)
-        nn.init.xavier_uniform_(self.fusion.weight)
-        nn.init.zeros_(self.fusion.bias)
+    input_size: int | Sequence[int] = 32
+    in_channels: int = 4
+    routes: Sequence[Route] = field(init=False)
+    fp32_after_route: bool = field(init=False)
+    size: str = "DiT-XL/2"
+    qk_norm: bool = True
+    norm: str = "layer"
+    sincos: bool = False
+    value_residual: bool = field(init=False)
+    selection_ratio: float = 0.75  # of g's tokens in training, as in a Route
+    selection: str = "structured"
+    path_drop: float = 0.1  # the probability, per sample, that training replaces the deep stream by the mask token
+    encoder_depth: int = 2  # the blocks of f
+    decoder_depth: int = 2  # and of h
+
+    def __post_init__(self):
+        f, h, depth = self.encoder_depth, self.decoder_depth, self.depth
+        if min(f, h) < 1 or depth is not None and depth <= f + h:
+            found = f"SPRINT's {f} + {h} dense blocks leave none of {depth} for its sparse middle"
+            raise ValueError(f"{found}; needed: 1 of each or more")
+        if not 0 <= self.path_drop < 1:
+            raise ValueError(f"path_drop {self.path_drop}; needed: a probability in [0, 1)")
+        self.routes = [Route(self.selection_ratio, f, -1 - h, self.selection)]
+        super().__post_init__()
+        self.sparse = slice(f, -h)  # g's blocks
+        self.fusion = nn.Linear(2 * self.hidden_size, self.hidden_size)
+        xavier(self.fusion)
         # A buffer: in the authors' code it is not trained.
-        self.register_buffer("mask_token", 0.02 * torch.randn(1, 1, hidden_size))
+        self.register_buffer("mask_token", 0.02 * torch.randn(1, 1, self.hidden_size))
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, *, routing: Routing | None = None,

@@ -17,7 +17,7 @@ from contracts import Network, Objective
 from system import UserError, warn
 from system.building import class_of
 from system.files import check_no_links, read_json, reserve, write_text_atomic
-from system.settings import Count, convert, nested, parse_known
+from system.settings import Count, convert, leaves, parse_known
 
 WENT_BACK = "checkpoints/went_back.json"  # {the last explicit resume=: the step that it started from}
 # Keys that may differ between a run and its continuation: none of them changes a number.
@@ -93,8 +93,7 @@ def completed(settings: Settings) -> Settings:
 
 def flat(settings: Settings) -> dict[str, Any]:
     """{dotted key: value}; tuples are lists, as in a file."""
-    values = nested(json.loads(json.dumps(asdict(settings))))
-    return {key: value for key, value in values if "[" not in key and (value == {} or not isinstance(value, dict))}
+    return leaves(json.loads(json.dumps(asdict(settings))))
 
 
 def resume(

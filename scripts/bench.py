@@ -122,9 +122,15 @@ class CompiledBlock(PlainBlock):
     forward = torch.compile(PlainBlock.forward)  # as CompVis decorates it: one function, for all blocks and shapes
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class PlainDiT(dit.DiT):
     """DiT's function, its routes as CompVis's TREAD takes them: labels are checked on the host, all tokens are sorted
     and copied."""
+
+    block: type[PlainBlock] = PlainBlock
+
+    def new_block(self) -> dit.Block:
+        return self.block(self.hidden_size, self.num_heads, self.mlp_ratio)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor, *, routing: Routing | None = None):
         assert not isinstance(self.blocks[0], CompiledBlock) or condition.max() <= self.num_classes

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from system import UserError, printable
 from system.launchers import own_process
 from system.processes import claim_report, connection_lost, end_processes, roll_call
+from system.settings import leaves
 from system.surroundings import settle_in
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -203,10 +204,10 @@ def _config_files() -> Iterator[tuple[Path, set[str]]]:
         if group == "race":
             continue
         at_root = group == "." or "# @package _global_" in path.read_text()
-        prefix = "" if at_root else f"{group.replace('/', '.')}."
+        where = "" if at_root else group.replace("/", ".")
         values = yaml.safe_load(path.read_text())
         if isinstance(values, dict):
-            yield path, set(flat_keys(values, prefix))
+            yield path, leaves(values, where).keys() - {"defaults", f"{where}.defaults"}
 
 
 def _did_you_mean(key: str) -> str:
@@ -223,15 +224,6 @@ def _did_you_mean(key: str) -> str:
         return f" here; other commands have it (configs/: {', '.join(others)})"
     near = difflib.get_close_matches(key, set().union(*(keys for _, keys in files)), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else "; the keys are in configs/"
-
-
-def flat_keys(values: Mapping, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of the values in a nested dict."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat_keys(value, f"{prefix}{key}.")
-        elif key not in ("defaults", "hydra"):
-            yield f"{prefix}{key}"
 
 
 def command(main: Callable[[list[str]], int | None], usage: str) -> None:

@@ -43,20 +43,16 @@ def refuse_sharding() -> None:
             raise UserError(f"{flag} of the launcher has no effect here; needed: train.gradient_checkpointing=true")
 
 
-def launcher_arguments() -> dict[str, str]:
-    """{flag: value} of the launcher that started this process; on Linux, and empty elsewhere."""
+def launcher_arguments() -> set[str]:
+    """The flags of the launcher that started this process; on Linux, and empty elsewhere."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return set()
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return {}
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return {}
-    found = {}
-    for word, following in zip(words, [*words[1:], ""]):
-        if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            found[flag.replace("-", "_").replace("__", "--", 1)] = value or following
-    return found
+        return set()
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return {"--" + flag[2:].replace("-", "_") for flag in flags}
 
 
 def end_with_launcher() -> None:

@@ -187,6 +187,12 @@ def nested(values: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         yield from nested(value, key)
 
 
+def leaves(values: Mapping, where: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a nested dict; lists and empty sections are values."""
+    items = nested(values, where)
+    return {key: value for key, value in items if "[" not in key and (value == {} or not isinstance(value, Mapping))}
+
+
 def refuse_interpolations(values: Any, source: str) -> None:
     """Raises UserError, which does not repeat it, where a config that came with a file has a `${...}`."""
     for key, value in nested(values):

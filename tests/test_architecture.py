@@ -26,9 +26,7 @@ LAYERS = [
 # What only the backbones themselves know of, their official key tables (weights/) and bench's plain reference.
 INSIDE = {"attn", "mlp", "adaLN_modulation", "final_layer", "products", "positions", "pos_embed"}
 BACKBONES = {"dit", "lightningdit", "sprint", "maskdit", "mixers", "weights"}
-# Their arguments are the papers': samplers, and constructors of networks.
-LONG_SIGNATURES = {"edm_sampler", "flow_sampler", "ddpm_sampler"}
-LONG_SIGNATURES |= {f"{network}.__init__" for network in ("DiT", "LightningDiT", "MaskDiT", "Mixer", "Sprint")}
+LONG_SIGNATURES = {"edm_sampler", "flow_sampler", "ddpm_sampler"}  # whose arguments are the papers'
 
 
 @cache
