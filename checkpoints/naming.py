@@ -50,8 +50,13 @@ def name_of(parts: Iterable[tuple[str, str]]) -> str:
         plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")
         digest = f"-{_digest(value)[:6]}" if plain != value else ""
         names.append(f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', key)}-{plain}{digest}")
-    name = "_".join(names)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{_digest(name)[:12]}"
+    return shortened("_".join(names))
+
+
+def shortened(name: str) -> str:
+    """A name of at most LONGEST bytes: the end of a longer one becomes a digest."""
+    start = name.encode()[: LONGEST - 13].decode(errors="ignore")
+    return name if len(name.encode()) <= LONGEST else f"{start}-{_digest(name)[:12]}"
 
 
 def _digest(text: str) -> str:
