@@ -53,15 +53,15 @@ class DiT(Network):
     learn_sigma: True = 2 * in_channels outputs, as in official DiT and SiT.
     fp32_after_route: the block after an active route runs without autocast, as in TREAD's own code.
     condition: "class", "text" or "none". text_width: of a text's states. text_length: of its tokens, as `macs` counts.
-    pooled_text: the mean of a text's states modulates the blocks too; PRX's do not.
+    pooled_text: the mean of a text's states modulates the blocks too, which it does not in PRX.
     block: builds a block from (hidden_size, num_heads, mlp_ratio) and, for texts, `text`; None = `Block`.
     middle_head: a second head predicts after this block, counted from 0 (arXiv 2512.24176); None = there is none.
-    positions_from: the input_size to whose sides the tokens' coordinates are scaled, that of a network which this one
-        starts from; None = its own.
+    positions_from: the input_size of the network that this one starts from, to whose sides the tokens' coordinates are
+        scaled; None = its own.
     Raises UserError for sizes that do not divide, ValueError for routes that do not fit.
     """
 
-    attends = True  # its blocks, to a text's tokens; else the text's mean modulates them
+    attends = True  # its blocks attend to a text's tokens; otherwise the text's mean modulates them
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class DiT(Network):
         self.text_length, self.reads_text = text_length or 1, condition == "text" and self.attends
         if pooled_text and not self.reads_text:
             raise UserError("pooled_text=true is for networks that attend to texts; needed: pooled_text=false")
-        self.modulated = condition != "none" and (pooled_text or not self.reads_text)  # the blocks, by the condition
+        self.modulated = condition != "none" and (pooled_text or not self.reads_text)  # by the condition
         self.null_condition = null_of(condition, num_classes, self.text_length, text_width)
         text = {"text": (hidden_size, self.text_length)} if self.reads_text else {}
         self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid, self.spacing)[None])  # (1, N, D)
@@ -256,7 +256,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x (B, K, D), c (B, D), text of states (B, T, D), positions (B or 1, K, ...) each: `DiT.positions`
         -> (B, K, D)."""
-        told = {} if text is None else {"text": text}  # which other mixers than attention do not take
+        told = {} if text is None else {"text": text}  # mixers other than attention take no text
         modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *positions, **told)
@@ -309,8 +309,8 @@ class Attention(nn.Module):
         return linear(attention(q, k, v, mask).transpose(1, 2).flatten(2), self.proj)
 
     def products(self, num_tokens: int) -> int:
-        """Multiply-adds beyond all weights times the tokens given: q k^T, and with the values. Of a text's matrix the
-        text's own tokens count in place of these."""
+        """Multiply-adds besides the weights times these tokens: q k^T, and its product with the values. A text's matrix
+        counts with the text's own tokens instead."""
         T = self.text_length
         in_place = (T - num_tokens) * self.text_kv.weight.numel() if T else 0
         return 2 * num_tokens * (num_tokens + T) * self.proj.in_features + in_place

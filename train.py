@@ -77,7 +77,7 @@ BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise level in validation: their cent
 @hydra.main(config_path="configs", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with cli.user_errors():  # inside Hydra's job, or Hydra adds lines of its own
-        if cfg.data.prepare == "pictures":  # whose sizes are the network's, too
+        if cfg.data.prepare == "pictures":  # whose size sets the network's, too
             cfg.data = data.settle_pictures(cli.plain(cfg.data))
         settings = parse(Settings, cli.plain(cfg))
         code = train(replace(settings, run_name=name_of_job(settings)))
@@ -126,7 +126,7 @@ def start(
     settings: Settings, processes: PreemptionHandler, plan: data.BatchPlan, run_folder: Path, resumed: Path | None,
     locks: contextlib.ExitStack,
 ) -> int:  # fmt: skip
-    """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
+    """Reads the data, builds or resumes the run, and trains it -> exit code. locks: of the run folder, if it is there."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
     settings = settle_positions(settle_texts(settle_data(settings, loaded.train), loaded.train), resumed)
     check_features(loaded.train, settings)
@@ -141,7 +141,7 @@ def start(
         module.null_condition = conditions.empty_caption(state.ema.text_stats)
     check_sampling(settings, state.ema)
     if settings.eval.every or settings.preview.every and dist.is_main_process:
-        state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now
+        state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be loaded is refused now
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.fingerprints)
     if dist.is_main_process:
@@ -208,7 +208,7 @@ def run_steps(
     while True:
         trained = state.step > resumed_at
         stop = stop or trained and processes.stops_after(state.step)
-        alone = stop and processes.alone  # process 0 after the launcher's end, which saves what the step left
+        alone = stop and processes.alone  # process 0 after the launcher has died: it saves this step
         last = stop or state.step >= cfg.max_steps
         save_due = last or every(cfg.save_every, state.step) or every(settings.eval.every, state.step)
         if log.steps and not alone and (every(cfg.log_every, state.step) or save_due):
