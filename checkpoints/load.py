@@ -41,15 +41,15 @@ class Run:
     precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
     pool: Condition = None  # the conditions to choose from: every class, or the texts that the run has kept
-    captions: Sequence[str] = ()  # of the pool, as they read, where prompts have taken its place
-    text_stats: TextStats | None = None  # of its data set, if an encoder made its texts: what a prompt needs
+    captions: Sequence[str] = ()  # the prompts that have taken the pool's place, if any
+    text_stats: TextStats | None = None  # of its data set's texts, if an encoder made them: prompts need it
     step: int = 0
     weights: str = "ema"
     ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
-    called: Callable[[int], object] | None = None  # told of each network call, the number of its rows
-    dropout_known: bool = True  # whether the label dropout is: a file of another project may not say it
+    called: Callable[[int], object] | None = None  # called with the number of rows of each network call
+    dropout_known: bool = True  # the label dropout is known: a file of another project may not say it
 
     @cached_property
     def sha256(self) -> str:
