@@ -59,7 +59,7 @@ class TrainState:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint has of weights, by file."""
+        """The weights that a checkpoint holds, by file."""
         more = {} if self.projector is None else {"projector": self.projector}
         return {"model": self.model, **self.averages, **more}
 
@@ -68,7 +68,7 @@ class TrainState:
         return Loss(self.net, self.model, self.objective, self.middle_weight)
 
     def blank_features(self, batch_size: int) -> list[torch.Tensor]:
-        """What `loss` takes of features, without data."""
+        """Zeros in place of the features that `loss` takes, if it takes any."""
         shape = self.feature_shape
         return [] if shape is None else [torch.zeros(batch_size, *shape, device=self.ema.device)]
 
@@ -99,7 +99,7 @@ class TrainingData:
 
 
 def settle_precision(settings: Settings, dist: PartialState, resumed: Path | None = None) -> Settings:
-    """auto becomes bf16 or fp32, a resumed run's own; of train.precision, first what the launcher says.
+    """auto becomes bf16 or fp32: a resumed run keeps its own; for train.precision, the launcher's word comes first.
 
     All processes must call this.
     """
@@ -140,7 +140,7 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
             data.prepare_pictures(wanted.path, *made_of)
     elif wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
-            print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
+            print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder takes yours")
         with dist.local_main_process_first():
             size, text = wanted.latent_shape[1:], (wanted.text_encoder, wanted.text_length)
             data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes, *text)
