@@ -126,7 +126,7 @@ def start(
     settings: Settings, processes: PreemptionHandler, plan: data.BatchPlan, run_folder: Path, resumed: Path | None,
     locks: contextlib.ExitStack,
 ) -> int:  # fmt: skip
-    """Reads the data, builds or resumes the run, and trains it -> exit code. locks: of the run folder, if it is there."""
+    """Reads the data, builds or resumes the run, and trains it -> exit code. locks: the run folder's, if any."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
     settings = settle_positions(settle_texts(settle_data(settings, loaded.train), loaded.train), resumed)
     check_features(loaded.train, settings)

@@ -140,7 +140,7 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
             data.prepare_pictures(wanted.path, *made_of)
     elif wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
-            print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder takes yours")
+            print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; yours: data=folder")
         with dist.local_main_process_first():
             size, text = wanted.latent_shape[1:], (wanted.text_encoder, wanted.text_length)
             data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes, *text)
