@@ -427,8 +427,7 @@ def test_long_names_end_in_a_digest():
 
 def test_so_do_the_names_of_scores():
     ratios = {f"gamma_{name}": 0.2123456 + (name > "t") / 2 for name in ("strong", "weak", "strong_end", "weak_end")}
-    settings = config.Scoring(
-        scale=1.234567, scale_end=1.345678, interval=(0.1234567, 0.9), seeds="0-9,20-29", **ratios
-    )
+    more = dict(interval=(0.1234567, 0.9), seeds="0-9,20-29", labels="balanced", steps=20)
+    settings = config.Scoring(scale=1.234567, scale_end=1.345678, **more, **ratios)
     names = [score_name(settings, SimpleNamespace(name="mnist"), 20, precision) for precision in ("fp32", "bf16")]
     assert len(set(names)) == 2 and [len(name) for name in names] == [LONGEST] * 2
