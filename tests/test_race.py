@@ -33,6 +33,7 @@ def command(verb, name, folder, *overrides):
 
 def forked(command, cores, run_folder):
     """race.start, but for the start of Python, and the end with the race."""
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run_folder}.log", "a") as log:
         return started.Process(command, env=os.environ | {"OMP_NUM_THREADS": str(cores)}, stdout=log, stderr=log)
 
@@ -60,7 +61,6 @@ def scores(run):
 def smoke(tmp_path_factory):
     """The record of a race that was killed once, and that of one of its contestants, undisturbed."""
     folder = tmp_path_factory.mktemp("race")
-    (folder / "a").mkdir()
     assert "still to be run: dit-0, dit-1" in raced(folder / "whole", f"runs={folder / 'a'}", "only=[tread]")
 
     killed = subprocess.Popen(
