@@ -196,7 +196,7 @@ def test_a_library_call_leaves_the_process_as_it_is(tmp_path):
     script = tmp_path / "library.py"
     script.write_text(
         "import os, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "import torch, sample\nfrom guidance import Guidance\nfrom system import launchers\n"
+        "import torch._dynamo, sample\nfrom guidance import Guidance\nfrom system import launchers\n"
         "launchers.keep_freed_memory = launchers.end_with_launcher = None\n"  # whoever calls them fails
         "before = dict(os.environ), torch.get_num_threads(), os.getcwd()\n"
         "run = sample.load_run(sys.argv[1] + '/assets/mnist-tread-edm/model.safetensors')\n"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.conftest import ROOT
 
 RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/race.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STARTING = threading.Lock()  # a race starts its runs in threads
 MADE = ("statistics.md", "table.md", "figure.png")
 
 
@@ -34,7 +36,7 @@ def command(verb, name, folder, *overrides):
 def forked(command, cores, run_folder):
     """race.start, but for the start of Python, and the end with the race."""
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{run_folder}.log", "a") as log:
+    with STARTING, open(f"{run_folder}.log", "a") as log:
         return started.Process(command, env=os.environ | {"OMP_NUM_THREADS": str(cores)}, stdout=log, stderr=log)
 
 
@@ -42,6 +44,7 @@ def raced(folder, *overrides):
     """What `race.py run name=smoke` prints, in this process, with the runs forked."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(scripts.race, "start", forked)
+        patch.setattr(os, "sched_setaffinity", lambda process, cores: None)  # which all later forks would inherit
         main(["run", "name=smoke", f"records={folder}", *overrides])
     return out.getvalue()
 
