@@ -23,7 +23,7 @@ class Text(NamedTuple):
 
 
 class TextStats(NamedTuple):
-    """What a text encoder's states become a network's text by: of the tokens of a data set's training captions."""
+    """What an encoder's states are normalised by: statistics of the tokens of a data set's training captions."""
 
     mean: torch.Tensor  # (D,) float32
     std: torch.Tensor  # (D,) float32, above 0
@@ -55,7 +55,7 @@ def to(condition: Condition, device: torch.device | str) -> Condition:
 
 
 def normalize(text: Text, stats: TextStats | None) -> Text:
-    """An encoder's states with mean 0 and deviation 1 in each dimension, padding staying 0; None = as they are."""
+    """An encoder's states with mean 0 and deviation 1 in each dimension; padding stays 0. stats: None = unchanged."""
     if stats is None:
         return text
     states = ((text.states - stats.mean) / stats.std).to(text.states.dtype)

@@ -89,7 +89,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Loss:
-    """Of each sample in a training step: the objective's error, as the network reduces it, and what is added to it.
+    """The loss of each sample in a step: the objective's error, reduced by the network, and what is added to it.
 
     net: the network, in DDP for several processes, or an `alignment.Aligned` of it, whose "loss" is added.
     middle_weight: of the middle head's error (arXiv 2512.24176), a mean over the pixels that it has seen.

@@ -68,12 +68,12 @@ class DiT(Network):
     condition: str = "class"  # or text, none
     text_width: int | None = None  # of a text's states
     text_length: int | None = None  # of a text, as `macs` counts
-    pooled_text: bool = False  # the mean of a text's states modulates the blocks too; PRX's do not
+    pooled_text: bool = False  # the mean of a text's states modulates the blocks too, which it does not in PRX
     middle_head: int | None = None  # a second head predicts after this block (arXiv 2512.24176)
     # The input_size to whose sides the tokens' coordinates are scaled, that of a network which this one starts from.
     positions_from: int | Sequence[int] | None = None
 
-    attends = True  # its blocks, to a text's tokens; else the text's mean modulates them
+    attends = True  # its blocks attend to a text's tokens; otherwise the text's mean modulates them
 
     def __post_init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ class DiT(Network):
         if self.pooled_text and not self.reads_text:
             raise UserError("pooled_text=true is for networks that attend to texts; needed: pooled_text=false")
         modulated = self.pooled_text or not self.reads_text
-        self.modulated = self.condition != "none" and modulated  # the blocks, by the condition
+        self.modulated = self.condition != "none" and modulated  # by the condition
         self.register_buffer("pos_embed", sincos_positions(D, *self.grid, self.spacing)[None])  # (1, N, D)
         self.blocks = nn.ModuleList([self.new_block() for _ in range(depth)])
         self.final_layer = FinalLayer(D, patch_size, self.out_channels)
@@ -265,7 +265,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x (B, K, D), c (B, D), text of states (B, T, D), positions (B or 1, K, ...) each: `DiT.positions`
         -> (B, K, D)."""
-        told = {} if text is None else {"text": text}  # which other mixers than attention do not take
+        told = {} if text is None else {"text": text}  # mixers other than attention take no text
         modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), *positions, **told)
@@ -318,8 +318,8 @@ class Attention(nn.Module):
         return linear(attention(q, k, v, mask).transpose(1, 2).flatten(2), self.proj)
 
     def products(self, num_tokens: int) -> int:
-        """Multiply-adds beyond all weights times the tokens given: q k^T, and with the values. Of a text's matrix the
-        text's own tokens count in place of these."""
+        """Multiply-adds besides the weights times these tokens: q k^T, and its product with the values. A text's matrix
+        counts with the text's own tokens instead."""
         T = self.text_length
         in_place = (T - num_tokens) * self.text_kv.weight.numel() if T else 0
         return 2 * num_tokens * (num_tokens + T) * self.proj.in_features + in_place

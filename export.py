@@ -133,7 +133,7 @@ def portable_config(run: Run) -> dict:
 
 
 def is_trained(settings: Settings) -> bool:
-    """Whether the training is known: of another project's, its label dropout at most; the rest is defaults."""
+    """Whether the settings of training are known: another project's file tells its label dropout at most."""
     return settings.train != Train(label_dropout=settings.train.label_dropout)
 
 

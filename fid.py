@@ -28,7 +28,7 @@ import sample
 from checkpoints import config
 from checkpoints.config import Count, Positive, Scoring, Width
 from checkpoints.load import Run, load_run
-from checkpoints.naming import digest
+from checkpoints.naming import digest, shortened
 from checkpoints.run_folder import find_checkpoint
 from data.images import Images, open_images
 from evaluation import table
@@ -163,7 +163,7 @@ def calc_row(settings: Calc, alone: bool) -> dict:
     else:
         images = open_images(settings.images)
         source = digest(str(images.path.absolute()))[:6]
-        name = f"{images.path.name}-{score_name(settings, extractor, len(images))}"
+        name = shortened(f"{images.path.name}-{score_name(settings, extractor, len(images))}")
         folder = row_folder(settings, images.path.parent, source, name, alone)
         names, result = {"folder": str(folder)}, evaluate_images(images, settings, extractor, reference)
     if result:
@@ -224,7 +224,7 @@ def row_folder(settings: Calc, default: Path, source: str, name: str, alone: boo
     """out= is the folder of a single row, and the parent of those of several, which say what was scored."""
     if settings.out is None:
         return default / name
-    return Path(settings.out) if alone else Path(settings.out) / f"{source}-{name}"
+    return Path(settings.out) if alone else Path(settings.out) / shortened(f"{source}-{name}")
 
 
 def ref(settings: Ref) -> None:

@@ -21,7 +21,7 @@ import torch
 
 import conditions
 from contracts import MIDDLE, Condition, Network, Routing, Source
-from routing_blocks import check_route
+from routing_blocks import check_route, num_kept
 from system import UserError
 from system.settings import at_least, between, check_fields
 
@@ -112,7 +112,10 @@ def check_networks(guidance: Guidance, strong: Network, weak: Network) -> None:
         if sparse and any(route.start_layer_idx <= block <= route.end_layer_idx for route in network.routes):
             found = f"internal_scale={guidance.internal_scale:g} with routing, and the middle head lies inside a route"
             raise UserError(f"{found}; needed: gamma_strong=0, gamma_weak=0, weak_path=null, or internal_scale=1")
-    trained = all(any(route.selection_ratio > 0 for route in network.routes) for network in (strong, weak))
+    trained = all(
+        any(num_kept(net.num_tokens, route.selection_ratio) < net.num_tokens for route in net.routes)
+        for net in (strong, weak)
+    )
     if guidance.routed and not trained:
         raise UserError("guidance by routing needs a model trained with routes (model=tread); this one has none")
     for network, name in zip(networks, ("gamma_strong", "gamma_weak")):

@@ -227,7 +227,7 @@ class RoutedBlocks(nn.ModuleList):
         raise ValueError("DataParallel's threads do not see `with routing()`; needed: DistributedDataParallel")
 
     def walk(self, active: Active, notes: dict) -> Iterator[Callable]:
-        """The blocks for one forward pass. notes: what the pass knows, such as the keep_ids of route `number`."""
+        """The blocks for one forward pass. notes: its own, such as the keep_ids of each route, by number."""
         active.span = None
         for block, place in zip(self._modules.values(), self.places):
             if place is None:

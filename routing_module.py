@@ -54,8 +54,8 @@ class Routing:
     selection_ratio: None = as in training: each route's own, and SPRINT's path drop; a number in [0, 1) overrides it.
     generators: what both are drawn from. keep_ids: (B, K) int64, as drawn, in place of a draw. drop_path: the span is
     skipped, and its output is the mask token everywhere (SPRINT's path-drop guidance). keep: (B, N) bool, tokens that
-    have to stay, K at most. check: also on a GPU, which the host then waits for, a `keep` of more raises a ValueError,
-    as it does on a CPU."""
+    have to stay, K at most. check: a `keep` of more raises a ValueError on a GPU, too, for which the host then waits;
+    on a CPU it always does."""
 
     selection_ratio: float | None = None
     generators: Source = None

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -77,7 +77,7 @@ BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise level in validation: their cent
 @hydra.main(config_path="configs", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with cli.user_errors():  # inside Hydra's job, or Hydra adds lines of its own
-        if cfg.data.prepare == "pictures":  # whose sizes are the network's, too
+        if cfg.data.prepare == "pictures":  # whose size sets the network's, too
             cfg.data = data.settle_pictures(cli.plain(cfg.data))
         settings = parse(Settings, cli.plain(cfg))
         code = train(replace(settings, run_name=name_of_job(settings)))
@@ -126,7 +126,7 @@ def start(
     settings: Settings, processes: PreemptionHandler, plan: data.BatchPlan, run_folder: Path, resumed: Path | None,
     locks: contextlib.ExitStack,
 ) -> int:  # fmt: skip
-    """Reads the data, builds or resumes the run, and trains it -> exit code. locks: holds the run folder's, if any."""
+    """Reads the data, builds or resumes the run, and trains it -> exit code. locks: the run folder's, if any."""
     dist, loaded = processes.dist, open_data(settings, processes.dist, plan)
     settings = settle_positions(settle_texts(settle_data(settings, loaded.train), loaded.train), resumed)
     check_features(loaded.train, settings)
@@ -141,7 +141,7 @@ def start(
         module.null_condition = conditions.empty_caption(state.ema.text_stats)
     check_sampling(settings, state.ema)
     if settings.eval.every or settings.preview.every and dist.is_main_process:
-        state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be had is said now
+        state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be loaded is refused now
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.fingerprints)
     if dist.is_main_process:
@@ -182,7 +182,10 @@ def start(
 
 
 def check_sampling(settings: Settings, ema: Run) -> None:
-    """Raises UserError for previews and evaluations that could not be drawn, before the first step."""
+    """Raises UserError before the first step for classes that the network lacks, the first of which it would take for
+    "no label", and for previews and evaluations that could not be drawn."""
+    if settings.data.condition == "class":
+        conditions.check(torch.tensor([settings.data.num_classes - 1]), ema.model.null_condition)
     if settings.preview.every:
         check_request(ema, settings.preview, preview_condition(settings.preview, ema))
     if settings.eval.every:
@@ -205,7 +208,7 @@ def run_steps(
     while True:
         trained = state.step > resumed_at
         stop = stop or trained and processes.stops_after(state.step)
-        alone = stop and processes.alone  # process 0 after the launcher's end, which saves what the step left
+        alone = stop and processes.alone  # process 0 after the launcher has died: it saves this step
         last = stop or state.step >= cfg.max_steps
         save_due = last or every(cfg.save_every, state.step) or every(settings.eval.every, state.step)
         if log.steps and not alone and (every(cfg.log_every, state.step) or save_due):
@@ -307,19 +310,17 @@ def between_steps(
     log: Log,
 ) -> None:  # fmt: skip
     """Validation, scores and preview that are due after a step and not there yet. Raises Preempted."""
-    step, at_end = state.step, state.step == settings.train.max_steps
-    state.ema.step = step
-
-    def due(interval: int, name: str) -> bool:
-        return bool(interval) and (every(interval, step) or at_end) and not log.has(step, name)
-
-    if due(settings.train.val_every, "val/"):
+    step = state.ema.step = state.step
+    intervals = {"val/": settings.train.val_every, "eval/": settings.eval.every, "preview": settings.preview.every}
+    due = {name for name, n in intervals.items() if every(n, step) or n and step == settings.train.max_steps}
+    due = {name for name in due if not log.has(step, name)}
+    if "val/" in due:
         with log.pause(), log.survive("validation"), together():
             log.write(step, validation_losses(settings, processes, loaded, state))
-    if due(settings.eval.every, "eval/"):
+    if "eval/" in due:
         with log.pause(), log.survive("evaluation"), together():
             log.write(step, score_ema(settings, state, run_folder))
-    if due(settings.preview.every, "preview"):
+    if "preview" in due:
         with log.pause(), log.survive("preview"), together():
             if processes.dist.is_main_process:
                 preview(settings.preview, state.ema, path := preview_path(run_folder, step))
@@ -340,10 +341,6 @@ def validation_losses(
     sums = torch.zeros(len(modes), device=ema.device)
     binned = torch.zeros(len(modes), 2, len(BINS), device=ema.device)  # losses, samples
 
-    def call(times: list, routing, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        times.append(t)
-        return ema.model(x, t, condition, routing=routing)
-
     with together():
         for chunk in range(plan.rank * VAL_BATCH, n, plan.world_size * VAL_BATCH):
             raw, condition, *_ = latents.read(range(chunk, min(chunk + VAL_BATCH, n)))
@@ -353,8 +350,9 @@ def validation_losses(
                 generator = seeded_generator(settings.seed, "val", chunk, device=ema.device)
                 x = latents.to_model_input(raw, generator)
                 routing = ema.model.training_routing(len(x), generator, ema.device) if routed else None
+                net = partial(ema.model, routing=routing)
                 with torch.autocast(ema.device.type, torch.bfloat16, enabled=ema.precision == "bf16"):
-                    errors = state.objective.errors(partial(call, times := [], routing), x, condition, generator)
+                    errors = state.objective.errors(partial(noting, times := [], net), x, condition, generator)
                     loss = ema.model.reduce(*errors, routing)  # (B,)
                 sums[i] += loss.sum()
                 if (share := state.objective.noise_share(times[-1])) is not None:
@@ -370,6 +368,12 @@ def validation_losses(
         totals, counts = binned.transpose(0, 1).flatten(1).tolist()
         values |= {f"{name}/{c}": total / n for (name, c), total, n in zip(bins, totals, counts) if n}
     return values
+
+
+def noting(times: list, net: Callable, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """net(x, t, condition); t (B,) is appended to `times`."""
+    times.append(t)
+    return net(x, t, condition)
 
 
 def score_ema(settings: Settings, state: TrainState, run_folder: Path) -> dict[str, float]:

@@ -30,7 +30,7 @@ from system.settings import (
 FORMAT = 1  # of config.yaml and of exports
 
 Share = Annotated[float, between(0, 1)]
-# Of a power average; that of all steps alike, gamma = 0, has 0.2887.
+# Of a power average; the plain mean of all steps, gamma = 0, has 0.2887.
 Width = Annotated[float, Check("between 0 and 0.28, both left out", lambda width: 0 < width < 0.28)]
 Weights = Literal["ema", "raw"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -91,7 +91,7 @@ class Train:
 class Data:
     """input_size: of square latents, or their [height, width]. path: None = not given, and not needed by a dry run.
 
-    classes: their names; None = those of meta.json, if it has any. usual_codec: where neither codec nor meta.json says
+    classes: their names; None = those of meta.json, if it has any. usual_codec: where neither codec nor meta.json names
     one. text_length: tokens that texts are padded to. text_encoder, text_sha256: what made the texts (data/texts.py),
     and the hash of its weights, as meta.json says.
     """
@@ -129,7 +129,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """momentum and the rest are Muon's. ns_precision: bf16 in files of before there was a choice."""
+    """momentum and what follows are Muon's. ns_precision: a file without it was trained in bf16."""
 
     name: Literal["adamw", "muon"] = "adamw"
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -148,7 +148,7 @@ class Ema:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Of the tokens after `block`. target: layersync's. teacher, teacher_width, projector_width: repa's."""
+    """What the tokens after `block` are aligned with. target: layersync's. teacher and the widths: repa's."""
 
     name: Literal["none", "layersync", "repa"] = "none"
     weight: Annotated[float, at_least(0)] = 0.0

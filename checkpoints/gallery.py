@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def begun_precision(folder: str | Path | None) -> str | None:
-    """Of the images that an interrupted call has left in the folder; None where there are none."""
+    """The precision of the images that an interrupted call has left in the folder; None where there are none."""
     return read_manifest(Path(folder)).get("settings", {}).get("precision") if folder else None
 
 

@@ -18,10 +18,10 @@ from conditions import TextStats
 from contracts import Condition, Network, Objective, Routing, check_members
 from guidance import internal
 from system import UserError, warn
-from system.building import build
+from system.building import build, described
 from system.compiling import compile_blocks, decide_compile
 from system.files import sha256_once
-from system.limits import LEAST_SIZE
+from system.limits import LARGEST_FLOAT, LEAST_SIZE
 from system.precision import decide_precision, tf32
 from system.processes import start_processes
 from system.settings import nested
@@ -40,15 +40,15 @@ class Run:
     precision: str = "fp32"  # fp32 (TF32 on CUDA) or bf16 (autocast); the sampler's own state is float64
     compile: str = "off"  # off, or blocks, which rounds differently
     pool: Condition = None  # the conditions to choose from: every class, or the texts that the run has kept
-    captions: Sequence[str] = ()  # of the pool, as they read, where prompts have taken its place
-    text_stats: TextStats | None = None  # of its data set, if an encoder made its texts: what a prompt needs
+    captions: Sequence[str] = ()  # the prompts that have taken the pool's place, if any
+    text_stats: TextStats | None = None  # of its data set's texts, if an encoder made them: prompts need it
     step: int = 0
     weights: str = "ema"
     ema_width: float | None = None  # of a power average in the place of the run's EMA
     folder: Path | None = None  # the run folder
     checkpoint: Path | None = None
-    called: Callable[[int], object] | None = None  # told of each network call, the number of its rows
-    dropout_known: bool = True  # whether the label dropout is: a file of another project may not say it
+    called: Callable[[int], object] | None = None  # called with the number of rows of each network call
+    dropout_known: bool = True  # the label dropout is known: a file of another project may not say it
 
     @cached_property
     def sha256(self) -> str:
@@ -97,7 +97,8 @@ def load_run(
     else:
         beside = path / CONDITIONS_FILE
         read = [WEIGHTS_FILES[weights]] if tensors is None else []  # the rest is several times as much
-        folders.verify_checkpoint(path, only=["config.yaml", *read, *([CONDITIONS_FILE] if beside.is_file() else [])])
+        told = {CONDITIONS_FILE} & {*folders.read_manifest(path)["files"], beside.is_file() and CONDITIONS_FILE}
+        folders.verify_checkpoint(path, only=["config.yaml", *read, *told])
         settings, step = folders.read_config(path), folders.step_of(path)
         tensors = read_tensors(path / read[0]) if read else tensors
     device = torch.device(device) if device is not None else start_processes().device
@@ -148,8 +149,10 @@ def with_classes(source: Run, data: Data) -> tuple[dict[str, torch.Tensor], str]
 def check_sizes(settings: Settings, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Raises UserError for a network that is much larger than its tensors, before any time goes into building it."""
     longest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
-    for key, value in nested(settings.model, "model"):
+    _, given = described(settings.model, Network, "model")
+    for key, value in nested(given, "model"):
         most = len(tensors) if "depth" in key else max(longest, LEAST_SIZE)
+        most = LARGEST_FLOAT if isinstance(value, float) else most
         if isinstance(value, (int, float)) and abs(value) > most:
             raise UserError(f"{source}: {key}={value:.10g}, and its {len(tensors)} tensors have no such size")
 
@@ -160,6 +163,9 @@ def build_network(settings: Settings) -> Network:
         model = build(settings.model, Network, "model")
         check_members(model)
         conditions.check_kind(settings.data.condition, model.null_condition)
+        if (shape := tuple(model.latent_shape)) != (wanted := settings.data.latent_shape):
+            told = f"the network is for latents {shape}, and data.channels and data.input_size say {wanted}"
+            raise UserError(f"{told}; needed: the same in both")
         return model
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -50,8 +50,13 @@ def name_of(parts: Iterable[tuple[str, str]]) -> str:
         plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")
         odd = f"-{digest(value)[:6]}" if plain != value else ""
         names.append(f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', key)}-{plain}{odd}")
-    name = "_".join(names)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{digest(name)[:12]}"
+    return shortened("_".join(names))
+
+
+def shortened(name: str) -> str:
+    """A name of at most LONGEST bytes: the end of a longer one becomes a digest."""
+    start = name.encode()[: LONGEST - 13].decode(errors="ignore")
+    return name if len(name.encode()) <= LONGEST else f"{start}-{digest(name)[:12]}"
 
 
 def digest(text: str) -> str:

@@ -78,7 +78,7 @@ def catalogue(font: ImageFont.FreeTypeFont) -> dict[str, str]:
 
 
 def key(sequence: str) -> str:
-    """A sample's: 1f469-200d-1f692."""
+    """The key of its sample: 1f469-200d-1f692."""
     return "-".join(f"{ord(character):x}" for character in sequence)
 
 

@@ -100,7 +100,7 @@ def _open_parquet(folder: Path, names: list[str]) -> Tree:
 
     @lru_cache(maxsize=2)
     def group(name: str, number: int) -> pyarrow.Array:  # of bytes, or null
-        parts, held = [], 0  # a few rows at a time: what they take is known only when they are there
+        parts, held = [], 0  # a few rows at a time: how large they are is known only once they are read
         for batch in files[name].iter_batches(8, row_groups=[number], columns=[images[name]]):
             held += batch.nbytes
             if held > ROW_GROUP_BYTES:

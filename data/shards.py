@@ -218,7 +218,7 @@ def write_shard(path: Path, samples: Iterable[tuple]) -> None:
         leftover.unlink(missing_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, array, condition, *features in samples:
-            for part in features:  # first, so that one sample's beginning tells a set with features
+            for part in features:  # first, so that the beginning of a shard shows whether the set has features
                 _add(tar, f"{key}.{FEATURES}", part)
             _add(tar, f"{key}.{ARRAY}", array)
             if isinstance(condition, Captions):

@@ -37,7 +37,7 @@ class Encoder:
     def __call__(self, captions: Sequence[str]) -> Text:
         """The states (B, length, width) float16 of captions, zeros at padding, and their mask, on the CPU.
 
-        A caption that is too long is cut, of which the first call that meets one warns.
+        A caption that is too long is cut; the first call that meets one warns.
         """
         texts = [self._encode(list(captions[i : i + AT_ONCE])) for i in range(0, len(captions), AT_ONCE)]
         return Text(*map(torch.cat, zip(*texts)))
@@ -55,7 +55,7 @@ class Encoder:
             self._told, first = True, f"{len(ids[long[0]])}: {captions[long[0]]:.60}"
             told = f"captions longer than {self.length} tokens are cut, as this one of {first}"
             warn(told)
-        # Always to this length: rounding, and so a caption's states, would else depend on those beside it.
+        # Always padded to this length: otherwise rounding, and so a caption's states, would depend on its neighbours.
         padded = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         tokens = self.tokenizer(captions, **padded).to(self.model.device)
         mask = tokens["attention_mask"].bool()  # (B, T)
@@ -76,7 +76,7 @@ def load_encoder(
 ) -> Encoder:
     """A text encoder, in float32. length: tokens to pad to; None = the most that it takes.
 
-    Raises UserError where it, or transformers, cannot be had, and where its weights have not the hash `sha256`.
+    Raises UserError where it or transformers cannot be loaded, and where its weights do not have the hash `sha256`.
     """
     told = f"text encoder {name}"
     try:
@@ -86,11 +86,11 @@ def load_encoder(
         raise UserError(f"{told} needs the package transformers: pip install transformers") from None
     place = _place(name)
     safely = {"trust_remote_code": False}
-    transformers.logging.set_verbosity_error()  # it tells of weights that are not the text's, as CLIP's are
+    transformers.logging.set_verbosity_error()  # it lists unused weights, such as CLIP's for images
     transformers.logging.disable_progress_bar()
-    with hub.refusals(f"{told} cannot be had; needed: a name on the hub, a folder or {MINILM}"):
+    with hub.refusals(f"{told} cannot be loaded; needed: a name on the hub, a folder or {MINILM}"):
         config = AutoConfig.from_pretrained(place, **safely)
-        config = getattr(config, "text_config", config)  # CLIP's, which has a picture's beside it
+        config = getattr(config, "text_config", config)  # CLIP's, beside which there is one of images
         encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # the encoder alone of T5
         auto = transformers.AutoModelForTextEncoding if encodes else AutoModel
         model = auto.from_pretrained(place, config=config, use_safetensors=True, **safely)

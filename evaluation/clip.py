@@ -50,7 +50,7 @@ class Clip:
 
 @cache
 def load_clip(name: str, sha256: str | None = None) -> Clip:
-    """Raises UserError where it, or transformers, cannot be had, and where its weights have not the hash `sha256`."""
+    """Raises UserError where it or transformers cannot be loaded, and for weights without the hash `sha256`."""
     try:
         import transformers
     except ImportError:
@@ -58,7 +58,7 @@ def load_clip(name: str, sha256: str | None = None) -> Clip:
     state, place = start_processes(), str(hub.local(name))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    told = f"clip={name} cannot be had; needed: a CLIP on the hub, or its folder"
+    told = f"clip={name} cannot be loaded; needed: a CLIP on the hub, or its folder"
     with hub.refusals(told), state.main_process_first():
         kind = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False).model_type
     if kind != "clip":

@@ -15,7 +15,7 @@ import conditions
 from checkpoints.config import Scoring
 from checkpoints.generate import count_calls, generate, load_weak, progress
 from checkpoints.load import Run
-from checkpoints.naming import digest, settings_name
+from checkpoints.naming import digest, settings_name, shortened
 from conditions import Condition, labels_of
 from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
@@ -160,4 +160,4 @@ def score_name(settings: Scoring, extractor: Extractor, n: int, precision: str =
     parts += ["_".join(settings.metrics)] if settings.metrics is not None else []
     parts += [precision] if precision != "fp32" else []
     parts += ["compiled"] if compile != "off" else []
-    return "-".join([*parts, settings_name(settings, UNNAMED)])
+    return shortened("-".join([*parts, settings_name(settings, UNNAMED)]))

@@ -3,7 +3,7 @@
     python scripts/add_features.py out=datasets/mnist-features
     python scripts/add_features.py data=folder data.path=LATENTS out=... teacher=vit_base_patch14_dinov2.lvd142m
 
-The keys: configs/add_features.yaml. Pictures that are still there give sharper features: encode_latents.py features=.
+The keys: configs/add_features.yaml. Where the pictures are still there, encode_latents.py features= is sharper.
 An interrupted call continues where it stopped.
 """
 
@@ -28,7 +28,7 @@ from system import UserError, cli
 from system.settings import MISSING, parse
 
 BATCH_SIZE, SHARD_SIZE = 50, 1500
-TEACHERS = {name: ASSETS / f"{name}_teacher.safetensors" for name in CLASSIFIERS}  # second ones, which score nothing
+TEACHERS = {name: ASSETS / f"{name}_teacher.safetensors" for name in CLASSIFIERS}  # they score nothing
 
 
 @dataclass(frozen=True)

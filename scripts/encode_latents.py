@@ -43,7 +43,7 @@ from system.limits import MEMBER_BYTES
 from system.settings import Count, Names, Positive, above, parse
 from system.tensors import weights_sha256
 
-BEGUN = ".pictures.json"  # in the folder: {name of each picture that it was begun with: what is told of it}
+BEGUN = ".pictures.json"  # in the folder: {name of each picture that it was begun with: its label or captions}
 UNRECORDED = ("out", "on_error", "num_threads", "timeout_s", "text_length")  # which change no byte
 
 
@@ -78,7 +78,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is encoded: pictures, what is told of each (labels or captions), and the numbers of those that are gone."""
+    """What is encoded: pictures, the label or the captions of each, and the numbers of those that are gone."""
 
     images: Images
     told: list
@@ -170,13 +170,13 @@ def encode(
 def as_begun(note: Path, found: Pictures) -> Pictures:
     """The pictures that an encoding was begun with, as its note has them: its shards number them. Some may be gone.
 
-    Raises UserError where others have come since, or something else is told of them: a class folder was renamed.
+    Raises UserError where others have come since, or labels or captions have changed: a class folder was renamed.
     """
     if not note.exists():
         return found
     told, before = dict(zip(found.images.names, found.told)), read_json(note, MEMBER_BYTES)
     if changed := [name for name in told if name not in before or before[name] != told[name]]:
-        was = f"was told {before[changed[0]]!r:.60}" if changed[0] in before else "was not there"
+        was = f"had {before[changed[0]]!r:.60}" if changed[0] in before else "was not there"
         raise UserError(
             f"{changed[0]} {was} when {note.parent} was begun; needed: the same pictures, or an empty folder"
         )

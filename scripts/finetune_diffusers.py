@@ -1,8 +1,8 @@
 """Routed fine-tuning of a Flux, whole or as LoRA: `python scripts/finetune_diffusers.py`, keys in configs/.
 
 A tiny random one learns the digits. transformer=black-forest-labs/FLUX.1-dev shards=FOLDER lora_rank=16 runs the
-same lines on latents and their texts, in shards as scripts/encode_latents.py writes them (docs/data.md). These hold no
-pooled embeddings: zeros are in their place."""
+same lines on latents and their texts, in shards as scripts/encode_latents.py writes them (docs/data.md). They hold no
+pooled embeddings: zeros take their place."""
 
 import sys
 from collections.abc import Callable

@@ -88,7 +88,7 @@ class Command:
 
 def as_yaml(race: Race) -> str:
     rule = dataclasses.asdict(race)
-    unsaid = {"last": [], "scorer": "fid", "accuracy": "class_accuracy"}  # as in records of before there was a choice
+    unsaid = {"last": [], "scorer": "fid", "accuracy": "class_accuracy"}  # as in records from before there was a choice
     return OmegaConf.to_yaml({key: value for key, value in rule.items() if key not in unsaid or value != unsaid[key]})
 
 

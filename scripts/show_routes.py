@@ -74,6 +74,8 @@ def main(overrides: list[str]) -> None:
     seeds, run = parse_seeds(shown.seeds), sample.load_given(shown.ckpt, "mnist-tread-rf")
     if not run.model.routes:
         raise UserError(f"{run.checkpoint} has no routes; needed: a model trained with routes (model=tread)")
+    if any(route.grid is None for route in run.model.routes):
+        raise UserError(f"the routes of {run.checkpoint} do not say the grid of tokens; needed: Route.grid")
     kept = kept_tokens(run, seeds, shown.gamma, shown.step)
     labels = conditions.choose("balanced", seeds, run.pool)
     images = torch.cat(list(sample.generate(run, Guidance(), seeds, labels))).cpu()

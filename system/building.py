@@ -21,6 +21,15 @@ def build(section: Mapping, base: type, key: str):
 
     Raises UserError for any other target, and for keys or values that the constructor's annotations do not name.
     """
+    cls, given = described(section, base, key)
+    try:
+        return cls(**given)
+    except ValueError as error:  # of the maths, which knows no commands
+        raise UserError(str(error)) from None
+
+
+def described(section: Mapping, base: type, key: str) -> tuple[type, dict]:
+    """The class and the arguments of what `build` builds. Raises UserError as `build` does."""
     if not isinstance(section, Mapping) or "_target_" not in section:
         raise UserError(f"{key} has no _target_; needed: {_needed(base)}")
     cls = class_of(section["_target_"], base, f"{key}._target_")
@@ -28,11 +37,7 @@ def build(section: Mapping, base: type, key: str):
     for name, _ in nested(settings, key):
         if re.search(r"\._\w*_$", name):
             raise UserError(f"{name} is no setting; needed: plain values beside {key}._target_")
-    arguments_of = arguments(cls, settings, key)
-    try:
-        return cls(**arguments_of)
-    except ValueError as error:  # of the maths, which knows no commands
-        raise UserError(str(error)) from None
+    return cls, arguments(cls, settings, key)
 
 
 def class_of(target, base: type, key: str) -> type:

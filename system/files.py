@@ -88,7 +88,7 @@ def check_no_links(folder: Path) -> None:
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write. On success it is on disk under `path`; after any failure `path` is as it was before.
 
-    durable: False = written out when the system likes.
+    durable: False = the system may write it to disk later.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

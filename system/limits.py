@@ -7,6 +7,7 @@ ROW_GROUP_BYTES = 1 << 29  # the pictures of a parquet file's row group, decompr
 IDX_BYTES = 1 << 33  # an IDX file, decompressed: ten million images of 28 x 28
 PICKLE_STEPS = 1000  # an array has about fifty
 LEAST_SIZE = 256  # a whole number of a network's config up to here needs no tensor that is as long
+LARGEST_FLOAT = 1e6  # of a network's config: no size, but a factor of one, or a period
 STEPS = 1 << 20  # of a sampler or a noise schedule
 ARRAY_BYTES = 1 << 31  # an array of an .npz, decompressed
 PARQUET_ROWS = 1 << 25

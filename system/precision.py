@@ -16,7 +16,7 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165} 
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """What a GPU's data sheet says of its bf16 products; None = not known, or the precision is another."""
+    """A GPU's peak in bf16 by its data sheet; None = not known, or the precision is another."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
     return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 

@@ -42,9 +42,9 @@ from evaluation.reference import read_reference
 from system import UserError, cli
 from system.files import sha256_of
 from system.settings import parse
+from tests import started
 from tests.conftest import COMPARED, ROOT, TORCHRUN, Canary, failing_reads, numbers
 from tests.made_runs import make_run
-from tests.started import free_port
 from training.stopping import EXIT_NOT_FINITE, EXIT_START_AGAIN
 
 Rows = Iterator[tuple[str, str | float | None, bool]]  # what; what was found, in seconds where it is a number; is it so
@@ -281,15 +281,21 @@ def processes(results: Path) -> Rows:
 
 
 def launch(results: Path, name: str, change: str, *overrides: str) -> tuple[Job, subprocess.Popen]:
-    """Starts train.py on two processes, with something changed in it by `change`."""
+    """Starts a `changed` train.py on two processes, by torchrun."""
+    job, (_, *command) = changed(results, name, change, *overrides)
+    heard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return job, subprocess.Popen([*TORCHRUN, *command], cwd=ROOT, **heard)
+
+
+def changed(results: Path, name: str, change: str, *overrides: str) -> tuple[Job, list[str]]:
+    """A job, and the command of train.py with something changed in it by `change`."""
     job, program = Job(results, name, *overrides), results / f"{name}.py"
     program.write_text(
         f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom system import cli\n{change}\n"
         "with cli.user_errors():\n    settings = train.parse(train.Settings, cli.load_config('config', sys.argv[1:]))\n"
         "    code = train.train(settings)\nsys.exit(code)\n"
     )
-    heard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return job, subprocess.Popen([*TORCHRUN, str(program), *job.overrides], cwd=ROOT, **heard)
+    return job, [sys.executable, str(program), *job.overrides]
 
 
 def one_of_two(results: Path) -> Rows:
@@ -301,10 +307,11 @@ def one_of_two(results: Path) -> Rows:
     )
     keys = (f"eval.digits={results / 'mnist'}", "eval.seeds=0-49", "eval.steps=2", "eval.every=4")
     assert Job(results, "evaluation", "train.max_steps=4").run() == 0
-    job, launched = launch(results, "evaluation", change, "train.max_steps=8", *keys)  # a resume evaluates first
-    _, said = launched.communicate()
-    told = min(said.count(text) for text in ("evaluation failed on process 1: Traceback", "RuntimeError: made to fail"))
-    good = told == 2 and launched.returncode == 0 and job.last_saved() == 8
+    job, command = changed(results, "evaluation", change, "train.max_steps=8", *keys)  # a resume evaluates first
+    done = started.run(command, processes=2)
+    lines = ("evaluation failed on process 1: Traceback", "RuntimeError: made to fail")
+    told = min(done.stderr.count(text) for text in lines)
+    good = told == 2 and done.returncode == 0 and job.last_saved() == 8
     yield "R4 evaluations that fail on one of two: told, trained on", f"{told} of 2", good
 
     seen = Job(results, "there", "train.max_steps=10")
@@ -313,8 +320,7 @@ def one_of_two(results: Path) -> Rows:
     shutil.copytree(seen.folder, results / "other" / "there")
     shutil.rmtree(results / "other" / "there" / "checkpoints" / "step_0000010")
     change = f"sys.argv += [f'results_dir={results / 'other'}'] * (os.environ['RANK'] == '1')"
-    _, launched = launch(results, "there", change, "train.max_steps=20")
-    _, said = launched.communicate()
+    said = started.run(changed(results, "there", change, "train.max_steps=20")[1], processes=2).stderr
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     good = len(lines) == 1 and "step_0000010, process 1 has step_0000005" in lines[0] and seen.last_saved() == 10
     yield "R4 two processes with different newest checkpoints", f"{len(lines)} line", good
@@ -386,7 +392,7 @@ def lost_nodes(results: Path) -> Rows:
 def start_nodes(job: Job) -> list[subprocess.Popen]:
     """The job on two nodes, which meet on this machine's loopback address."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
-    torchrun += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--node_rank"]
+    torchrun += ["--master_addr", "127.0.0.1", "--master_port", str(started.free_port()), "--node_rank"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return [subprocess.Popen([*torchrun, rank, "train.py", *job.overrides], cwd=ROOT, **quiet) for rank in "01"]
 

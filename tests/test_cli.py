@@ -104,6 +104,9 @@ TRAIN = {
     "data.path=nowhere": "nowhere",
     "data.input_size=16": "holds latents of shape (1, 8, 8), the model is for (1, 16, 16)",
     "data.num_classes=2": "classes",
+    "model.input_size=16": "for latents (1, 16, 16), and data.channels and data.input_size say (1, 8, 8)",
+    "model.num_classes=2": "labels 2..2; the model has classes 0..1",
+    "model=maskdit model.selection_ratio=0.05 guidance@preview=sparse preview.every=1": "a model trained with routes",
     "model.routes=[{selection_ratio:0.5,start_layer_idx:2,end_layer_idx:9}]": "does not fit a network of 6 blocks",
     "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:3},"
     "{selection_ratio:0.5,start_layer_idx:3,end_layer_idx:4}]": "routes overlap",

@@ -87,8 +87,8 @@ def test_what_cannot_be_had_is_one_line(bert, tmp_path):
             f"has the sha256 {sha256}; needed: 0000.*, that of the encoder that made the data",
         ),
         (bert, dict(length=21), "text_length=21; needed: at most 20"),
-        (tmp_path, {}, "cannot be had; needed: a name on the hub, a folder or minilm: "),
-        ("nobody/nothing", {}, "text encoder nobody/nothing cannot be had"),
+        (tmp_path, {}, "cannot be loaded; needed: a name on the hub, a folder or minilm: "),
+        ("nobody/nothing", {}, "text encoder nobody/nothing cannot be loaded"),
     ):
         with pytest.raises(UserError, match=said) as refused:
             load_encoder(str(name), **more)
@@ -96,7 +96,7 @@ def test_what_cannot_be_had_is_one_line(bert, tmp_path):
     model = torch.load  # never: weights in a pickle are not read
     (bert / "model.safetensors").unlink()
     torch.save({}, bert / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_encoder(str(bert))
     assert torch.load is model
 
@@ -106,7 +106,7 @@ def test_no_code_of_a_folder_is_run(bert, tmp_path):
     config = json.loads((bert / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Evil"}}
     (bert / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_encoder(str(bert))
     assert not (tmp_path / "ran").exists()
 

@@ -149,6 +149,9 @@ def test_texts_that_were_kept_are_hashed(trained, tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"\0\0")
     with pytest.raises(UserError, match="conditions.safetensors"):
         load_run(copy, device="cpu")
+    path.unlink()
+    with pytest.raises(UserError, match="conditions.safetensors is missing"):
+        load_run(copy, device="cpu")
 
 
 @pytest.mark.parametrize("name", RUNS)

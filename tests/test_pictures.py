@@ -9,6 +9,7 @@ from PIL import Image
 
 import data
 from checkpoints.load import build_network, load_run
+from contracts import Network
 from edm import EDM
 from system import UserError, cli
 from tests import started
@@ -78,6 +79,25 @@ def test_another_resolution_keeps_its_coordinates(model, tmp_path):
     assert settle_positions(third, None).model["positions_from"] == [16, 16]
     back = made_settings([*keys, "data.input_size=16", f"init_from={folder}"])
     assert settle_positions(back, None) is back
+
+
+@pytest.mark.parametrize("model", ["dit", "maskdit", "sprint"])
+def test_as_many_tokens_on_another_grid_are_at_their_own_places(model, tmp_path):
+    keys = [*TINY, f"model={model}", "data.channels=1", "model.size=DiT-XS/4"]
+    folder = make_run(tmp_path / "old", [*keys, "data.input_size=[16,32]"])
+    settings = settle_positions(made_settings([*keys, "data.input_size=[32,16]", f"init_from={folder}"]), None)
+    net, fresh, old = build_network(settings), build_network(settings), load_run(folder, device="cpu").model
+    start_from(str(folder), net, EDM(), settings.data)
+    for name, buffer in net.named_buffers():
+        its_own = (old if name == "mask_token" else fresh).get_buffer(name)
+        assert torch.equal(buffer, its_own), name
+
+
+def test_a_network_that_takes_no_positions_is_given_none(tmp_path, monkeypatch):
+    settings = made_settings([*TINY, "data.input_size=32", f"init_from={make_run(tmp_path / 'old', TINY)}"])
+    assert settle_positions(settings, None).model["positions_from"] == [28, 28]
+    monkeypatch.setattr("training.prepare.class_of", lambda *_: Network)
+    assert settle_positions(settings, None) is settings
 
 
 def draw(folder, count=30, side=40):

@@ -95,9 +95,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_nothing_is_lo
     assert f"stopped by {number.name} after step" in out and "exitcode  : 75" in err
     stopped = numbers(folder)[-1]["step"]
     assert latest_checkpoint(folder).name == f"step_{stopped:07d}" and 20 <= stopped < 90
-    job = start(TORCHRUN, *settings[0], name)
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 0 and "from" in out, err
+    job = started.run([sys.executable, "train.py", *settings[0], name], processes=2)
+    assert job.returncode == 0 and "from" in job.stdout, job.stderr
     assert numbers(folder) == numbers(golden[0])
     for file in COMPARED:
         assert (latest_checkpoint(folder) / file).read_bytes() == (latest_checkpoint(golden[0]) / file).read_bytes()
@@ -139,11 +138,10 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
 
 
 def test_a_run_goes_on_with_another_number_of_processes(golden, settings):
-    job = start(TORCHRUN, *settings[0], "run_name=world", "train.max_steps=30", "train.val_every=30")
-    assert job.communicate(timeout=120) and job.returncode == 0
-    job = start([sys.executable], *settings[0], "run_name=world")
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 0 and "= 1 processes x 16" in out, err
+    command = [sys.executable, "train.py", *settings[0], "run_name=world"]
+    assert started.run([*command, "train.max_steps=30", "train.val_every=30"], processes=2).returncode == 0
+    job = started.run(command)
+    assert job.returncode == 0 and "= 1 processes x 16" in job.stdout, job.stderr
     for a, b in zip(numbers(settings[1] / "world"), numbers(golden[0]), strict=True):
         assert a == pytest.approx(b, rel=1e-3), a["step"]
 
@@ -198,7 +196,7 @@ def test_a_library_call_leaves_the_process_as_it_is(tmp_path):
     script = tmp_path / "library.py"
     script.write_text(
         "import os, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "import torch, sample\nfrom guidance import Guidance\nfrom system import launchers\n"
+        "import torch._dynamo, sample\nfrom guidance import Guidance\nfrom system import launchers\n"
         "launchers.keep_freed_memory = launchers.end_with_launcher = None\n"  # whoever calls them fails
         "before = dict(os.environ), torch.get_num_threads(), os.getcwd()\n"
         "run = sample.load_run(sys.argv[1] + '/assets/mnist-tread-edm/model.safetensors')\n"
@@ -216,15 +214,15 @@ def test_threads_are_those_that_this_process_may_use(monkeypatch):
 
 
 def test_max_hours_stops_early_with_the_exit_code_to_start_again(settings):
-    job = start([sys.executable], *settings[0], "run_name=hours", "train.max_hours=1e-6")
-    out, err = job.communicate(timeout=60)
-    assert job.returncode == 75 and "stopped by max_hours after step 1" in out, err
+    job = started.run([sys.executable, "train.py", *settings[0], "run_name=hours", "train.max_hours=1e-6"])
+    assert job.returncode == 75 and "stopped by max_hours after step 1" in job.stdout, job.stderr
 
 
 def test_a_second_interrupt_leaves_at_once(settings, tmp_path):
     folder = settings[1] / "twice"
     slow = program(tmp_path, "from system import files\nimport time, os\nos.fsync = lambda descriptor: time.sleep(3)\n")
-    job = start([sys.executable, slow], *settings[0], "run_name=twice", "train.max_steps=100000", "train.save_every=30")
+    keys = ["run_name=twice", "train.max_steps=100000", "train.save_every=30"]
+    job = started.Process([sys.executable, slow, *settings[0], *keys], stdout=subprocess.DEVNULL)
     wait_for(folder, 30)  # and now it saves, for long
     os.kill(job.pid, signal.SIGINT)
     time.sleep(1.2)

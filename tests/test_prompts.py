@@ -60,7 +60,7 @@ class Encoder:
 def encoder(monkeypatch):
     def load(name, sha256=None, length=None, device="cpu"):
         if name != "made":
-            raise UserError(f"text encoder {name} cannot be had")
+            raise UserError(f"text encoder {name} cannot be loaded")
         assert (sha256, length) == (HASH, LENGTH)
         return Encoder(length)
 
@@ -177,7 +177,7 @@ BAD = [
     (["prompt=a", "prompts={empty}"], "both say what to draw"),
     (["prompt=a", "labels=random"], "labels=random and prompt=a both say what to draw"),
     (["class_idx=1"], "class_idx=1, and the network takes texts; needed: .* or prompt="),
-    (["prompt=a", "data.text_encoder=other"], "text encoder other cannot be had"),
+    (["prompt=a", "data.text_encoder=other"], "text encoder other cannot be loaded"),
 ]
 
 
@@ -288,7 +288,7 @@ def test_clip_of_transformers(tmp_path):
         assert scores[i].item() == pytest.approx(100 * max(cosine, 0), abs=1e-3)
     with pytest.raises(UserError, match=f"has the sha256 {clip.sha256}; needed: 1234"):
         load_clip(str(tmp_path / "clip"), "1234")
-    with pytest.raises(UserError, match="cannot be had; needed: a CLIP on the hub, or its folder"):
+    with pytest.raises(UserError, match="cannot be loaded; needed: a CLIP on the hub, or its folder"):
         load_clip(str(tmp_path / "nowhere"))
     transformers.CLIPTextModel(config.text_config).save_pretrained(tmp_path / "text")
     with pytest.raises(UserError, match="is a model of the type clip_text_model"):

@@ -1,11 +1,15 @@
 """scripts/race.py: an interrupted race ends as an undisturbed one, and a record is what its logs say."""
 
+import contextlib
+import io
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,20 +17,36 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import scripts.race
 from scripts.race import ended, load_race, main
 from system import UserError, cli
+from tests import started
 from tests.conftest import ROOT
 
 RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/race.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STARTING = threading.Lock()  # a race starts its runs in threads
 MADE = ("statistics.md", "table.md", "figure.png")
 
 
-def race(verb, name, folder, *overrides, wait=True):
-    command = [sys.executable, "scripts/race.py", verb, f"name={name}", f"records={folder}", *overrides]
-    if wait:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command(verb, name, folder, *overrides):
+    return [sys.executable, "scripts/race.py", verb, f"name={name}", f"records={folder}", *overrides]
+
+
+def forked(command, cores, run_folder):
+    """race.start, but for the start of Python, and the end with the race."""
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
+    with STARTING, open(f"{run_folder}.log", "a") as log:
+        return started.Process(command, env=os.environ | {"OMP_NUM_THREADS": str(cores)}, stdout=log, stderr=log)
+
+
+def raced(folder, *overrides):
+    """What `race.py run name=smoke` prints, in this process, with the runs forked."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(scripts.race, "start", forked)
+        patch.setattr(os, "sched_setaffinity", lambda process, cores: None)  # which all later forks would inherit
+        main(["run", "name=smoke", f"records={folder}", *overrides])
+    return out.getvalue()
 
 
 def refused(verb, name, folder, *overrides):
@@ -44,22 +64,21 @@ def scores(run):
 def smoke(tmp_path_factory):
     """The record of a race that was killed once, and that of one of its contestants, undisturbed."""
     folder = tmp_path_factory.mktemp("race")
-    whole = race("run", "smoke", folder / "whole", f"runs={folder / 'a'}", "only=[tread]")
-    assert whole.returncode == 0 and "still to be run: dit-0, dit-1" in whole.stdout, whole.stderr
+    assert "still to be run: dit-0, dit-1" in raced(folder / "whole", f"runs={folder / 'a'}", "only=[tread]")
 
-    killed = race("run", "smoke", folder / "killed", f"runs={folder / 'b'}", wait=False)
+    killed = subprocess.Popen(
+        command("run", "smoke", folder / "killed", f"runs={folder / 'b'}"), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     log, deadline = folder / "b", time.monotonic() + 120
     while not any(path.stat().st_size for path in log.glob("*/tread-0/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    killed.stdout.close(), killed.stderr.close()
     assert not list((folder / "killed").glob("*/tread-0"))
     while any(b"/b/" in line.read_bytes() for line in Path("/proc").glob("[0-9]*/cmdline") if line.is_file()):
         assert time.monotonic() < deadline, "the runs outlived the race"
         time.sleep(0.1)
-    again = race("run", "smoke", folder / "killed", f"runs={folder / 'b'}")
-    assert again.returncode == 0, again.stderr
+    raced(folder / "killed", f"runs={folder / 'b'}")
     return next((folder / "whole").iterdir()), next((folder / "killed").iterdir())
 
 
@@ -73,7 +92,7 @@ def test_a_killed_race_goes_on_to_the_same_scores(smoke):
 
 def test_a_finished_race_is_not_run_again(smoke):
     before = {path: path.stat().st_mtime_ns for path in smoke[1].glob("*-?/*")}
-    done = race("run", "smoke", smoke[1].parent, f"runs={smoke[1] / 'unused'}")
+    done = started.run(command("run", "smoke", smoke[1].parent, f"runs={smoke[1] / 'unused'}"))
     assert done.returncode == 0 and "finished" not in done.stdout and not (smoke[1] / "unused").exists()
     assert before == {path: path.stat().st_mtime_ns for path in smoke[1].glob("*-?/*")}
 
@@ -106,7 +125,7 @@ def test_bad_input_is_one_line(smoke, tmp_path):
     other = tmp_path / smoke[1].name
     shutil.copytree(smoke[1], other)
     (other / "race.yaml").write_text((other / "race.yaml").read_text().replace("steps: 20", "steps: 30"))
-    done = race("run", "smoke", tmp_path)
+    done = started.run(command("run", "smoke", tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "another config" in done.stderr
 

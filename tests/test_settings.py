@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 
 from checkpoints import config
 from checkpoints.config import Settings, from_file, parse_seeds, to_yaml
-from checkpoints.naming import LONGEST, name_of, settings_name
+from checkpoints.naming import LONGEST, name_of, settings_name, shortened
+from evaluation.evaluate import score_name
 from guidance import Guidance
 from routing_module import Route
 from system import UserError, cli
@@ -420,3 +422,12 @@ def test_long_names_end_in_a_digest():
     assert len(fits) == LONGEST and fits.endswith("aaa")
     longer = [settings_name(Named(out="a" * LONGEST + end)) for end in ("", "a", "b")]
     assert len(set(longer)) == 3 and all(len(name) == LONGEST for name in longer)
+    assert len(shortened("é" * LONGEST).encode()) <= LONGEST and shortened("é" * 100) == "é" * 100
+
+
+def test_so_do_the_names_of_scores():
+    ratios = {f"gamma_{name}": 0.2123456 + (name > "t") / 2 for name in ("strong", "weak", "strong_end", "weak_end")}
+    more = dict(interval=(0.1234567, 0.9), seeds="0-9,20-29", labels="balanced", steps=20)
+    settings = config.Scoring(scale=1.234567, scale_end=1.345678, **more, **ratios)
+    names = [score_name(settings, SimpleNamespace(name="mnist"), 20, precision) for precision in ("fp32", "bf16")]
+    assert len(set(names)) == 2 and [len(name) for name in names] == [LONGEST] * 2

@@ -81,6 +81,15 @@ def test_an_explicit_codec_that_differs_is_refused(tmp_path, overrides, said):
     assert said.format(made=made) in str(refused.value)
 
 
+def test_names_of_classes_refer_to_nothing_else(tmp_path):
+    """The run's config.yaml, which has them, would be refused."""
+    made = make_set(tmp_path / "made", SD)
+    meta = json.loads((made / "meta.json").read_text()) | {"classes": ["a", "b", "${oc.env:HOME}"]}
+    (made / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"classes\[2\] refers to something else"):
+        settled(made)
+
+
 @pytest.mark.parametrize("due", [["preview.every=5"], ["preview.every=0", "eval.every=5"]])
 def test_a_folder_that_does_not_say_its_codec_is_asked_at_the_start(tmp_path, due):
     made = make_set(tmp_path / "made")

@@ -103,6 +103,12 @@ def test_a_config_is_compared_with_its_tensors_first(tmp_path, tiny_overrides, k
         load_run(path)
 
 
+def test_a_number_that_is_no_size_may_be_large(tmp_path, tiny_overrides):
+    """A weight of the loss or, in a network of one's own, the period of rotary angles."""
+    run = make_run(tmp_path / "run", [*tiny_overrides, "model=maskdit", "model.mae_weight=10000.0"])
+    assert load_run(run, device="cpu").model.mae_weight == 1e4
+
+
 KEPT = {
     "labels of numbers": {"labels": torch.ones(3)},
     "labels in rows": {"labels": torch.ones(3, 2, dtype=torch.int64)},

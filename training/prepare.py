@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from contracts import Condition, Loss, Network, Objective
 from cost import cost_table, memory_table
 from data import BatchPlan
 from system import UserError, hub
-from system.building import build
+from system.building import build, class_of
 from system.precision import choose_precision, decide_precision, launched_precision
 from system.settings import refuse_interpolations
 from training.ema import make_averages
@@ -58,7 +59,7 @@ class TrainState:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint has of weights, by file."""
+        """The weights that a checkpoint holds, by file."""
         more = {} if self.projector is None else {"projector": self.projector}
         return {"model": self.model, **self.averages, **more}
 
@@ -67,7 +68,7 @@ class TrainState:
         return Loss(self.net, self.model, self.objective, self.middle_weight)
 
     def blank_features(self, batch_size: int) -> list[torch.Tensor]:
-        """What `loss` takes of features, without data."""
+        """Zeros in place of the features that `loss` takes, if it takes any."""
         shape = self.feature_shape
         return [] if shape is None else [torch.zeros(batch_size, *shape, device=self.ema.device)]
 
@@ -98,7 +99,7 @@ class TrainingData:
 
 
 def settle_precision(settings: Settings, dist: PartialState, resumed: Path | None = None) -> Settings:
-    """auto becomes bf16 or fp32, a resumed run's own; of train.precision, first what the launcher says.
+    """auto becomes bf16 or fp32: a resumed run keeps its own; for train.precision, the launcher's word comes first.
 
     All processes must call this.
     """
@@ -139,7 +140,7 @@ def open_data(settings: Settings, dist: PartialState, plan: BatchPlan) -> Traini
             data.prepare_pictures(wanted.path, *made_of)
     elif wanted.prepare is not None:
         if dist.is_main_process and not Path(wanted.path).exists():  # a mistyped one?
-            print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; data=folder: yours")
+            print(f"data       {wanted.path} does not exist: {made[wanted.prepare]} made there; yours: data=folder")
         with dist.local_main_process_first():
             size, text = wanted.latent_shape[1:], (wanted.text_encoder, wanted.text_length)
             data.prepare(wanted.prepare, wanted.path, wanted.source, size, wanted.num_classes, *text)
@@ -196,7 +197,7 @@ def settle_data(settings: Settings, latents: data.Latents) -> Settings:
     given = {key: value for key, value in settings.data.codec.items() if value is not None}
     given = {} if given == {"_target_": vae} else {"_target_": vae} | given
     recorded = latents.meta.get("codec") or {}
-    refuse_interpolations(recorded, meta)
+    refuse_interpolations({"codec": recorded, "classes": latents.meta.get("classes")}, meta)
     recorded = recorded and {"_target_": vae} | recorded
     codec = {"_target_": vae} | recorded | given
     if codec["_target_"] == vae:
@@ -223,8 +224,10 @@ def settle_data(settings: Settings, latents: data.Latents) -> Settings:
 
 
 def settle_positions(settings: Settings, resumed: Path | None) -> Settings:
-    """model.positions_from, where the network that this one starts from, or is resumed as, has another resolution."""
-    if settings.init_from is None or "positions_from" in settings.model:
+    """model.positions_from, where the network that this one starts from, or is resumed as, has another resolution, and
+    its class takes it."""
+    taken = signature(class_of(settings.model["_target_"], Network, "model._target_")).parameters
+    if settings.init_from is None or "positions_from" in settings.model or "positions_from" not in taken:
         return settings
     path = resumed or find_checkpoint(settings.init_from, "init_from")
     before = read_config(path) if path.is_dir() else load_run(settings.init_from, device="cpu").settings
@@ -277,8 +280,9 @@ def start_from(ckpt: str, model: Network, objective: Objective, given: Data) -> 
     tensors, told = with_classes(source, given)
     (_, *old), (_, *new) = source.model.latent_shape, model.latent_shape
     if old != new:  # fixed numbers of each position, which the network has made for its own, are in its buffers
-        own = {name: buffer for name, buffer in model.named_buffers() if name in tensors}
-        tensors |= {name: buffer for name, buffer in own.items() if buffer.shape != tensors[name].shape}
+        own, alike = {name: buffer for name, buffer in model.named_buffers() if name in tensors}, (1, model.num_tokens)
+        other = {name: b for name, b in own.items() if b.shape != tensors[name].shape or b.shape[:2] == alike}
+        tensors |= other
         scaled = "latents of {} x {} become {} x {}; the coordinates of tokens are scaled".format(*old, *new)
         told = "; ".join(filter(None, [scaled, told]))
     load_strictly(model, tensors, source=str(ckpt))

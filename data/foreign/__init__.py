@@ -267,8 +267,8 @@ def _text(place: Path) -> np.ndarray:
 def _npy_files(path: Path, folder: str = "", prefix: str = "", known: dict | None = None) -> Source | None:
     """`.npy` files whose names begin with `prefix`, in a folder or, if it needs no name, a zip.
 
-    Labels are those of the dataset.json there, or each top folder is a class. What more is `known` of a format says
-    that it has a dataset.json, whose labels may be null: one class. Raises UserError where it has none.
+    Labels are those of the dataset.json there, or each top folder is a class. Where more is `known`, it is a format
+    with a dataset.json, whose labels may be null: one class. Raises UserError where there is none.
     """
     root = path / folder if path.name != folder else path
     if not root.is_dir() and (folder or path.suffix != ".zip"):
