@@ -525,6 +525,7 @@ def draw(race: Race, runs: Runs, path: Path) -> None:
         axis.set_xlabel(f"{'trillion ' * macs}{unit} of training")
         axis.xaxis.set_major_formatter((lambda x, _: f"{x / 1e12:,g}") if macs else "{x:,g}")
         axis.set_xlim(0, 1.05 * axis.dataLim.x1)
+        axis.locator_params("x", nbins=6)
     names.set_xticks(range(len(runs)), list(runs), rotation=45, ha="right", rotation_mode="anchor")
     names.set_title(after("steps", race.steps) if race.steps else after("seconds", race.seconds), fontsize=10)
     for axis in axes:
