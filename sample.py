@@ -227,7 +227,10 @@ def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:
         manifest |= {"processes": dist.num_processes, **pace}
     if settings.npz:
         gallery.write_npz(out, keys)
-    gallery.finish(out, keys, manifest | {"n": len(keys), "seeds": str(settings.seeds)}, prompts)
+    named, each = gallery.class_names(condition, run.settings.data.classes), 1
+    if prompts:
+        named, each = [prompts[number] for number, _ in keys], len(settings.all_seeds)
+    gallery.finish(out, keys, manifest | {"n": len(keys), "seeds": str(settings.seeds)}, named, each)
     pace = f", {manifest['images_per_s']:.1f} images/s" if missing else ""
     print(f"{len(keys)} images, {calls} network calls and {macs / 1e9:.1f} GMACs each{pace}")
     print(f"{out}: grid.png, images/, {gallery.MANIFEST}{', samples.npz' if settings.npz else ''}")

@@ -33,7 +33,7 @@ from torch import nn
 import conditions
 import data
 from checkpoints.config import Preview, Settings, Train
-from checkpoints.gallery import save_grid
+from checkpoints.gallery import class_names, save_grid
 from checkpoints.generate import check_request, generate
 from checkpoints.load import Run, build_network
 from checkpoints.naming import run_name, sweep_name
@@ -389,8 +389,9 @@ def score_ema(settings: Settings, state: TrainState, run_folder: Path) -> dict[s
 
 def preview(settings: Preview, ema: Run, path: Path) -> None:
     """A grid of samples of the EMA, with the same seeds and conditions each time."""
-    images = generate(ema, settings, range(settings.num_images), preview_condition(settings, ema))
-    save_grid(torch.cat(list(images)), path, columns=10)
+    condition = preview_condition(settings, ema)
+    images = generate(ema, settings, range(settings.num_images), condition)
+    save_grid(torch.cat(list(images)), path, 10, class_names(condition, ema.settings.data.classes))
 
 
 def preview_condition(settings: Preview, ema: Run) -> Condition:

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import conditions
+from conditions import Condition
 from system import UserError
 from system.files import atomic_file, read_json, write_text_atomic
 
 MANIFEST = "samples.json"
 WRITERS = 4  # threads; Pillow encodes without the interpreter's lock
-READABLE, MOST_LINES = 128, 8  # the least pixels of an image's width in a grid with labels; lines of a label
+READABLE = (64, 128)  # the least pixels of an image's width in a grid, and of one under a long label
+LONG, MOST_LINES = 16, 8  # the most letters of a label that is not long; lines of a label
 Key = int | tuple[int, int]  # of an image: its seed, or the number of its prompt and the seed
 
 
@@ -109,29 +112,39 @@ def store(folder: Path, seeds: Sequence[Key], batches: Iterable[torch.Tensor]) -
             written.result()
 
 
-def finish(folder: Path, seeds: Sequence[Key], manifest: dict, prompts: Sequence[str] = ()) -> None:
-    """Writes a grid of the first 400 images and samples.json, once all images of `seeds` are there."""
+def finish(folder: Path, seeds: Sequence[Key], manifest: dict, labels: Sequence[str] | None, each: int = 1) -> None:
+    """Writes a grid of the first 400 images and samples.json, once all images of `seeds` are there.
+
+    labels: of all images, as in save_grid. each: so many neighbours have the same, and stay together in a row.
+    """
     images = torch.from_numpy(np.stack(list(read_images(folder, seeds[:400])))).permute(0, 3, 1, 2)  # (n, 3, H, W)
-    columns, labels = 10 if len(images) <= 100 else 20, [prompts[key[0]] for key in seeds[:400]] if prompts else None
-    if prompts and (each := len(seeds) // len(prompts)) < columns:
-        columns -= columns % each  # whole prompts in a row
-    save_grid(images, folder / "grid.png", columns, labels)
+    columns = 10 if len(images) <= 100 else 20
+    save_grid(images, folder / "grid.png", columns - columns % each if each < columns else columns, labels)
     write_manifest(folder, manifest)
+
+
+def class_names(condition: Condition, names: Sequence[str] | None) -> list[str] | None:
+    """The class of each image, by its name or number; None for conditions that are no classes."""
+    classes = conditions.labels_of(condition)
+    return None if classes is None else [names[i] if names else str(i) for i in classes.tolist()]
 
 
 def save_grid(images: torch.Tensor, path: str | Path, columns: int, labels: Sequence[str] | None = None) -> None:
     """uint8 (n, 3, H, W) => one PNG, `columns` images wide, with two black pixels around each.
 
-    labels: of each image, written above it, or once above neighbours of the same; small images are enlarged for that.
+    Small images are enlarged, by a whole number. labels: of each, above it, or once above neighbours of the same.
     """
-    times = -(-READABLE // images.shape[3]) if labels else 1
+    columns = min(columns, len(images))
+    rows = [range(first, min(first + columns, len(images))) for first in range(0, len(images), columns)]
+    groups = [[[*alike] for _, alike in itertools.groupby(row, labels and labels.__getitem__)] for row in rows]
+    long = labels and any(len(labels[group[0]]) > LONG * len(group) for row in groups for group in row)
+    times = -(-READABLE[bool(long)] // images.shape[3])
     images = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
-    (n, _, H, W), columns, top, tops, words = images.shape, min(columns, len(images)), 2, [], []
+    (_, _, H, W), top, tops, words = images.shape, 2, [], []
     font = label_font(max(13, W // 16)) if labels else None
-    for row in (range(first, min(first + columns, n)) for first in range(0, n, columns)):
+    for row in groups:
         heights = [0]
-        for _, alike in itertools.groupby(row, labels.__getitem__) if labels else ():
-            first, *others = alike
+        for first, *others in row if labels else ():
             lines = wrapped(labels[first], font, (1 + len(others)) * (W + 2) - 6)
             places = itertools.count(top, font.size + 3)
             words += [((first % columns * (W + 2) + 4, y), line) for y, line in zip(places, lines)]

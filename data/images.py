@@ -4,7 +4,7 @@ import contextlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,6 +121,26 @@ class Images:
                 told = f"the first {len(batch)} pictures of {self.path} hold no pixel above 1, of 255"
                 warn(f"{told}: were numbers of 0..1 stored as uint8?")
             yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
+
+    def squares(
+        self, chosen: np.ndarray, size: int, batch_size: int, num_threads: int = DECODERS, gone: Container[int] = ()
+    ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
+        """Of batches of the chosen pictures their numbers, center crops uint8 (B, 3, size, size), and {number: what is
+        wrong with it} of the damaged ones. These are black, and so are those that are `gone`, which are not read."""
+        faults: dict[int, str] = {}
+
+        def crop(i: int) -> np.ndarray:
+            try:
+                if i not in gone:
+                    return center_crop(self.read(i), size)
+            except UserError as error:
+                faults[i] = str(error)
+            return np.zeros((3, size, size), np.uint8)
+
+        self.fetch([i for i in chosen.tolist() if i not in gone])
+        batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
+        for batch, crops in zip(batches, decoded_ahead(batches, crop, num_threads)):
+            yield batch.tolist(), crops, {i: faults[i] for i in batch.tolist() if i in faults}
 
     def _decode(self, i: int) -> Image.Image:
         contents = self.tree.read(self.names[i])

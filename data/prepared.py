@@ -24,7 +24,7 @@ from autoencoder import VAECodec
 from data import emoji, shards
 from data.convert import plan_shards
 from data.encoding import LatentEncoding
-from data.images import DECODERS, Images, center_crop, decoded_ahead, open_images
+from data.images import Images, open_images
 from data.latents import spread_evenly
 from data.packed import find_idx, read_idx
 from data.shards import Captions, TextSource, finalize, open_latents, reserve, write_shard
@@ -243,29 +243,19 @@ def _encoded(
     images: Images, chosen: np.ndarray, pixels: int, vae: VAECodec | None, on_error: str
 ) -> Iterator[tuple[str, np.ndarray, int]]:
     """(key, (C, h, w) float16, label) of each of the chosen pictures. Noise is keyed by the picture."""
-    left_out = set()
-
-    def crop(i: int) -> np.ndarray:
-        try:
-            return center_crop(images.read(i), pixels)
-        except UserError as error:
+    for batch, crops, faults in images.squares(chosen, pixels, 32):
+        for fault in faults.values():
             if on_error == "stop":
-                raise UserError(f"{error}; needed: data.on_error=skip, or the picture deleted") from None
-            warn(f"left out (data.on_error=skip): {error}")
-            left_out.add(i)
-            return np.zeros((3, pixels, pixels), np.uint8)
-
-    images.fetch(chosen.tolist())
-    batches = np.split(chosen, range(32, len(chosen), 32))
-    for batch, crops in zip(batches, decoded_ahead(batches, crop, DECODERS)):  # (B, 3, pixels, pixels) uint8
+                raise UserError(f"{fault}; needed: data.on_error=skip, or the picture deleted")
+            warn(f"left out (data.on_error=skip): {fault}")
         arrays = crops / 127.5 - 1
         if vae is not None:
             moments = torch.cat(vae.moments(torch.from_numpy(crops)), dim=1).cpu()  # (B, 2C, h, w)
-            noise = [seeded_generator("encode", i) for i in batch.tolist()]
+            noise = [seeded_generator("encode", i) for i in batch]
             z = LatentEncoding("moments_logvar", scale=1.0).to_model_input(moments, noise)  # (B, C, h, w)
             arrays = (z * vae.scale + vae.bias).numpy()
-        for i, array in zip(batch.tolist(), arrays):
-            if i not in left_out:
+        for i, array in zip(batch, arrays):
+            if i not in faults:
                 yield f"{i:08d}", array.astype(np.float16), images.labels[i]
 
 

@@ -62,21 +62,21 @@ def _head(name: str) -> str:
 
 def plot(rows: list[dict], score: str, axis: str, path: Path) -> None:
     """`score` against one of AXES, one line per run, kind of weights, guidance and value of the other axis."""
-    from matplotlib.figure import Figure
+    from evaluation.drawing import canvas, logarithmic, styles  # slow to import
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=AXES[axis][0], ylabel=score)
+    figure, (axes,) = canvas((6, 4), 1, 1)
+    axes.set(xlabel=AXES[axis][0], ylabel=_head(score))
     names = ("run", "weights", "guidance", *(name for name in AXES if name != axis))
     lines: dict[tuple, list[tuple]] = {}
     for row in rows:
         lines.setdefault(tuple(row.get(name) for name in names), []).append((row.get(axis), row[score]))
-    for values, points in lines.items():
+    for look, (values, points) in zip(styles(len(lines)), lines.items()):
         label = " ".join(str(value) for value in values if value is not None)
         curve = sorted(point for point in points if point[0] is not None)
-        (line,) = axes.plot([x for x, _ in curve], [y for _, y in curve], marker="o", label=label)
+        axes.plot([x for x, _ in curve], [y for _, y in curve], label=label, **look)
         for level in (y for x, y in points if x is None):  # the run's own EMA, beside averages of several widths
-            axes.axhline(level, color=line.get_color(), linestyle="--", label=f"{label}, own EMA")
-    axes.set_yscale("log")
+            axes.axhline(level, color=look["color"], linewidth=0.8, label=f"{label}, own EMA")
+    logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=axis == "step")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -32,7 +32,7 @@ from autoencoder import VAECodec
 from data.archives import CAPTIONS, LABEL
 from data.convert import entries, plan_shards
 from data.encoding import LatentEncoding
-from data.images import Images, center_crop, decoded_ahead, open_images
+from data.images import Images, open_images
 from data.shards import TextSource, finalize, reserve, write_manifest, write_shard
 from data.texts import Encoder, captioned, load_encoder
 from randomness import seeded_generator
@@ -136,35 +136,24 @@ def encode(
     Batches begin with the shard and noise is keyed by the picture: a shard's bytes depend on nothing outside it.
     Pictures that are gone are left out, and with on_error=skip damaged ones.
     """
-    images, left_out = pictures.images, dict.fromkeys(pictures.gone, "")
-
-    def crop(i: int) -> np.ndarray:
-        if i not in left_out:
-            try:
-                return center_crop(images.read(i), cfg.size)
-            except UserError as error:
-                if cfg.on_error == "stop":
-                    raise UserError(f"{error}; needed: on_error=skip, or the picture deleted, to go on") from None
-                left_out[i] = str(error)
-        return np.zeros((3, cfg.size, cfg.size), np.uint8)
-
-    images.fetch([i for i in chosen.tolist() if i not in left_out])
-    batches = np.split(chosen, range(cfg.batch_size, len(chosen), cfg.batch_size))
-    crops = decoded_ahead(batches, crop, cfg.num_threads)
-    for batch, pixels in zip(batches, map(torch.from_numpy, crops)):  # (B, 3, size, size) uint8
+    how = cfg.size, cfg.batch_size, cfg.num_threads, pictures.gone
+    for batch, crops, faults in pictures.images.squares(chosen, *how):
+        for fault in faults.values():
+            if cfg.on_error == "stop":
+                raise UserError(f"{fault}; needed: on_error=skip, or the picture deleted, to go on")
+            warn(f"left out (on_error=skip): {fault}")
+        pixels = torch.from_numpy(crops)  # (B, 3, size, size) uint8
         made: dict[str, tuple[np.ndarray, ...]] = {}  # array, and features where there is a teacher
         for mirrored, side in ((False, pixels), (True, pixels.flip(-1)))[: 2 if cfg.flip == "both" else 1]:
-            keys = [entries(image, cfg.flip)[mirrored][0] for image in batch.tolist()]
+            keys = [entries(image, cfg.flip)[mirrored][0] for image in batch]
             features = [] if teacher is None else [teacher(side).half().cpu().numpy()]
             made |= zip(keys, zip(latents(codec, side, keys, cfg), *features))
-        there = [image for image in batch.tolist() if image not in left_out]
+        there = [image for image in batch if image not in faults and image not in pictures.gone]
         told = pictures.told if encoder is None else captioned(encoder, {i: pictures.told[i] for i in there})
         for image in there:
             for key, _ in entries(image, cfg.flip):
                 yield key, made[key][0], told[image], *made[key][1:]
         progress.update(len(batch))
-    for fault in filter(None, left_out.values()):
-        warn(f"left out (on_error=skip): {fault}")
 
 
 def as_begun(note: Path, found: Pictures) -> Pictures:

@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conditions
 import sample
 from checkpoints.config import Guidance, Positive, Scoring, Seeds, Share, Weights, parse_seeds
+from checkpoints.gallery import save_grid
 from checkpoints.generate import count_calls, generate
 from checkpoints.load import Run
+from evaluation.drawing import canvas
 from evaluation.evaluate import evaluate
 from evaluation.features import load_extractor
 from evaluation.reference import shipped_reference
@@ -68,25 +70,15 @@ def rows(grid: Grid) -> Iterator[tuple[str, Guidance]]:
 
 
 def picture(run: Run, grid: Grid, out: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    seeds = parse_seeds(grid.seeds)
+    seeds, images, names = parse_seeds(grid.seeds), [], []
     labels = conditions.choose("balanced", seeds, run.pool)
-    strips = []
     for method, guidance in rows(grid):
-        images = torch.cat(list(generate(run, guidance, seeds, labels, grid.batch_size, steps=grid.steps)))
+        images += generate(run, guidance, seeds, labels, grid.batch_size, steps=grid.steps)
         name = method if not guidance.on else f"{method}, scale {guidance.scale:g}"
         calls, macs = count_calls(run, guidance, grid.steps)
-        strips.append((f"{name}\n{calls} calls, {macs / 1e9:.1f} GMACs", torch.cat(list(images.cpu()), dim=2)))
-        print(strips[-1][0].replace("\n", ": "), flush=True)
-    width, margin = 0.36 * len(seeds), 2.2  # inches: of the images, of the text beside them
-    figure, axes = plt.subplots(len(strips), squeeze=False, figsize=(width + margin, 0.39 * len(strips)))
-    for axis, (name, strip) in zip(axes[:, 0], strips):
-        axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_axis_off()
-        axis.text(-6, strip.shape[1] / 2, name, ha="right", va="center", fontsize=6.5)
-    figure.subplots_adjust(left=margin / (width + margin), right=0.995, top=0.995, bottom=0.005, hspace=0.06)
-    figure.savefig(out / "grid.png", dpi=150)
+        names += [f"{name}: {calls} calls, {macs / 1e9:.1f} GMACs"] * len(seeds)
+        print(names[-1], flush=True)
+    save_grid(torch.cat(images), out / "grid.png", len(seeds), names)
     print(out / "grid.png")
 
 
@@ -119,8 +111,6 @@ def cells(row: dict) -> list[str]:
 
 
 def heat_map(run: Run, grid: Grid, out: Path) -> None:
-    from matplotlib import pyplot as plt
-
     gammas, score = grid.gammas, scorer(run, grid, out)
     values = torch.full((len(gammas), len(gammas)), torch.nan)
     for i, strong in enumerate(gammas):
@@ -130,15 +120,15 @@ def heat_map(run: Run, grid: Grid, out: Path) -> None:
                 print(f"gamma_strong {strong:g}, gamma_weak {weak:g}: fd_mnist {values[i, j]:.2f}", flush=True)
     found = {"scale": grid.scale, "n": grid.n, "gammas": gammas, "fd_mnist": values.nan_to_num(-1).tolist()}
     (out / "map.json").write_text(json.dumps(found, indent=2) + "\n")
-    figure, axis = plt.subplots(figsize=(4.4, 3.6))
-    image = axis.imshow(values.numpy(), origin="lower", cmap="viridis_r")
+    figure, (axis,) = canvas((4.4, 3.6), 1, 1)
+    image = axis.imshow(values.numpy(), origin="lower", cmap="Blues")
     for i, j in values.isfinite().nonzero().tolist():
-        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color="white")
-    axis.set(xlabel="gamma_weak", ylabel="gamma_strong", title=f"fd_mnist, sparse guidance at scale {grid.scale:g}")
+        color = "white" if image.norm(values[i, j].item()) > 0.5 else "black"
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color)
+    title = f"fd_mnist (lower is better)\nsparse guidance at scale {grid.scale:g}, {grid.n} images"
+    axis.set(xlabel="gamma_weak", ylabel="gamma_strong", title=title)
     axis.set_xticks(range(len(gammas)), gammas)
     axis.set_yticks(range(len(gammas)), gammas)
-    figure.colorbar(image)
-    figure.tight_layout()
     figure.savefig(out / "map.png", dpi=150)
     print(out / "map.png")
 

@@ -18,14 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+import torch
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from checkpoints.curves import read_log
+from checkpoints.gallery import save_grid
+from evaluation.drawing import canvas, logarithmic, styles
 from evaluation.table import SCORES
 from system import UserError, cli
 
@@ -35,8 +34,6 @@ PANELS = {
     "train/lr": "learning rate", "perf/img_per_s": "images/s",
 }  # fmt: skip
 LOGARITHMIC = ("train/loss", "val/loss_dense", "train/grad_norm", "fid", "fd_", "sfid", "sfd_")  # starts of names
-# Apart in grey, too, together with the shades.
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 USAGE = "needed: python scripts/plot.py RUN [RUN...] [x=steps|seconds|images] [out=FOLDER], or summary RUN"
 MOST_GRIDS = 6
 
@@ -119,41 +116,22 @@ def read_curves(run: Path, x: str) -> Curves:
     return curves
 
 
-def canvas(size: tuple[float, float], rows: int, columns: int, layout: str | None = "constrained") -> tuple:
-    """(a figure of so many inches, its axes row by row), drawn without a display."""
-    figure = Figure(figsize=size, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
-
-
-def logarithmic(axis: Axes, subs: Sequence[float] = (1, 2, 5)) -> None:
-    """Makes the vertical axis logarithmic, with plain numbers at `subs` of each decade."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=subs))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
 def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
     panels = [name for name in PANELS if any(name in curves for curves in runs.values())]
     panels += dict.fromkeys(name for curves in runs.values() for name in curves if name not in PANELS)
     rows = -(-len(panels) // 3)
     figure, axes = canvas((13, 0.5 + 3.1 * rows), rows, 3)
-    shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))
     for axis, panel in zip(axes, panels):
-        for i, (name, curves) in enumerate(runs.items()):
+        for look, (name, curves) in zip(styles(len(runs)), runs.items()):
             if panel in curves:
-                marker = "o" if len(curves[panel][0]) <= 20 else None
-                axis.plot(*curves[panel], linestyle=LINES[i % len(LINES)], color=shades[i], marker=marker,
-                          markersize=3, linewidth=1.3, label=name)  # fmt: skip
+                few = len(curves[panel][0]) <= 20
+                axis.plot(*curves[panel], label=name, markersize=3, **look | ({} if few else {"marker": None}))
         axis.set_title(PANELS.get(panel, panel), fontsize=10 if panel in PANELS else 8)
         axis.set_xlabel("seconds of training" if x == "seconds" else x)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250, 1.5k, 20M
         axis.set_xlim(left=0)
         if panel.startswith(LOGARITHMIC):
-            axis.set_yscale("log")
-            low, high = axis.get_ylim()
-            logarithmic(axis, (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7))
+            logarithmic(axis)
         if panel in ("train/lr", "perf/img_per_s"):
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -174,24 +152,14 @@ def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
     """A contact sheet: columns are runs, rows are at most MOST_GRIDS steps, evenly chosen, the last one among them."""
     steps = sorted({step for grids in found.values() for step in grids})
     chosen = np.linspace(len(steps) - 1, 0, min(MOST_GRIDS, len(steps))).round().astype(int)
-    steps = [steps[i] for i in sorted(chosen)]
-    first = Image.open(next(iter(next(iter(found.values())).values())))
-    width, label, title = min(5.0, 12.0 / len(found)), 0.9, 0.3  # inches: of a grid, beside and above the grids
-    height = width * first.height / first.width
-    total = label + width * len(found), title + (height + 0.08) * len(steps)
-    figure, axes = canvas(total, len(steps), len(found), layout=None)
-    axes = axes.reshape(len(steps), len(found))
-    for column, (name, grids) in zip(axes.T, found.items()):
-        column[0].set_title(name, fontsize=10)
-        for axis, step in zip(column, steps):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if step in grids:
-                axis.imshow(Image.open(grids[step]).convert("RGB"), interpolation="antialiased")
-    for axis, step in zip(axes[:, 0], steps):
-        axis.set_ylabel(f"step {step:,}", fontsize=9, rotation=0, ha="right", va="center")
-    figure.subplots_adjust(label / total[0], 0.005, 0.995, 1 - title / total[1], wspace=0.02, hspace=0.08 / height)
-    figure.savefig(path, dpi=150)
+    cells = [(name, steps[i]) for i in sorted(chosen) for name in found]
+    files = {i: found[name][step] for i, (name, step) in enumerate(cells) if step in found[name]}
+    grids = {i: np.asarray(Image.open(file).convert("RGB")) for i, file in files.items()}
+    sheet = np.zeros((len(cells), *map(max, zip(*(grid.shape for grid in grids.values())))), np.uint8)  # (n, H, W, 3)
+    for i, grid in grids.items():
+        sheet[i, : grid.shape[0], : grid.shape[1]] = grid
+    labels = [f"{name}, step {step:,}" for name, step in cells]
+    save_grid(torch.from_numpy(sheet).permute(0, 3, 1, 2), path, len(found), labels)
 
 
 if __name__ == "__main__":

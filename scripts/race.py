@@ -17,20 +17,22 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+import torch
+from matplotlib.axes import Axes
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from scipy.stats import ttest_ind
@@ -38,21 +40,26 @@ from scipy.stats import ttest_ind
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoints.config import Positive, Settings
+from checkpoints.config import Positive, Settings, Train
 from checkpoints.curves import read_log
+from checkpoints.load import Network
 from checkpoints.run_folder import complete_checkpoints, step_of
+from cost import mean_macs, training_flops
+from evaluation.drawing import canvas, logarithmic, styles
 from fid import Calc
-from scripts.plot import LINES, canvas, logarithmic, markdown
+from scripts.plot import markdown
 from scripts.retrieval import Retrieval
 from system import UserError, cli
-from system.files import own, write_text_atomic
+from system.building import build
+from system.files import commit, fresh_folder, own, write_text_atomic
 from system.launchers import end_with_parent, usable_cpus
-from system.settings import parse
+from system.settings import parse, parse_known, read_yaml
 
 SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
 POLL_S = 0.5
 SCORERS = {"fid": (Calc, "fid.py", "calc"), "retrieval": (Retrieval, "scripts/retrieval.py")}
 LOG_EVERY = 10  # steps from one line of a run's log to the next
+ALSO, LOSS = ("precision", "recall"), "val/loss_dense"  # scores beside the two that a race names; of the log
 
 
 @dataclasses.dataclass
@@ -166,37 +173,27 @@ def run(command: Command, race: Race, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "race.yaml", as_yaml(race))
     cores = sorted(os.sched_getaffinity(0))
+    places = [cores[i * race.cores : (i + 1) * race.cores] for i in range(command.at_once)]
     training = {name: threading.Lock() for name in run_names(race)}
-    places = queue.SimpleQueue()
-    for i in range(command.at_once):
-        places.put(cores[i * race.cores : (i + 1) * race.cores])
+
+    def take_place() -> None:
+        os.sched_setaffinity(0, places.pop())  # of this thread, and of the processes that it starts
 
     def work(name: str) -> None:
-        mine = places.get()
-        os.sched_setaffinity(0, mine)  # of this thread, and of the processes that it starts
-        try:
-            contestant, seed = run_names(race)[name]
-            trained = f"{trains_for(race, contestant)}-{seed}"
-            run_folder = Path(command.runs) / folder.name / trained
-            with training[trained]:
-                train(race, contestant, seed, run_folder)
-            scores = run_folder / f"scores-{contestant}"
-            score(race, contestant, run_folder, scores)
-            keep(run_folder, scores, folder / name)
-            print(f"{name}: finished", flush=True)
-        finally:
-            places.put(mine)
+        contestant, seed = run_names(race)[name]
+        trained = f"{trains_for(race, contestant)}-{seed}"
+        run_folder = Path(command.runs) / folder.name / trained
+        with training[trained]:
+            train(race, contestant, seed, run_folder)
+        scores = run_folder / f"scores-{contestant}"
+        score(race, contestant, run_folder, scores)
+        keep(run_folder, scores, folder / name)
+        print(f"{name}: finished", flush=True)
 
     wanted = command.only or race.contestants
     names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in wanted]
-    with ThreadPoolExecutor(command.at_once) as pool:
-        runs = [pool.submit(work, name) for name in names]
-        try:
-            for one in runs:
-                one.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with ThreadPoolExecutor(command.at_once, initializer=take_place) as pool:
+        list(pool.map(work, names))  # after an error, no other run begins
 
 
 def training_overrides(race: Race, contestant: str) -> list[str]:
@@ -257,7 +254,7 @@ def ended(race: Race, run_folder: Path) -> bool:
         seen[step] = line
         over = step >= race.steps if race.seconds is None else step * step_seconds(race, seen) >= race.seconds
         if over:
-            return step % race.keep_every > 0 or "val/loss_dense" in line  # the validation comes after the step's line
+            return step % race.keep_every > 0 or LOSS in line  # the validation comes after the step's line
     return False
 
 
@@ -276,19 +273,15 @@ def score(race: Race, contestant: str, run_folder: Path, scores: Path) -> None:
 
 def keep(run_folder: Path, scores: Path, record: Path) -> None:
     """Copies what the record needs of a finished run; its folder appears whole or not at all."""
-    part = record.with_name(f".{record.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    config = (run_folder / "config.yaml").read_text()
-    (part / "config.yaml").write_text(config.replace(str(run_folder.parent.parent), "runs/race"))  # no machine's paths
-    shutil.copyfile(run_folder / "metrics.jsonl", part / "metrics.jsonl")
-    lines = []
+    left_out, lines = ("config", "checkpoint", "seconds", "images_per_s", "machine"), []
     for found in sorted(read_scores(scores), key=lambda found: found["step"]):
-        left_out = ("config", "checkpoint", "seconds", "images_per_s", "machine")
         lines.append(json.dumps({key: value for key, value in found.items() if key not in left_out}))
-    (part / "scores.jsonl").write_text("\n".join(lines) + "\n")
-    (part / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
-    part.rename(record)
+    config = (run_folder / "config.yaml").read_text()
+    with fresh_folder(record) as part:
+        (part / "config.yaml").write_text(config.replace(str(run_folder.parent.parent), "runs/race"))  # no machine's
+        shutil.copyfile(run_folder / "metrics.jsonl", part / "metrics.jsonl")
+        (part / "scores.jsonl").write_text("\n".join(lines) + "\n")
+        (part / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
 
 
 def read_scores(folder: Path) -> list[dict]:
@@ -301,13 +294,11 @@ def machine() -> dict:
     if info.is_file():
         fields = dict(line.split("\t: ") for line in info.read_text().splitlines() if "\t: " in line)
         cpu = " ".join(fields.get(name, "") for name in ("model name", "cpu family", "model")).strip()
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    commit, changed = git("rev-parse", "HEAD") or None, bool(git("status", "--porcelain", "--untracked-files=no"))
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "scipy")}
-    return {"cpu": cpu, "cores": os.cpu_count(), **versions, "commit": commit, "uncommitted_changes": changed}
+    return {"cpu": cpu, "cores": os.cpu_count(), **versions, "commit": commit()}
 
 
-# The record: what compares the runs is made from their logs alone
+# The record: what compares the runs is made from their logs and configs alone
 
 
 @dataclasses.dataclass
@@ -315,37 +306,61 @@ class Scored:
     """A finished run, from its record."""
 
     step_seconds: float
-    steps: list[int]  # of its scores
-    columns: tuple[list[float], ...]  # there: the metric, class accuracy and, without the last step's, validation loss
+    steps: np.ndarray  # of its scores
+    macs: np.ndarray  # multiply-adds of the training until then
+    columns: dict[str, list[float]]  # there: scores, the metric first, and validation loss, which the end may lack
 
-    def at_step(self, step: float) -> list[float]:
-        """Each column after a step, between two scores on the straight line through them."""
-        return [float(np.interp(step, self.steps[: len(values)], values)) for values in self.columns]
+    def spent(self, unit: str) -> np.ndarray:
+        """How much training each score was after: steps, multiply-adds or seconds."""
+        return {"steps": self.steps, "multiply-adds": self.macs, "seconds": self.steps * self.step_seconds}[unit]
+
+
+Runs = dict[str, list[Scored]]  # of each contestant, a run for each seed
 
 
 def show(race: Race, folder: Path) -> None:
     """Writes statistics.md, table.md, figure.png. Raises UserError where a run, a log line or a score is missing."""
-    read: dict[str, list[Scored]] = {contestant: [] for contestant in race.contestants}
+    read: Runs = {contestant: [] for contestant in race.contestants}
     for name, (contestant, _) in run_names(race).items():
         read[contestant].append(read_run(race, folder / name))
     runs = {contestant: at_one_pace(those) for contestant, those in read.items()}
-    every = [run for those in runs.values() for run in those]
-    step = min(run.steps[-1] // race.keep_every * race.keep_every for run in every)
-    seconds: float | None = common_seconds(runs)
-    if seconds < max(run.steps[0] * run.step_seconds for run in every):
-        if race.seconds is not None:
-            raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
-        seconds = None  # as where each run is scored once: the race compares its steps alone
-    if len({run.step_seconds for run in every}) == 1:
-        seconds = None  # the contestants share their runs
-    write_text_atomic(folder / "statistics.md", statistics(race, runs, read, step, seconds))
-    write_text_atomic(folder / "table.md", table(race, runs, step, seconds))
-    draw(race, runs, seconds, folder / "figure.png")
+    if race.seconds is not None and common(runs, "seconds") is None:
+        raise UserError(f"{folder}: no time at which all runs have a score; needed: a smaller keep_every")
+    write_text_atomic(folder / "statistics.md", statistics(race, runs, read))
+    write_text_atomic(folder / "table.md", table(race, runs))
+    draw(race, runs, folder / "figure.png")
 
 
-def common_seconds(runs: dict[str, list[Scored]]) -> float:
-    """The longest time that every run was trained for."""
-    return min(run.steps[-1] * run.step_seconds for those in runs.values() for run in those)
+def every(runs: Runs) -> list[Scored]:
+    return [run for those in runs.values() for run in those]
+
+
+def common(runs: Runs, unit: str) -> float | None:
+    """The most training that every run has had; None where some have no score until then."""
+    spent = [run.spent(unit) for run in every(runs)]
+    most = min(each[-1] for each in spent)
+    return most if most >= max(each[0] for each in spent) else None
+
+
+def apart(runs: Runs, unit: str) -> bool:
+    """Whether a step costs some contestants more than others."""
+    return len({f"{run.spent(unit)[-1] / run.steps[-1]:.9g}" for run in every(runs)}) > 1
+
+
+def moments(race: Race, runs: Runs) -> dict[str, float]:
+    """{unit: after how much of it the contestants are compared}: always after steps that all were scored at."""
+    found = {"steps": min(run.steps[-1] for run in every(runs)) // race.keep_every * race.keep_every}
+    for unit in ("multiply-adds", "seconds") if race.seconds is None else ("seconds",):
+        if apart(runs, unit) and (most := common(runs, unit)) is not None:
+            found[unit] = most
+    return found
+
+
+def after(unit: str, x: float) -> str:
+    return {
+        "steps": f"after {x:,.0f} steps", "seconds": f"after {x:,.0f} s",
+        "multiply-adds": f"after {float(f'{x / 1e12:.3g}'):,g} trillion multiply-adds",
+    }[unit]  # fmt: skip
 
 
 def at_one_pace(runs: list[Scored]) -> list[Scored]:
@@ -366,14 +381,28 @@ def read_run(race: Race, folder: Path) -> Scored:
     kept = [*range(race.keep_every, max(steps) + 1, race.keep_every)]
     if lost := {*range(LOG_EVERY, max(steps) + 1, LOG_EVERY), *kept} - set(steps):
         raise UserError(f"{folder / 'metrics.jsonl'} has no line of step {min(lost)}")
-    if lost := [step for step in kept if "val/loss_dense" not in steps[step]]:
+    if lost := [step for step in kept if LOSS not in steps[step]]:
         raise UserError(f"{folder / 'metrics.jsonl'} has no validation of step {lost[0]}")
     scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
     scored = sorted({*kept, max(steps)})
     if [score["step"] for score in scores] != scored:
         raise UserError(f"{folder / 'scores.jsonl'} has steps {[s['step'] for s in scores]}; needed: {scored}")
-    columns = ([s[race.metric] for s in scores], [s[race.accuracy] for s in scores])
-    return Scored(step_seconds(race, steps), scored, (*columns, [steps[step]["val/loss_dense"] for step in kept]))
+    keys = [race.metric, race.accuracy, *(key for key in ALSO if all(key in score for score in scores))]
+    columns = {key: [score[key] for score in scores] for key in keys} | {LOSS: [steps[step][LOSS] for step in kept]}
+    return Scored(step_seconds(race, steps), np.array(scored), training_macs(folder / "config.yaml", scored), columns)
+
+
+def training_macs(path: Path, steps: list[int]) -> np.ndarray:
+    """Multiply-adds of a run's training until each of the steps, counted as cost.py does. path: of its config.
+
+    A record's config may be older than today's settings; of these, the network and the section `train` are used.
+    """
+    config = read_yaml(path.read_text(), str(path))
+    train = parse_known(Train, config["train"], path)
+    with torch.device("meta"):  # shapes without memory
+        model = build(config["model"], Network, "model")
+    flops = [training_flops(mean_macs(model, train, 0, step), train.global_batch_size * step) for step in steps]
+    return np.array(flops) / 2
 
 
 def read_steps(run_folder: Path) -> dict[int, dict]:
@@ -388,46 +417,58 @@ def step_seconds(race: Race, steps: dict[int, dict]) -> float:
     return float(np.median([line[key] for line in steps.values()])) / cores
 
 
-def values_at(runs: list[Scored], step: float | None = None, seconds: float | None = None) -> np.ndarray:
-    """(metric, class accuracy, validation loss) of each run after a step or a time: (runs, 3)."""
-    return np.array([run.at_step(seconds / run.step_seconds if step is None else step) for run in runs])
+def values_at(runs: list[Scored], column: str, unit: str, x: float) -> np.ndarray:
+    """A column of each run after so much training, between two scores on the straight line through them."""
+    parts = [(run.spent(unit), run.columns[column]) for run in runs]
+    return np.array([np.interp(x, spent[: len(values)], values) for spent, values in parts])
 
 
-def statistics(
-    race: Race, runs: dict[str, list[Scored]], read: dict[str, list[Scored]], step: int, seconds: float | None
-) -> str:
+def statistics(race: Race, runs: Runs, read: Runs) -> str:
     """Every contestant against the first: means over seeds, sample standard deviations, and Welch's test.
 
     read: the runs, each with the time per step of its own log.
     """
-    baseline, text = next(iter(runs)), f"# {race.question}\n\n"
-    moments = [(f"after {step:,} steps", runs, {"step": step})]
-    if seconds is not None:
-        own = common_seconds(read)
-        moments.append((f"after {seconds:,.0f} s", runs, {"seconds": seconds}))
-        moments.append((f"after {own:,.0f} s, by each run's own time per step", read, {"seconds": own}))
-    accuracy = race.accuracy.replace("_", " ")
-    better = {race.metric: "less", accuracy: "greater", "validation loss (EMA, without routing)": "less"}
-    for column, (name, alternative) in enumerate(better.items()):
-        head = ["", "n", "mean", "standard deviation", f"difference to {baseline}"]
-        head.append(f"p ({alternative} than {baseline})")
-        for title, compared, at in moments[: 1 if column == 2 else None]:
-            values = {contestant: values_at(those, **at)[:, column] for contestant, those in compared.items()}
-            rows, base = [], values[baseline]
-            for contestant, mine in values.items():
-                rows.append([contestant, len(mine), f"{mine.mean():.4g}", f"{spread(mine):.2g}", "", ""])
-                if contestant != baseline:
-                    differ = spread(mine) or spread(base)  # there is no test of values that are all equal
-                    p = ttest_ind(mine, base, equal_var=False, alternative=alternative).pvalue if differ else math.nan
-                    rows[-1][-2:] = f"{mine.mean() - base.mean():+.4g}", f"{p:.2g}"
+    text, number, accuracy = f"# {race.question}\n\n", 0, race.accuracy.replace("_", " ")
+    where = [(after(unit, x), runs, unit, x) for unit, x in moments(race, runs).items()]
+    if where[-1][2] == "seconds":
+        own = common(read, "seconds")
+        where.append((f"{after('seconds', own)}, by each run's own time per step", read, "seconds", own))
+    names = {race.metric: race.metric, race.accuracy: accuracy, **{key: key for key in shared(runs, ALSO)}}
+    for key, name in (names | {LOSS: "validation loss (EMA, without routing)"}).items():
+        for title, compared, unit, x in [moment for moment in where if key != LOSS or moment[2] == "steps"]:
+            values = {contestant: values_at(those, key, unit, x) for contestant, those in compared.items()}
+            head, rows = compare(values, "less" if key in (race.metric, LOSS) else "greater")
             text += f"## {name} {title}\n\n{markdown(head, rows)}\n"
+            number += sum(bool(row[-1]) for row in rows)
     rows = []
-    for at in range(race.keep_every, step + 1, race.keep_every):
-        means = [values_at(those, step=at).mean(0) for those in runs.values()]
-        rows.append([f"{at:,}", *(f"{mean[0]:.4g}, {mean[1]:.3f}" for mean in means)])
+    for step in range(race.keep_every, where[0][3] + 1, race.keep_every):
+        pair = lambda those: [values_at(those, key, "steps", step).mean() for key in (race.metric, race.accuracy)]
+        rows.append([f"{step:,}", *("{:.4g}, {:.3f}".format(*pair(those)) for those in runs.values())])
     text += f"## {race.metric}, {accuracy} by steps\n\n{markdown(['steps', *runs], rows)}\n"
     text += "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on "
-    return text + "the straight line through them.\n"
+    text += f"the straight line through them.\n\nNone of the {number} p-values is corrected for their number: without "
+    return f"{text}any difference, about one in twenty would lie below 0.05. The intervals are Welch's, two-sided.\n"
+
+
+def shared(runs: Runs, keys: Sequence[str]) -> list[str]:
+    """Those of the columns that every run has."""
+    return [key for key in keys if all(key in run.columns for run in every(runs))]
+
+
+def compare(values: dict[str, np.ndarray], better: str) -> tuple[list[str], list[list]]:
+    """Head and rows of a table of the contestants' values, one a seed. better: less or greater."""
+    (baseline, base), *_ = values.items()
+    head, rows = ["", "n", "mean", "standard deviation", f"difference to {baseline}"], []
+    head += ["95% interval", f"p ({better} than {baseline})"]
+    for contestant, mine in values.items():
+        rows.append([contestant, len(mine), f"{mine.mean():.4g}", f"{spread(mine):.2g}".replace("nan", ""), "", "", ""])
+        if contestant != baseline:
+            rows[-1][4] = f"{mine.mean() - base.mean():+.4g}"
+            if spread(mine) + spread(base) > 0:  # there is no test of single values, nor of values that are all equal
+                p = ttest_ind(mine, base, equal_var=False, alternative=better).pvalue
+                interval = ttest_ind(mine, base, equal_var=False).confidence_interval()
+                rows[-1][5:] = f"{interval.low:+.3g} to {interval.high:+.3g}", f"{p:.2g}"
+    return head, rows
 
 
 def spread(values: np.ndarray) -> float:
@@ -435,57 +476,94 @@ def spread(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
-def table(race: Race, runs: dict[str, list[Scored]], step: int, seconds: float | None) -> str:
+def table(race: Race, runs: Runs) -> str:
     """One row a contestant: mean over seeds, plus or minus the sample standard deviation."""
-    head, moments, rows = ["", "s a step"], [(f"after {step:,} steps", {"step": step})], []
-    if seconds is not None:
-        head.append(f"steps in {seconds:,.0f} s")
-        moments.insert(0, ("then", {"seconds": seconds}))
-    for title, _ in moments:
-        head += [f"{race.metric} {title}", f"{race.accuracy.replace('_', ' ')} then"]
+    compared, also, rows = moments(race, runs), shared(runs, ALSO), []
+    seconds, places = compared.get("seconds"), {race.metric: 1 if race.scorer == "fid" else 3, race.accuracy: 3}
+    head = ["", "s a step", *([] if seconds is None else [f"steps in {seconds:,.0f} s"])]
+    where = {unit: compared[unit] for unit in ("seconds", "steps") if unit in compared}
+    for unit, x in where.items():
+        head += [f"{race.metric} {after(unit, x) if unit == 'steps' else 'then'}"]
+        head += [f"{race.accuracy.replace('_', ' ')} then", *([f"{', '.join(also)} then"] if also else [])]
     for contestant, those in runs.items():
         pace = those[0].step_seconds
         rows.append([contestant, f"{pace:.3f}", *([] if seconds is None else [f"{seconds / pace:,.0f}"])])
-        for _, at in moments:
-            score, accuracy, _ = values_at(those, **at).T
-            columns = (score, 1 if race.scorer == "fid" else 3), (accuracy, 3)
-            rows[-1] += [f"{values.mean():.{digits}f} ± {spread(values):.{digits}f}" for values, digits in columns]
+        for unit, x in where.items():
+            values = {key: values_at(those, key, unit, x) for key in (*places, *also)}
+            means = [f"{v.mean():.{places.get(key, 2)}f}" for key, v in values.items()]
+            spreads = [f" ± {spread(values[key]):.{places[key]}f}".removesuffix(" ± nan") for key in places]
+            rows[-1] += [*map("".join, zip(means, spreads)), *([", ".join(means[2:])] if also else [])]
     return markdown(head, rows)
 
 
-def draw(race: Race, runs: dict[str, list[Scored]], seconds: float | None, path: Path) -> None:
-    """The metric against seconds and against steps: a line through the means, a band of one standard deviation.
+def draw(race: Race, runs: Runs, path: Path) -> None:
+    """The metric against steps, multiply-adds where a step's differ, and seconds where they are the rule; and by name.
 
-    Without a common time, each contestant's line ends where its runs do.
+    Measured points alone. Means and bands are those of logarithms, unless there are values of 0.
     """
-    figure, axes = canvas((10, 4), 1, 2)
-    axes[1].sharey(axes[0])
-    axes[1].tick_params(labelleft=False)
-    markers = ("o", "s", "^", "D", "v", "P", "X")
-    shades = colormaps["viridis"](np.linspace(0, 0.8, len(runs)))  # still apart in grey
-    for i, (contestant, those) in enumerate(runs.items()):
-        last = min(run.steps[-1] for run in those)
-        steps = np.array(sorted({*range(race.keep_every, last + 1, race.keep_every), last}))
-        pace = those[0].step_seconds
-        end = last * pace if seconds is None else seconds
-        times = np.array([*(steps * pace)[steps * pace < end], end])
-        for axis, moment, x in zip(axes, ("seconds", "step"), (times, steps)):
-            values = [values_at(those, **{moment: at})[:, 0] for at in x]
-            mean, deviation = np.mean(values, 1), np.nan_to_num([spread(v) for v in values])
-            line, marker = LINES[i % len(LINES)], markers[i % len(markers)]
-            axis.plot(x, mean, color=shades[i], linestyle=line, marker=marker, markersize=5, label=contestant)
-            if len(x) > 1:
-                axis.fill_between(x, mean - deviation, mean + deviation, color=shades[i], alpha=0.2, linewidth=0)
-            else:
-                axis.errorbar(x, mean, deviation, color=shades[i], capsize=4)
-    for ax, label in zip(axes, ("seconds of training", "steps")):
-        ax.set_xlabel(label)
-        ax.grid(alpha=0.3)
-        ax.set_xlim(0, 1.05 * ax.dataLim.x1)
-    axes[0].set_ylabel(race.metric)
-    logarithmic(axes[0])  # and the other, which shares it
-    axes[1].legend(frameon=False)
+    log, seeds = min(min(run.columns[race.metric]) for run in every(runs)) > 0, len(race.seeds)
+    units = ["steps", *["multiply-adds"] * apart(runs, "multiply-adds"), *["seconds"] * (race.seconds is not None)]
+    units = units if any(len(run.steps) > 1 for run in every(runs)) else []
+    widths = [3.0] * len(units) + [0.6 + max(0.4 * len(runs), 1.2)]
+    wide = 0.8 + sum(widths)  # inches
+    figure, axes = canvas((wide, 4.6), 1, len(widths), widths)
+    *curves, names = axes
+    ends = [[run.columns[race.metric][-1] for run in those] for those in runs.values()]  # of each contestant and seed
+    names.plot(ends, color="0.6", linewidth=0.7)
+    for i, (look, (contestant, those)) in enumerate(zip(styles(len(runs)), runs.items())):
+        for axis, unit in zip(curves, units):
+            x, values = measured(those, unit, race.metric)
+            means = shade(axis, x.mean(0), values, look["color"], log)
+            axis.plot(x.mean(0), means, label=contestant, markersize=5, **look)
+            for run in those:
+                axis.plot(run.spent(unit), run.columns[race.metric], color=look["color"], linewidth=0.5)
+        across = np.array([i - 0.3, i + 0.3])
+        names.plot(across, shade(names, across, np.array([ends[i]] * 2).T, look["color"], log), color=look["color"])
+        names.plot([i] * seeds, ends[i], **look | {"linestyle": ""}, markersize=5)
+    for axis, unit in zip(curves, units):
+        macs = unit == "multiply-adds"
+        axis.set_xlabel(f"{'trillion ' * macs}{unit} of training")
+        axis.xaxis.set_major_formatter((lambda x, _: f"{x / 1e12:,g}") if macs else "{x:,g}")
+        axis.set_xlim(0, 1.05 * axis.dataLim.x1)
+        axis.locator_params("x", nbins=6)
+    names.set_xticks(range(len(runs)), list(runs), rotation=45, ha="right", rotation_mode="anchor")
+    names.set_title(after("steps", race.steps) if race.steps else after("seconds", race.seconds), fontsize=10)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
+        axis.tick_params(labelleft=False)
+    axes[0].set_ylabel(f"{race.metric} (lower is better)")
+    if log:
+        logarithmic(axes[0])  # and those that share it
+    mean, logs = ("geometric mean", ", of logarithms") if log else ("mean", "")
+    note = (
+        f"Measured points. Thick: {mean} of {seeds} seeds; shaded: one standard deviation{logs}; thin: each seed; grey "
+    )
+    note = f"{note}joins runs of one seed." if seeds > 1 else "Measured points of one seed."
+    figure.supxlabel(textwrap.fill(note, round(17 * wide)), fontsize=8, x=0.01, ha="left")
+    if units:
+        figure.legend(
+            *curves[0].get_legend_handles_labels(), loc="outside upper left", ncols=round(wide / 1.8), frameon=False
+        )
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def measured(runs: list[Scored], unit: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(how much training, column), (runs, points) each, where all runs were scored; last, at the end of each."""
+    ends = {run.steps[-1] for run in runs}
+    shared = set.intersection(*(set(run.steps) for run in runs)) - ends
+    rows = [[*np.flatnonzero(np.isin(run.steps, [*shared])), -1] for run in runs]
+    spent = [run.spent(unit)[row] for run, row in zip(runs, rows)]
+    return np.array(spent), np.array([np.array(run.columns[column])[row] for run, row in zip(runs, rows)])
+
+
+def shade(axis: Axes, x: np.ndarray, values: np.ndarray, color, log: bool) -> np.ndarray:
+    """Draws a band of one standard deviation of values (runs, points) -> their means (points,), perhaps geometric."""
+    to, back = (np.log, np.exp) if log else (np.asarray, np.asarray)
+    mean, deviation = to(values).mean(0), to(values).std(0, ddof=1) if len(values) > 1 else 0.0
+    axis.fill_between(x, back(mean - deviation), back(mean + deviation), color=color, alpha=0.15, linewidth=0)
+    return back(mean)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.drawing import canvas, logarithmic, styles
 from scripts import plot
 from tests import started
 
@@ -61,11 +62,32 @@ def test_the_pictures_of_two_runs(runs):
 def test_lines_are_apart_in_grey_and_the_sheet_ends_with_the_last_step(runs, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure))
+    monkeypatch.setattr(plot, "save_grid", lambda *sheet: drawn.append(sheet))
     plot.main([str(runs / "a"), str(runs / "b")])
-    curves, sheet = drawn
+    curves, (images, _, columns, labels) = drawn
     for axis in curves.axes[: len(plot.PANELS)]:
         assert len({line.get_linestyle() for line in axis.lines}) == len({line.get_label() for line in axis.lines}) == 2
-    assert [axis.get_ylabel() for axis in sheet.axes] == [f"step {step}" for step in (10, 30, 50, 60, 80, 100)]
+    assert images.shape == (6, 3, 122, 302) and columns == 1  # the second run has no previews
+    assert labels == [f"a, step {step}" for step in (10, 30, 50, 60, 80, 100)]
+
+
+@pytest.mark.parametrize("count", [2, 4, 7, 11])
+def test_styles_are_told_apart_in_grey(count):
+    looks = styles(count)
+    grey = [np.dot(look["color"][:3], (0.299, 0.587, 0.114)) for look in looks]
+    assert grey == sorted(grey) and len({look["marker"] for look in looks}) == count
+    assert min(np.diff(grey)) > 0.2 / count
+
+
+@pytest.mark.parametrize("low, high", [(1, 1e4), (0.9, 350), (35, 64), (8, 16), (4.4, 4.6)])
+def test_a_logarithmic_axis_has_readable_ticks(low, high):
+    figure, (axis,) = canvas((4, 3), 1, 1)
+    axis.plot([low, high])
+    logarithmic(axis)
+    figure.draw_without_rendering()
+    bottom, top = axis.get_ylim()
+    labels = [label for label in axis.yaxis.get_ticklabels() if bottom <= label.get_position()[1] <= top]
+    assert 3 <= len({label.get_text() for label in labels} - {""}) <= 8
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):

@@ -1,6 +1,7 @@
 """scripts/race.py: an interrupted race ends as an undisturbed one, and a record is what its logs say."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -18,8 +19,12 @@ import pytest
 from PIL import Image
 
 import scripts.race
-from scripts.race import ended, load_race, main
+from checkpoints.config import Settings
+from checkpoints.load import build_network
+from contracts import Routing
+from scripts.race import Scored, compare, draw, ended, load_race, main, read_run, table
 from system import UserError, cli
+from system.settings import parse
 from tests import started
 from tests.conftest import ROOT
 
@@ -213,6 +218,43 @@ def test_the_pages_quote_the_tests_of_the_records():
             assert any(f"{value:.{len(p) - 2}f}" == p for value in known), f"p = {p}: not in {sorted(names)}"
             found += 1
     assert found >= 10
+
+
+def test_multiply_adds_are_those_of_the_network_forwards_and_backwards():
+    run = read_run(load_race("digits196"), ROOT / "records/2026-11-27_digits196/tread-0")
+    net = build_network(parse(Settings, cli.load_config("config", ["model=tread", "model.size=DiT-XS/2"])))
+    np.testing.assert_allclose(run.macs, 3 * 32 * run.steps * net.macs(Routing()))
+
+
+def scored(*values, pace=1.0):
+    """A run of a step's cost `pace`, with these distances after 100, 200, ... steps."""
+    steps = np.arange(1, len(values) + 1) * 100
+    return Scored(pace, steps, 1e9 * pace * steps, {"fd_mnist": [*values], "class_accuracy": [0.5] * len(values)})
+
+
+@pytest.mark.parametrize("count", [2, 11])
+@pytest.mark.parametrize("points", [1, 3])
+def test_a_figure_has_measured_points_and_bands_of_logarithms(count, points, tmp_path, monkeypatch):
+    drawn, rule = [], dataclasses.replace(load_race("smoke"), seeds=[0, 1])
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    values = [4.0, 20.0, 10.0][:points], [1.0, 5.0, 2.5][:points]  # of two seeds: a factor of 4 apart
+    draw(rule, {f"c{i}": [scored(*seed, pace=1 + i) for seed in values] for i in range(count)}, tmp_path / "figure.png")
+    *curves, names = drawn[0].axes
+    labels = ["steps of training", "trillion multiply-adds of training"] if points > 1 else []
+    assert [axis.get_xlabel() for axis in curves] == labels
+    assert [label.get_text() for label in names.get_xticklabels()] == [f"c{i}" for i in range(count)]
+    for axis in curves:
+        mean = axis.lines[0]
+        np.testing.assert_allclose(mean.get_ydata(), np.sqrt(np.prod(values, 0)))
+        low, high = axis.collections[0].get_datalim(axis.transData).intervaly
+        np.testing.assert_allclose((low, high), (2 / 4 ** (1 / np.sqrt(2)), 10 * 4 ** (1 / np.sqrt(2))), rtol=1e-6)
+        assert len(mean.get_xdata()) == points and "lower is better" in drawn[0].axes[0].get_ylabel()
+
+
+def test_one_seed_has_neither_deviation_nor_test():
+    rule, runs = load_race("smoke"), {"a": [scored(2, 1)], "b": [scored(3, 2, pace=2)]}
+    assert "nan" not in table(rule, runs) and "±" not in table(rule, runs)
+    assert compare({"a": np.array([1.0]), "b": np.array([2.0])}, "less")[1][1][4:] == ["+1", "", ""]
 
 
 def test_the_last_step_is_scored_with_more_images(smoke):
