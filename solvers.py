@@ -9,6 +9,7 @@ denoiser's x is data + sigma noise, a flow's x_t is (1 - t) data + t noise: the 
 t = sigma / (1 + sigma). Times are () float64 tensors on the CPU, so no step waits for the device.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from randomness import Generators, normal
 from system import UserError
 from system.limits import STEPS
+from system.settings import convert
 
 VP_TIME_MIN = 1e-3  # epsilon_s, where the VP schedule reaches its lowest noise level; it reaches the highest at 1
 VP_BETA_D, VP_BETA_MIN = 19.9, 0.1  # of the published VP schedule (EDM, Table 1)
@@ -40,20 +42,34 @@ def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, gen
     settings = {key: value for key, value in settings.items() if value is not None}
     takes = settings.pop("takes", objective.predicts)
     choose("sampler.takes", takes, ("denoised", "velocity", "noise"))
-    settings["generators"] = generators
+    samplers = {"denoised": edm_sampler, "velocity": flow_sampler, "noise": ddpm_sampler}
+    own = takes == objective.predicts
+    sampler = objective.sample if own else samplers[takes]
+    settings = fitting(settings, sampler) | {"generators": generators}
     if takes == "noise":
         denoise = predict if objective.predicts == "denoised" else as_denoised(predict)
-        return ddpm_sampler(denoise, noise, **settings, alpha_bar=getattr(objective, "alpha_bar", None))
+        return sampler(denoise, noise, **settings, alpha_bar=getattr(objective, "alpha_bar", None))
 
     def plain(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # without the variance that a network has learned
         return predict(x, t)[:, : x.shape[1]]
 
-    if takes == objective.predicts:
-        return objective.sample(plain, noise, **settings)
+    if own:
+        return sampler(plain, noise, **settings)
     if takes == "denoised":
-        return edm_sampler(as_denoised(plain), noise, **settings)
+        return sampler(as_denoised(plain), noise, **settings)
     settings = {"t_start": flow_time(80, "denoised")} | settings  # denoisers are trained for finite noise levels
-    return flow_sampler(as_velocity(plain), noise, **settings)
+    return sampler(as_velocity(plain), noise, **settings)
+
+
+def fitting(settings: dict, sampler: Callable) -> dict:
+    """The settings, as the sampler annotates them. Raises UserError for those that it does not have."""
+    given = {"generators", "alpha_bar"}  # by `solve`
+    parameters = [p for p in inspect.signature(sampler).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    known = {p.name: p.annotation for p in parameters if p.name not in given}
+    if unknown := sorted(settings.keys() - known):
+        raise UserError(f"unknown key sampler.{unknown[0]}; needed: {', '.join(known)}")
+    infinite = {key: math.inf for key, value in settings.items() if value in ("inf", math.inf)}
+    return {key: convert(settings[key], known[key], f"sampler.{key}") for key in settings.keys() - infinite} | infinite
 
 
 def as_velocity(denoise: Callable) -> Callable:

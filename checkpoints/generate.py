@@ -111,6 +111,8 @@ def check_request(run: Run, guidance: Guidance, condition: Condition, weak: Run 
         raise UserError(f"weak_label=none: {found}; needed: another guidance, such as icg or sparse")
     if (guidance.cfg_channels or 0) > run.model.latent_shape[0]:
         raise UserError(f"cfg_channels {guidance.cfg_channels}; the latents have {run.model.latent_shape[0]}")
+    nothing = lambda x, t: torch.zeros_like(x).repeat(1, 2, 1, 1)
+    solve(run.objective, nothing, torch.zeros(1, *run.model.latent_shape), sampler_of(run, None), streams([0], "churn"))
 
 
 @lru_cache

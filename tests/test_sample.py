@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,11 +25,11 @@ import rf
 import sample
 from autoencoder import VAECodec, to_uint8
 from checkpoints import gallery, generate
-from checkpoints.generate import generate_latents, load_weak
+from checkpoints.generate import check_request, generate_latents, load_weak
 from checkpoints.load import load_run
 from checkpoints.naming import settings_name
 from guidance import Guidance
-from system import cli, files
+from system import UserError, cli, files
 from system.settings import parse
 from tests import started
 from tests.made_runs import make_run
@@ -197,13 +198,26 @@ def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
         sample.main([*call, "seeds=0-9", "scale=2", f"out={out}"])
 
 
-@pytest.mark.parametrize("wrong", ["steps=0", "sampler=rf sampler.solver=rk4", "sampler=edm sampler.rho=-1"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "steps=0", "sampler=rf sampler.solver=rk4", "sampler=edm sampler.rho=-1", "sampler=edm sampler.rho=abc",
+        "+sampler.foo=1", "sampler=rf sampler.num_steps=1.5", "sampler=rf sampler.shift=abc", "sampler=sde sampler.last_step=[1]",
+    ],
+)  # fmt: skip
 def test_a_refused_call_does_not_claim_its_folder(runs, tmp_path, wrong):
     call = [f"ckpt={runs['rf']}", "seeds=0-1", f"out={tmp_path / 'out'}"]
-    with pytest.raises(ValueError, match="steps|solver|rho"):
+    with pytest.raises(UserError, match="steps|solver|rho|foo|shift|last_step"):
         sample.main([*call, *wrong.split()])
     assert not (tmp_path / "out").exists()
     sample.main([*call, "steps=1"])  # the corrected call
+
+
+def test_a_samplers_settings_are_refused_before_training_too(runs):
+    run = load_run(runs["rf"], device="cpu")
+    run = replace(run, settings=replace(run.settings, sampler={"takes": "velocity", "shift": "a"}))
+    with pytest.raises(UserError, match="sampler.shift=a; needed: a number"):
+        check_request(run, run.settings.preview, torch.tensor([0]))
 
 
 def test_killed_and_started_again(runs, tmp_path):
