@@ -66,7 +66,8 @@ def test_two_processes_fill_the_bins_of_one(run, few_latents, tiny_overrides, tm
     script = tmp_path / "two.py"
     script.write_text(
         "import sys\nsys.path.insert(0, sys.argv[1])\nimport train\nfrom tests.made_runs import made_settings\n"
-        "train.VAL_BATCH = 8\nsys.exit(train.train(made_settings(sys.argv[2:])))\n"
+        "train.VAL_BATCH = 8\ncode = train.train(made_settings(sys.argv[2:]))\n"
+        "from system.processes import end_processes\nend_processes()\nsys.exit(code)\n"  # as train.py leaves
     )
     command = [sys.executable, str(script), str(ROOT), *tiny_overrides, *settings]
     done = started.run([*command, f"results_dir={tmp_path}", "run_name=two"], processes=2)

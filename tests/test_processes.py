@@ -128,7 +128,8 @@ def test_a_bad_gradient_on_one_process_stops_all_before_the_update(settings, tmp
         "        state.model.final_layer.linear.bias.register_hook(lambda grad: grad * torch.inf)\n"
         "    return step(settings, loaded, state, batches)\n"
         "train.train_step = poisoned\n"
-        "sys.exit(train.train(made_settings(sys.argv[2:])))\n"
+        "code = train.train(made_settings(sys.argv[2:]))\n"
+        "from system.processes import end_processes\nend_processes()\nsys.exit(code)\n"  # as train.py leaves
     )
     keys = [*settings[0], "run_name=poisoned", "train.save_every=5", "train.log_every=10"]
     done = started.run([sys.executable, script, ROOT, *keys], processes=2)
