@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,12 +21,14 @@ def canvas(size: tuple[float, float], rows: int, columns: int, widths: Sequence[
 
 
 def styles(count: int) -> list[dict]:
-    """Of so many lines: blue and orange in turn, for the colour-blind, and from dark to light, for print in grey."""
-    shades = [colormaps[("Blues_r", "Oranges_r")[i % 2]](0.6 * i / max(count - 1, 1)) for i in range(count)]
-    return [
-        {"color": shade, "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, shade in enumerate(shades)
-    ]
+    """Of so many lines: blue and orange in turn, for the colour-blind, and ever lighter, for print in grey."""
+    ramps = [colormaps[name](np.linspace(0, 1, 256)) for name in ("Blues_r", "Oranges_r")]
+    looks = []
+    for i, grey in enumerate(np.linspace(0.2, 0.7, count)):
+        ramp = ramps[i % 2]
+        shade = ramp[np.abs(ramp[:, :3] @ (0.299, 0.587, 0.114) - grey).argmin()]
+        looks.append({"color": shade, "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]})
+    return looks
 
 
 def logarithmic(axis: Axes) -> None:

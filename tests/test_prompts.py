@@ -146,13 +146,18 @@ def test_grids_are_labelled(tmp_path):
     gallery.save_grid(images, tmp_path / "plain.png", 3)
     gallery.save_grid(images, tmp_path / "labelled.png", 3, ["one"] * 2 + ["a second, " * 30] * 4 + ["Supercali" * 9])
     plain, labelled = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "labelled"))
-    assert plain.shape == (2 + 3 * 34, 2 + 3 * 18, 3) and labelled.shape[1] == 2 + 3 * 130
+    assert plain.shape == (2 + 3 * 130, 2 + 3 * 66, 3) and labelled.shape[1] == 2 + 3 * 130
+    assert np.array_equal(plain[2:130:4, 2:66:4], images[0].permute(1, 2, 0)) and not plain[:2].any()
     large = images.repeat_interleave(8, 2).repeat_interleave(8, 3).permute(0, 2, 3, 1).numpy()
     top, row = 0, labelled.any(axis=(1, 2))
     for first in (0, 3, 6):  # each row of images, below its band
         top = next(y for y in range(top, len(labelled)) if np.array_equal(labelled[y : y + 256, 2:130], large[first]))
         assert labelled[top - 30 : top - 2, 4:].any() and not labelled[top - 1].any() and row[top]
         top += 256
+    gallery.save_grid(images, tmp_path / "short.png", 3, gallery.class_names(torch.tensor([2] * 7), ["a", "b", "Bag"]))
+    with Image.open(tmp_path / "short.png") as short:
+        assert short.width == 2 + 3 * 66 and short.height == 2 + 3 * (130 + 19)
+    assert gallery.class_names(torch.tensor([7]), None) == ["7"] and gallery.class_names(None, None) is None
     font = gallery.label_font(13)
     for text, width in (("a second, " * 30, 124), ("Supercali" * 9, 124), ("one", 900), ("a", 124), ("ab " * 2000, 60)):
         lines = gallery.wrapped(text, font, width)
