@@ -202,7 +202,8 @@ def test_only_missing_seeds_are_made(runs, tmp_path, capsys):
     "wrong",
     [
         "steps=0", "sampler=rf sampler.solver=rk4", "sampler=edm sampler.rho=-1", "sampler=edm sampler.rho=abc",
-        "+sampler.foo=1", "sampler=rf sampler.num_steps=1.5", "sampler=rf sampler.shift=abc", "sampler=sde sampler.last_step=[1]",
+        "+sampler.foo=1", "sampler=rf sampler.num_steps=1.5", "sampler=rf sampler.shift=abc",
+        "sampler=sde sampler.last_step=[1]",
     ],
 )  # fmt: skip
 def test_a_refused_call_does_not_claim_its_folder(runs, tmp_path, wrong):
