@@ -1,5 +1,7 @@
 """Token selection and reinsertion, and a DiT with routes through it."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from dit import DiT
 from randomness import BatchSlice, seeded_generator
 from routing_blocks import resolve_routes
 from routing_module import Route, Routing, draw_keep_ids, gather_tokens, num_kept, scatter_tokens
+from tests.conftest import ROOT
 
 
 def tiny(routes=(), depth=6):
@@ -126,3 +129,14 @@ def test_negative_indices_count_from_the_end():
 def test_impossible_routes_are_refused(routes, message):
     with pytest.raises(ValueError, match=message):
         tiny(routes)
+
+
+def test_the_method_as_the_readme_has_it():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(code, names := {})
+    more = [lambda x, c: x + c] * 12
+    x = torch.zeros(3, 10, 2)
+    assert torch.equal(names["forward"](more, x, 1, ratio=0.0), x + 12)
+    out = names["forward"](more, x, 1)
+    assert sorted(out.unique().tolist()) == [5, 12]  # 7 of 12 blocks are skipped
+    assert ((out == 12).sum(1) == 5).all()
