@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
         after = f"; python -m data inspect {shlex.quote(target)} says more"
     else:
         settings = asdict(parse(Indexing, cli.load_config(verb, overrides)))
+        if not Path(target).is_dir():
+            raise UserError(f"no folder {target}")
         if overrides and read_manifest(Path(target)):
             raise UserError(f"{target} has a meta.json that says these things; remove it to index the shards anew")
         encoding = LatentEncoding(*(settings.pop(key) for key in ("kind", "scale", "bias")))

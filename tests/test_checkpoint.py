@@ -103,7 +103,7 @@ def crash_at(call, folder, step, trained):
 
         for name in WATCHED:
             setattr(os, name, dying(getattr(os, name)))
-        run_folder.save_file = dying(run_folder.save_file)
+        run_folder.write_safetensors = dying(run_folder.write_safetensors)
         shutil.rmtree = dying(shutil.rmtree)
         try:
             save(folder, step, trained)
@@ -159,16 +159,16 @@ def test_every_damaged_file_is_seen_and_the_previous_checkpoint_taken(tmp_path, 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, trained, monkeypatch):
     before = save(tmp_path, 1, trained)
-    real = run_folder.save_file
+    real = run_folder.write_safetensors
     for n in range(3):
         calls = iter(range(10))
 
-        def full(tensors, path):
+        def full(path, tensors):
             if next(calls) == n:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
-            real(tensors, path)
+            real(path, tensors)
 
-        monkeypatch.setattr(run_folder, "save_file", full)
+        monkeypatch.setattr(run_folder, "write_safetensors", full)
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, 2, trained)
         names = [p.name for p in (tmp_path / "checkpoints").iterdir()]

@@ -235,7 +235,7 @@ def test_a_plot_of_widths_has_a_line_for_each_step_and_a_level_for_the_ema(tmp_p
         table.plot(rows, "fd_mnist", axis, tmp_path / "plot.png")
         lines = {line.get_label(): list(line.get_xdata()) for line in drawn[-1].lines}
         sloped = {label: x for label, x in lines.items() if x != [0, 1]}  # a level runs from edge to edge
-        assert list(sloped.values()) == [found] * len(sloped) and drawn[-1].get_ylabel() == "fd_mnist"
+        assert list(sloped.values()) == [found] * len(sloped) and drawn[-1].get_ylabel() == "fd_mnist ↓"
     assert set(lines) == {"a ema cfg2 0.1", "a ema cfg2", "a ema cfg2 0.05"}
     of_widths = {line.get_label(): list(line.get_ydata()) for line in drawn[0].lines}
     assert of_widths["a ema cfg2 100"] == pytest.approx([105, 110])

@@ -1,6 +1,7 @@
 """Token selection and reinsertion, and a DiT with routes through it."""
 
 import re
+import runpy
 
 import pytest
 import torch
@@ -131,9 +132,10 @@ def test_impossible_routes_are_refused(routes, message):
         tiny(routes)
 
 
-def test_the_method_as_the_readme_has_it():
+def test_the_method_as_the_readme_has_it(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    exec(code, names := {})
+    (tmp_path / "method.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "method.py"))
     more = [lambda x, c: x + c] * 12
     x = torch.zeros(3, 10, 2)
     assert torch.equal(names["forward"](more, x, 1, ratio=0.0), x + 12)

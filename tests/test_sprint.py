@@ -458,7 +458,8 @@ def test_an_official_file_is_sampled_exported_and_trained_on(official, tmp_path)
         export.main([f"ckpt=sprint16:{path}", f"out={tmp_path / 'out.pt'}", "format=sit"])
     given = {key: "null" if value is None else value for key, value in run.settings.model.items() if key != "_target_"}
     keys = [f"++model.{key}={value}" for key, value in given.items()]
-    second = build_network(made_settings(["model=sprint", "objective=rf", *keys, "model.selection_ratio=0"]))
+    keys += ["data.channels=4", "data.input_size=16", "model.selection_ratio=0"]
+    second = build_network(made_settings(["model=sprint", "objective=rf", *keys]))
     start_from(f"sprint16:{path}", second, run.objective, run.settings.data)
     assert all(torch.equal(a, b) for a, b in zip(second.state_dict().values(), run.model.state_dict().values()))
     assert block_tokens(second.routes, Routing(), 7, 64) == [64] * 7

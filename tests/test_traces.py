@@ -34,7 +34,7 @@ def test_a_card_holds_text_only(evil):
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, tiny_overrides, monkeypatch):
     run = make_run(tmp_path / "run", tiny_overrides)
-    monkeypatch.setattr("export.save_file", lambda *_: 1 / 0)
+    monkeypatch.setattr("export.write_safetensors", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export([f"ckpt={run}", f"out={tmp_path / 'out'}"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -527,6 +527,6 @@ def test_a_second_job_on_the_same_folder_is_refused(run):
 def test_digits_made_at_a_new_path_are_announced(tmp_path, capsys):
     settings, dist = made_settings([f"data.path={tmp_path}/typo"]), PartialState(cpu=True)
     open_data(settings, dist, batch_plan(settings, dist))
-    assert capsys.readouterr().out.count("typo does not exist: the digits are made there; data=folder") == 1
+    assert capsys.readouterr().out.count("typo does not exist: the digits are made there; yours: data=folder") == 1
     open_data(settings, dist, batch_plan(settings, dist))
     assert not capsys.readouterr().out
