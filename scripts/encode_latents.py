@@ -72,7 +72,7 @@ class Encoding:
     timeout_s: Positive = 600
 
     def __post_init__(self):
-        short = {"sample": "sample_scaled", "moments": "moments_logvar"}  # as scripts of before say
+        short = {"sample": "sample_scaled", "moments": "moments_logvar"}  # older names of the two
         object.__setattr__(self, "kind", short.get(self.kind, self.kind))
 
 
