@@ -138,6 +138,18 @@ def test_a_network_that_is_not_dits_is_counted(optimizer, matrices, monkeypatch)
     assert cost.step_memory(settings, device="cpu").state == pytest.approx(16 * parameters - 4 * matrices, rel=0.01)
 
 
+@pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("model", ["dit", "tread", "lightningdit"])
+def test_no_address_of_a_weight_that_is_counted_is_read(model):
+    """What is counted has none: a copy of such weights had written over other memory, and the process crashed."""
+    keys = [f"model={model}", "model.size=DiT-XS/4", "model.middle_head=2", "ema=power", *DIGITS]
+    torch.set_warn_always(True)
+    try:
+        cost.step_memory(settings_of(keys), device="cpu").peak(4)
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_state_is_what_the_optimizer_and_the_averages_hold():
     sizes = {}
     for key in ("train.lr=1", "ema=power", "optimizer=muon"):
