@@ -62,16 +62,21 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
     raise UserError(f"{path} is no font, or has no bitmaps that are {', '.join(map(str, HEIGHTS))} pixels high")
 
 
-def catalogue(font: ImageFont.FreeTypeFont) -> dict[str, str]:
-    """{sequence: caption} of what the font draws as one picture. Raises UserError where it draws hardly any."""
+def names() -> dict[str, str]:
+    """{fully qualified sequence: its English name}. Raises UserError where the package emoji is not installed."""
     try:
         import emoji
     except ImportError:
         raise UserError("the names of emoji need the package emoji: pip install emoji") from None
-    whole, width = emoji.STATUS["fully_qualified"], font.getlength("\U0001f600")
-    known = {sequence: about["en"] for sequence, about in emoji.EMOJI_DATA.items() if about["status"] == whole}
+    whole, told = emoji.STATUS["fully_qualified"], sorted(emoji.EMOJI_DATA.items())
+    return {sequence: about["en"].strip(":").replace("_", " ") for sequence, about in told if about["status"] == whole}
+
+
+def catalogue(font: ImageFont.FreeTypeFont) -> dict[str, str]:
+    """{sequence: caption} of what the font draws as one picture. Raises UserError where it draws hardly any."""
+    known, width = names(), font.getlength("\U0001f600")
     drawn = (s for s in known if font.getlength(s) == width and font.getmask(s, "RGBA").getbbox())
-    found = {sequence: known[sequence].strip(":").replace("_", " ") for sequence in sorted(drawn)}
+    found = {sequence: known[sequence] for sequence in drawn}
     if len(found) < FEWEST:
         raise UserError(f"{font.path} draws {len(found)} of {len(known)} emoji; needed: a bitmap colour font of emoji")
     return found

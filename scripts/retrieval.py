@@ -7,12 +7,13 @@ For the emoji (data=emoji), whose captions fix their pictures. A picture is retr
 held-out ones included, is nearer to the generated one, by squared differences of their pixels; where fewer than five
 are, it is among the first five. Three parts are scored: captions that were trained on, and those that data/emoji.py
 holds out by tone and by pair. Beside them stand two scores without a network: chance, and the picture of the nearest
-other caption that was seen. Keys: configs/retrieval.yaml. Each row writes a metrics.json, and all rows retrieval.md.
+other caption that was seen. Keys: configs/retrieval.yaml. Each row writes a metrics.json and held_out.png, where the
+generated pictures of some held-out captions stand on the left of the real ones; all rows write retrieval.md.
 """
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import conditions
 import sample
+from checkpoints import gallery
 from checkpoints.config import Count, Positive, Weights
 from checkpoints.generate import count_calls, generate
 from checkpoints.load import Run, load_run
@@ -40,6 +42,7 @@ from system.settings import parse
 PARTS = {"seen": "seen captions", "tone": "held-out tones", "pair": "held-out pairs"}
 FIRST = (1, 5)
 BATCH = 64  # pictures whose distances are computed at once
+SHOWN = 24  # held-out captions in held_out.png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ class Catalogue(NamedTuple):
     pixels: torch.Tensor  # (N, D) float64, whole numbers 0..255: their sums of squares are exact
     texts: Text  # (N, T, D_text)
     parts: list[str]  # of PARTS
+    sequences: list[str]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,7 +78,8 @@ def main(argv: Sequence[str]) -> None:
 
 def score_row(settings: Retrieval, alone: bool) -> tuple[dict, Path]:
     """Scores a run and writes metrics.json -> its contents and its folder."""
-    started, run = time.time(), load_run(settings.ckpt, settings.weights, precision=settings.precision)
+    started, names = time.time(), emoji.names()
+    run = load_run(settings.ckpt, settings.weights, precision=settings.precision)
     catalogue = read_catalogue(run, settings.catalogue)
     asked = chosen(catalogue.parts, settings.seen)
     seeds = range(settings.seed, settings.seed + len(asked))
@@ -94,6 +99,7 @@ def score_row(settings: Retrieval, alone: bool) -> tuple[dict, Path]:
     parent = Path(settings.out) if settings.out else run.folder / "retrieval"
     folder = parent if settings.out and alone else parent / name
     write_metrics(result, folder)
+    save_held_out(catalogue, asked, made, names, folder / "held_out.png")
     return result, folder
 
 
@@ -106,11 +112,12 @@ def read_catalogue(run: Run, path: str) -> Catalogue:
         conditions.check(condition, run.model.null_condition)
         pixels.append(run.codec.decode(latents.to_model_input(raw)).flatten(1).double())  # (N, D)
         texts, keys = [*texts, condition], keys + latents.keys(range(len(latents)))
-    part = emoji.parts(map(emoji.sequence_of, keys))
-    parts = [part[emoji.sequence_of(key)] for key in keys]
+    sequences = [emoji.sequence_of(key) for key in keys]
+    part = emoji.parts(sequences)
+    parts = [part[sequence] for sequence in sequences]
     if set(parts) != set(PARTS):
         raise UserError(f"{path} has no emoji that are held out by tone and by pair; needed: the folder of data=emoji")
-    return Catalogue(torch.cat(pixels), conditions.join(*texts), parts)
+    return Catalogue(torch.cat(pixels), conditions.join(*texts), parts, sequences)
 
 
 def chosen(parts: Sequence[str], seen: int) -> list[int]:
@@ -126,6 +133,18 @@ def ranks(pictures: torch.Tensor, pixels: torch.Tensor, asked: Sequence[int]) ->
         distances = norms - 2 * part @ pixels.T  # (B, N), less the same number in each row
         found.append((distances < distances.gather(1, wanted[:, None])).sum(1))
     return torch.cat(found)
+
+
+def save_held_out(
+    catalogue: Catalogue, asked: Sequence[int], made: torch.Tensor, names: Mapping[str, str], path: Path
+) -> None:
+    """Pictures made (M, 3, H, W) of some held-out captions, spread evenly, each on the left of the real one."""
+    held_out = [i for i, row in enumerate(asked) if catalogue.parts[row] != "seen"]
+    shown = [held_out[i] for i in spread_evenly(len(held_out), SHOWN)]
+    rows = [asked[i] for i in shown]
+    real = catalogue.pixels[rows].view(-1, *made.shape[1:]).to(torch.uint8)
+    captions = [names[catalogue.sequences[row]] for row in rows for _ in range(2)]
+    gallery.save_grid(torch.stack((made[shown], real), 1).flatten(0, 1), path, 12, captions)
 
 
 def nearest_seen(catalogue: Catalogue, asked: Sequence[int]) -> torch.Tensor:

@@ -52,6 +52,7 @@ def made(monkeypatch):
     monkeypatch.setattr(emoji, "find_font", lambda source: Path(__file__))
     monkeypatch.setattr(emoji, "open_font", lambda path: None)
     monkeypatch.setattr(emoji, "catalogue", lambda font: told)
+    monkeypatch.setattr(emoji, "names", lambda: told)
     monkeypatch.setattr(emoji, "draw", picture_of)
     monkeypatch.setattr(data.prepared, "load_encoder", lambda name, length: MadeEncoder(length))
     return told
@@ -202,10 +203,16 @@ def test_a_perfect_run_retrieves_all(made, tmp_path, monkeypatch):
         for states in texts.states:  # the picture that the caption names
             yield right[states.numpy().tobytes()].view(1, 3, 8, 8).to(torch.uint8)
 
-    settings = [f"ckpt={run}", f"catalogue={tmp_path / 'made'}", "seen=20", "steps=1", "batch_size=50"]
+    grids, settings = [], [f"ckpt={run}", f"catalogue={tmp_path / 'made'}", "seen=20", "steps=1", "batch_size=50"]
     retrieval.main([*settings, f"out={tmp_path / 'real'}", "scale=1.0,2.0"])
+    assert len(list((tmp_path / "real").rglob("held_out.png"))) == 2
     monkeypatch.setattr(retrieval, "generate", copy)
+    monkeypatch.setattr(retrieval.gallery, "save_grid", lambda *grid: grids.append(grid))
     retrieval.main([*settings, f"out={tmp_path / 'perfect'}"])
+    ((pictures, _, _, captions),) = grids
+    held_out = {caption for sequence, caption in made.items() if parts(made)[sequence] != "seen"}
+    assert pictures[::2].equal(pictures[1::2]) and captions[::2] == captions[1::2] and len(set(captions)) == 24
+    assert set(captions) <= held_out
     found = json.loads((tmp_path / "perfect/metrics.json").read_text())
     held = [part for part in parts(made).values() if part != "seen"]
     assert (found["n_seen"], found["n_tone"], found["n_pair"]) == (20, held.count("tone"), held.count("pair"))
