@@ -59,7 +59,9 @@ SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all oth
 POLL_S = 0.5
 SCORERS = {"fid": (Calc, "fid.py", "calc"), "retrieval": (Retrieval, "scripts/retrieval.py")}
 LOG_EVERY = 10  # steps from one line of a run's log to the next
-ALSO, LOSS = ("precision", "recall"), "val/loss_dense"  # scores beside the two that a race names; of the log
+# Scores beside the two that a race names, where all runs have them.
+ALSO = ("precision", "recall", "top5_seen", "top1_tone", "top5_tone", "top1_pair", "top5_pair")
+LOSS = "val/loss_dense"  # of the log
 
 
 @dataclasses.dataclass
