@@ -67,7 +67,7 @@ class Mixer(DiT):
         for i, block in enumerate(self.blocks):
             around = [route.selection for route in self.routes if route.start_layer_idx <= i <= route.end_layer_idx]
             for part in (block.attn, block.mlp):
-                part.grid, part.selection = self.grid, (*around, "random")[0]
+                part.grid, part.selection = self.grid, str((*around, "random")[0])  # functions do not compile
                 part.start(i, len(self.blocks))
 
     def positions(self) -> tuple[torch.Tensor, ...]:
@@ -252,19 +252,21 @@ class Shifted(nn.Module):
     tokens stay where they are, and neighbours that were routed away count as zeros."""
 
     grid: tuple[int, int]
-    selection = "random"
+    selection: str  # of the route around it; "random" where there is none
 
     def mixed(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x (B, K, D), ids (B or 1, K) -> (inputs, B, K, D), by `mix` (inputs, 1, 1, D)."""
         (rows, columns), K = self.grid, x.shape[1]
-        if self.selection in ("random", "structured") and K < rows * columns:
-            ids = ids.expand(len(x), -1)
-            whole = scatter_tokens(x, ids, x.new_zeros(len(x), rows * columns, x.shape[2]))
-            near = gather_tokens(q_shift(whole, columns), ids)
+        if K == rows * columns or self.selection == "rows":  # all tokens first: one graph, however routes select
+            near = q_shift(x, columns)
+        elif self.selection == "columns":
+            near = q_shift(x, K // rows)
         elif self.selection == "cells":
             near = q_shift(x, columns // CELLS[rows * columns // K][1])
         else:
-            near = q_shift(x, K // rows if self.selection == "columns" else columns)
+            ids = ids.expand(len(x), -1)
+            whole = scatter_tokens(x, ids, x.new_zeros(len(x), rows * columns, x.shape[2]))
+            near = gather_tokens(q_shift(whole, columns), ids)
         return near + (x - near) * self.mix
 
 

@@ -20,7 +20,7 @@ from guidance import Guidance
 from mixers import Mixer, biwkv, q_shift, state_space, zigzag_ranks
 from randomness import seeded_generator
 from routing_blocks import RoutedBlocks, routing
-from routing_module import Route, Routing, draw_keep_ids, gather_tokens, run_blocks, scatter_tokens
+from routing_module import Route, Routing, draw_keep_ids, draw_scores, gather_tokens, run_blocks, scatter_tokens
 from system import UserError
 from system.compiling import compile_blocks
 from tests.conftest import assert_same_run
@@ -278,6 +278,14 @@ def test_routed_is_the_network_run_by_hand_on_the_kept_tokens(mixer, selection):
     torch.testing.assert_close(net(x, t, y, routing=Routing(None, seeded_generator(5))), expected, rtol=1e-4, atol=2e-5)
     assert torch.equal(net(x, t, y), net(x, t, y, routing=Routing(0.0)))
     assert not torch.allclose(net(x, t, y), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_scores_of_a_function_keep_tokens_as_random_ones_do(mixer):
+    own = lambda x, generators: draw_scores(x.shape[:2], generators, x.device)
+    net, drawn, (x, t, y) = made(mixer, [(0.5, own)]), made(mixer), batch()
+    out, expected = (n(x, t, y, routing=Routing(None, seeded_generator(5))) for n in (net, drawn))
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("mixer", ["pom", "linear"])
