@@ -203,7 +203,8 @@ def check_whole(num_tokens: int, selection_ratio: float, selection: str, grid: t
     if rows * columns != num_tokens:
         raise ValueError(f"selection={selection} needs a grid of tokens; found {num_tokens} of {rows} x {columns}")
     lines = rows if selection == "rows" else columns
-    ratios = [math.ceil(1e4 * n / lines) / 1e4 for n in range(lines)]  # rounded up, as num_kept rounds down
+    scale = 10 ** max(4, len(str(num_tokens)))  # so that rounding up takes no further token
+    ratios = [math.ceil(scale * n / lines) / scale for n in range(lines)]  # rounded up, as num_kept rounds down
     if selection == "cells":
         ratios = [1 - 1 / n for n, (high, wide) in CELLS.items() if rows % high == columns % wide == 0]
     if kept not in [num_kept(num_tokens, ratio) for ratio in ratios]:

@@ -198,6 +198,7 @@ def test_whole_rows_columns_and_one_token_of_each_cell_are_drawn_evenly(selectio
     [
         ((7, 7), 0.5, "rows", "0.4286 and 0.5715"), ((4, 6), 0.6, "columns", "0.5 and 0.6667"),
         ((4, 6), 0.6, "cells", "0.5 and 0.75"), ((7, 7), 0.5, "cells", "0"), ((4, 6), 0.95, "rows", "0.5 and 0.75"),
+        ((128, 128), 0.0079, "rows", "0.00782 and 0.01563"),  # 129 tokens leave
     ],
 )  # fmt: skip
 def test_a_ratio_that_nothing_whole_gives_names_the_nearest_two_that_do(grid, ratio, selection, near):
@@ -209,6 +210,11 @@ def test_a_ratio_that_nothing_whole_gives_names_the_nearest_two_that_do(grid, ra
         assert draw(float(nearby)).shape == (1, tokens - int(tokens * float(nearby)))
     with pytest.raises(ValueError, match="selection=diagonal; needed: random, structured, rows, columns or cells"):
         draw_keep_ids(1, tokens, ratio, selection="diagonal")
+
+
+def test_an_exact_share_of_a_large_grid_is_whole():
+    ids = draw_keep_ids(1, 128 * 128, 1 / 128, selection="columns", grid=(128, 128))
+    assert len(set((ids % 128).flatten().tolist())) == 127 and ids.shape[1] == 127 * 128
 
 
 # Routed by nature
