@@ -129,7 +129,7 @@ class LinearAttention(nn.Module):
 def heads_of(width: int, head: int) -> int:
     """Raises ValueError where heads of that width do not divide it."""
     if width % head:
-        raise ValueError(f"a mixer of width {width} has no heads of {head} channels; needed: a multiple of {head}")
+        raise ValueError(f"hidden_size={width}; needed: a multiple of {head}, for this mixer's heads")
     return width // head
 
 
@@ -142,7 +142,7 @@ class StateSpace(nn.Module):
     def __init__(self, hidden_size: int, directions: int):
         super().__init__()
         self.inner = 2 * hidden_size
-        self.scans = nn.ModuleList([Scan(self.inner, heads_of(self.inner, SSD_HEAD)) for _ in range(directions)])
+        self.scans = nn.ModuleList([Scan(self.inner, heads_of(hidden_size, SSD_HEAD // 2)) for _ in range(directions)])
         own = 2 * SSD_STATE + self.inner // SSD_HEAD  # B, C and dt of each direction; x and z are shared
         self.in_proj = nn.Linear(hidden_size, 2 * self.inner + directions * own, bias=False)
         self.norm = nn.RMSNorm(self.inner, eps=1e-5)
