@@ -295,6 +295,8 @@ def test_what_has_no_term_is_named_in_one_line():
     [
         (["alignment=layersync", "alignment.target=3"], "block=3, target=3; needed: a target after the block"),
         (["alignment=repa", "alignment.teacher=null"], "teacher=null; needed: text"),
+        (["alignment.name=layersync"], "without a weight; needed: alignment=layersync"),
+        (["alignment.name=repa"], "without a weight; needed: alignment=repa"),
         (["train.middle_weight=0"], "train.middle_weight=0; needed: a number of above 0|above 0"),
     ],
 )
