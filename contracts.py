@@ -1,6 +1,7 @@
 """What a network and an objective bring, so that everything else of this repository works with them."""
 
 from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +63,13 @@ class Network(nn.Module):
 
 class Objective:
     """What a network learns. predicts: "denoised" (t is sigma) or "velocity" (t is a flow's time). sigma_data: the
-    standard deviation that it expects of the latents. sample: a function of solvers.py."""
+    standard deviation that it expects of the latents. sample: a function of solvers.py. cosine: weight of a term of
+    `errors` that a middle head's are without."""
 
     predicts: str
     sigma_data: float
     sample: Callable
+    cosine: float = 0.0
 
     def errors(
         self, net: Callable, x: torch.Tensor, condition: Condition, generators: Source = None
@@ -119,7 +122,9 @@ class Loss:
         if hidden:
             generator.set_state(before)  # for the same noise
             prediction, seen = found[MIDDLE]
-            error, *_ = self.objective.errors(lambda *_: prediction, x, condition, generators)
+            objective = copy(self.objective)
+            objective.cosine = 0.0  # as in LightningDiT's code of the paper, which has it on the output alone
+            error, *_ = objective.errors(lambda *_: prediction, x, condition, generators)
             mean = pixel_mean(error) if seen is None else pixel_mean(error * seen) / pixel_mean(seen)
             loss = loss + self.middle_weight * mean
         return loss + found["loss"] if "loss" in found else loss

@@ -109,7 +109,7 @@ def check_networks(guidance: Guidance, strong: Network, weak: Network) -> None:
         block, sparse = network.middle_head, guidance.routed or guidance.weak_path
         if block is None:
             raise UserError("guidance=internal needs a network trained with model.middle_head=; this one has none")
-        if sparse and any(route.start_layer_idx <= block <= route.end_layer_idx for route in network.routes):
+        if sparse and any(route.sparse_from <= block <= route.end_layer_idx for route in network.routes):
             found = f"internal_scale={guidance.internal_scale:g} with routing, and the middle head lies inside a route"
             raise UserError(f"{found}; needed: gamma_strong=0, gamma_weak=0, weak_path=null, or internal_scale=1")
     trained = all(

@@ -151,7 +151,7 @@ class Alignment:
     """What the tokens after `block` are aligned with. target: layersync's. teacher and the widths: repa's."""
 
     name: Literal["none", "layersync", "repa"] = "none"
-    weight: Annotated[float, at_least(0)] = 0.0
+    weight: Annotated[float, at_least(0)] | None = None
     block: Count = 0
     target: Count = 1
     teacher: str = "mnist"
@@ -159,6 +159,8 @@ class Alignment:
     projector_width: Positive = 2048
 
     def __post_init__(self):
+        if self.weight is None and self.name != "none":
+            raise UserError(f"alignment.name={self.name} without a weight; needed: alignment={self.name}")
         if self.target <= self.block and self.name == "layersync":
             raise UserError(f"block={self.block}, target={self.target}; needed: a target after the block")
 

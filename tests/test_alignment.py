@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from functools import partial, partialmethod
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from ddpm import DDPM
 from dit import DiT
 from edm import EDM
 from evaluation import features
-from guidance import Guidance
+from guidance import Guidance, check_networks
 from lightningdit import LightningDiT
 from maskdit import MaskDiT
 from randomness import BatchSlice, seeded_generator
@@ -158,6 +159,33 @@ def test_the_middle_heads_error_is_of_the_same_noise_on_the_tokens_it_has_seen(n
         assert all(p.grad is not None for p in net.middle_layer.parameters())
 
 
+@pytest.mark.parametrize("predict", ["velocity", "x"])
+def test_the_velocitys_angle_is_a_term_of_the_output_alone(predict):
+    net, (x, y, _) = made(middle_head=2), batch()
+    turned, plain = (RectifiedFlow(cosine=weight, predict=predict) for weight in (1.0, 0.0))
+    for routing in routings():
+        term, expected = (
+            Loss(net, net, turned, weight)(x, y, rows(), routing) - Loss(net, net, plain, weight)(x, y, rows(), routing)
+            for weight in (0.5, 0)
+        )
+        torch.testing.assert_close(term, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+        assert expected.min() > 0.1
+    assert turned.cosine == 1
+
+
+@pytest.mark.parametrize("leave", [None, 1, 2, 3])
+def test_a_middle_head_guides_routed_sampling_where_it_sees_all_tokens(leave):
+    for middle in range(6):
+        net = made(routes=[ROUTE[0] | dict(leave_layer_idx=leave)], middle_head=middle)
+        x, y, _ = batch()
+        seen = net(x, torch.ones(3), y, routing=routings()[1], hidden=[MIDDLE])[1][MIDDLE][1]
+        for ratios in ({}, dict(gamma_strong=0.5, gamma_weak=0.75)):
+            guidance = Guidance(1.5, weak_label="none", internal_scale=1.4, **ratios)
+            refused = pytest.raises(UserError, match="lies inside a route; needed: gamma_strong=0")
+            with refused if ratios and seen is not None else nullcontext():
+                check_networks(guidance, net, net)
+
+
 def test_weight_zero_is_the_plain_loss_bit_for_bit():
     net, (x, y, _) = made(middle_head=2), batch()
     for routing in routings():
@@ -267,6 +295,8 @@ def test_what_has_no_term_is_named_in_one_line():
     [
         (["alignment=layersync", "alignment.target=3"], "block=3, target=3; needed: a target after the block"),
         (["alignment=repa", "alignment.teacher=null"], "teacher=null; needed: text"),
+        (["alignment.name=layersync"], "without a weight; needed: alignment=layersync"),
+        (["alignment.name=repa"], "without a weight; needed: alignment=repa"),
         (["train.middle_weight=0"], "train.middle_weight=0; needed: a number of above 0|above 0"),
     ],
 )
