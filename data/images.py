@@ -83,7 +83,7 @@ class Images:
         files, found = set(self.tree.names), []
         for name in self.names:
             beside = f"{name.rpartition('.')[0]}.{CAPTIONS}"
-            text = self.tree.read(beside).decode(errors="replace") if beside in files else ""
+            text = self.tree.read(beside).decode("utf-8-sig", "replace") if beside in files else ""
             found.append([line.strip() for line in text.split("\n") if line.strip()])
             if not 1 <= len(found[-1]) <= MAX_TEXTS:
                 needed = f"1 to {MAX_TEXTS} lines in {beside}"

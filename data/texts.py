@@ -57,7 +57,7 @@ class Encoder:
             warn(told)
         # Always padded to this length: otherwise rounding, and so a caption's states, would depend on its neighbours.
         padded = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        tokens = self.tokenizer(captions, **padded).to(self.model.device)
+        tokens = self.tokenizer(captions, return_attention_mask=True, **padded).to(self.model.device)
         mask = tokens["attention_mask"].bool()  # (B, T)
         mask[:, 0] = True  # an empty caption, of which some tokenizers make no token at all
         states = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long()).last_hidden_state  # (B, T, D)
@@ -93,7 +93,12 @@ def load_encoder(
         config = getattr(config, "text_config", config)  # CLIP's, beside which there is one of images
         encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # the encoder alone of T5
         auto = transformers.AutoModelForTextEncoding if encodes else AutoModel
-        model = auto.from_pretrained(place, config=config, use_safetensors=True, **safely)
+        how = dict(config=config, use_safetensors=True, output_loading_info=True, **safely)
+        model, found = auto.from_pretrained(place, **how)
+        if lacking := [name for name in found["missing_keys"] if "pooler" not in name]:
+            raise UserError(f"its file lacks {min(lacking)}")
+        for name in found["missing_keys"]:  # no state depends on a pooler, but the hash does
+            model.get_parameter(name).data.zero_()
         tokenizer = AutoTokenizer.from_pretrained(place, **safely)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:

@@ -32,7 +32,7 @@ class Clip:
     def __call__(self, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         longest = self.model.config.text_config.max_position_embeddings
         how = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-        tokens = self.tokenizer(list(captions), **how).to(self.model.device)
+        tokens = self.tokenizer(list(captions), return_attention_mask=True, **how).to(self.model.device)
         pixels = self.pixels(images.to(self.model.device))
         out = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
         return 100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0)
@@ -64,7 +64,9 @@ def load_clip(name: str, sha256: str | None = None) -> Clip:
     if kind != "clip":
         raise UserError(f"clip={name} is a model of the type {kind}; needed: a CLIP, of both texts and images")
     with hub.refusals(told), state.main_process_first():
-        model = transformers.CLIPModel.from_pretrained(place, use_safetensors=True)
+        model, found = transformers.CLIPModel.from_pretrained(place, use_safetensors=True, output_loading_info=True)
+        if found["missing_keys"]:
+            raise UserError(f"its file lacks {min(found['missing_keys'])}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     found = weights_sha256(model)
     if sha256 not in (None, found):

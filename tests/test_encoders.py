@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conditions import Text
 from data.texts import load_encoder
@@ -76,6 +77,30 @@ def test_the_text_half_of_clip_and_the_encoder_of_t5(transformers, tmp_path):
         encoder = load_encoder(str(save_tokenizer(tmp_path / name)))
         assert (type(encoder.model).__name__, encoder.length, encoder.width) == (kind, most, 16)
         assert encoder(["a man"]).states.isfinite().all()
+
+
+def test_a_tokenizer_that_gives_no_mask_unasked(bert):
+    about = json.loads((path := bert / "tokenizer_config.json").read_text())
+    path.write_text(json.dumps(about | {"model_input_names": ["input_ids"]}))
+    assert load_encoder(str(bert), length=8)(["a man", ""]).mask.sum(1).tolist() == [4, 2]
+
+
+def test_weights_that_a_file_lacks(transformers, bert):
+    """A pooler's, which no state depends on, are not drawn at random: the hash would be another each time."""
+    model = transformers.BertForMaskedLM.from_pretrained(bert)
+    model.save_pretrained(bert)  # as encoders trained on masked words are published
+    tensors = load_file(bert / "model.safetensors")
+    assert not any("pooler" in name for name in tensors)
+    first, second = (load_encoder(str(bert)) for _ in range(2))
+    assert first.sha256 == second.sha256
+    with torch.no_grad():
+        ids = torch.tensor([[WORDS.index(word) for word in ("[CLS]", "a", "man", "[SEP]")]])
+        plain = model.eval().bert(input_ids=ids).last_hidden_state[0]
+    torch.testing.assert_close(first(["a man"]).states[0, :4].float(), plain, atol=1e-3, rtol=1e-3)
+    del tensors["bert.encoder.layer.1.output.dense.weight"]
+    save_file(tensors, bert / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="cannot be loaded.*: its file lacks encoder.layer.1.output.dense.weight"):
+        load_encoder(str(bert))
 
 
 def test_what_cannot_be_had_is_one_line(bert, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import conditions
 import export
@@ -298,6 +299,12 @@ def test_clip_of_transformers(tmp_path):
     transformers.CLIPTextModel(config.text_config).save_pretrained(tmp_path / "text")
     with pytest.raises(UserError, match="is a model of the type clip_text_model"):
         load_clip(str(tmp_path / "text"))
+    tensors = load_file(tmp_path / "clip/model.safetensors")
+    del tensors["text_projection.weight"]
+    save_file(tensors, tmp_path / "clip/model.safetensors", {"format": "pt"})
+    load_clip.cache_clear()
+    with pytest.raises(UserError, match="clip=.* cannot be loaded.*: its file lacks text_projection.weight"):
+        load_clip(str(tmp_path / "clip"))
 
 
 def test_runs_on_texts_are_the_same_on_two_processes_and_after_a_stop(tmp_path):
