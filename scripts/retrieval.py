@@ -1,7 +1,7 @@
 """Retrieval: is the picture that a run makes of a caption nearest to that caption's own picture, of a whole catalogue?
 
     python scripts/retrieval.py ckpt=runs/emoji-dit-XS4-rf
-    python scripts/retrieval.py ckpt=runs/emoji-dit-XS4-rf guidance=cfg scale=1.0,2.0      one row each
+    python scripts/retrieval.py ckpt=runs/emoji-dit-XS4-rf guidance=cfg scale=1.3,2.0      one row each
 
 For the emoji (data=emoji), whose captions fix their pictures. A picture is retrieved where no other of the catalogue,
 held-out ones included, is nearer to the generated one, by squared differences of their pixels; where fewer than five
