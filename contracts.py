@@ -123,7 +123,7 @@ class Loss:
             generator.set_state(before)  # for the same noise
             prediction, seen = found[MIDDLE]
             objective = copy(self.objective)
-            objective.cosine = 0.0  # as in LightningDiT's code of the paper, which has it on the output alone
+            objective.cosine = 0.0  # as published (arXiv 2512.24176), the squared error alone
             error, *_ = objective.errors(lambda *_: prediction, x, condition, generators)
             mean = pixel_mean(error) if seen is None else pixel_mean(error * seen) / pixel_mean(seen)
             loss = loss + self.middle_weight * mean

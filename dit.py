@@ -110,7 +110,7 @@ class DiT(Network):
         self.final_layer = FinalLayer(D, patch_size, self.out_channels)
         self.initialize_weights()
         if self.middle_head is not None:
-            # deepcopy by itself reads the addresses of weights, and fake ones (cost.step_memory) have none.
+            # deepcopy by itself copies the memory of weights, and fake ones (cost.step_memory) have none.
             weights = {id(p): nn.Parameter(p.detach().clone()) for p in self.final_layer.parameters()}
             self.middle_layer = deepcopy(self.final_layer, weights)  # which begins at zero
         for after in {route.end_layer_idx + 1 for route in self.routes} - {depth} if self.fp32_after_route else ():

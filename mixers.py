@@ -67,7 +67,7 @@ class Mixer(DiT):
         for i, block in enumerate(self.blocks):
             around = [route.selection for route in self.routes if route.start_layer_idx <= i <= route.end_layer_idx]
             for part in (block.attn, block.mlp):
-                part.grid, part.selection = self.grid, str((*around, "random")[0])  # functions do not compile
+                part.grid, part.selection = self.grid, str((*around, "random")[0])  # a function's: none of those below
                 part.start(i, len(self.blocks))
 
     def positions(self) -> tuple[torch.Tensor, ...]:

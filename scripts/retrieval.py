@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def score_row(settings: Retrieval, alone: bool) -> tuple[dict, Path]:
-    """Scores a run and writes metrics.json -> its contents and its folder."""
+    """Scores a run and writes metrics.json and held_out.png -> the scores and the folder."""
     started, names = time.time(), emoji.names()
     run = load_run(settings.ckpt, settings.weights, precision=settings.precision)
     catalogue = read_catalogue(run, settings.catalogue)
@@ -143,7 +143,7 @@ def save_held_out(
     shown = [held_out[i] for i in spread_evenly(len(held_out), SHOWN)]
     rows = [asked[i] for i in shown]
     real = catalogue.pixels[rows].view(-1, *made.shape[1:]).to(torch.uint8)
-    captions = [names[catalogue.sequences[row]] for row in rows for _ in range(2)]
+    captions = [names.get(sequence := catalogue.sequences[row], emoji.key(sequence)) for row in rows for _ in range(2)]
     gallery.save_grid(torch.stack((made[shown], real), 1).flatten(0, 1), path, 12, captions)
 
 

@@ -213,6 +213,9 @@ def test_a_perfect_run_retrieves_all(made, tmp_path, monkeypatch):
     held_out = {caption for sequence, caption in made.items() if parts(made)[sequence] != "seen"}
     assert pictures[::2].equal(pictures[1::2]) and captions[::2] == captions[1::2] and len(set(captions)) == 24
     assert set(captions) <= held_out
+    pictures = torch.zeros(len(made), 3, 8, 8, dtype=torch.uint8)
+    retrieval.save_held_out(everything, range(len(made)), pictures, {}, None)  # another package emoji lacks the names
+    assert {made[emoji.sequence_of(key)] for key in grids[-1][3]} <= held_out
     found = json.loads((tmp_path / "perfect/metrics.json").read_text())
     held = [part for part in parts(made).values() if part != "seen"]
     assert (found["n_seen"], found["n_tone"], found["n_pair"]) == (20, held.count("tone"), held.count("pair"))
