@@ -81,7 +81,9 @@ def load_encoder(
     told = f"text encoder {name}"
     try:
         import transformers
-        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoTokenizer
+        from transformers import (
+            MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer,
+        )  # fmt: skip
     except ImportError:
         raise UserError(f"{told} needs the package transformers: pip install transformers") from None
     place = _place(name)
@@ -91,8 +93,12 @@ def load_encoder(
     with hub.refusals(f"{told} cannot be loaded; needed: a name on the hub, a folder or {MINILM}"):
         config = AutoConfig.from_pretrained(place, **safely)
         config = getattr(config, "text_config", config)  # CLIP's, beside which there is one of images
-        encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # the encoder alone of T5
-        auto = transformers.AutoModelForTextEncoding if encodes else AutoModel
+        if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # the encoder alone of T5
+            auto = transformers.AutoModelForTextEncoding
+        elif type(config) in MODEL_MAPPING:
+            auto = AutoModel
+        else:  # SigLIP's half for texts
+            auto = getattr(transformers, type(config).__name__.replace("Config", "Model"))
         how = dict(config=config, use_safetensors=True, output_loading_info=True, **safely)
         model, found = auto.from_pretrained(place, **how)
         if lacking := [name for name in found["missing_keys"] if "pooler" not in name]:
@@ -107,7 +113,11 @@ def load_encoder(
     if length is None and most > 1 << 20 or length is not None and length > most:
         needed = f"at most {most}" if length else "a number, since it says no longest caption"
         raise UserError(f"{told}: text_length={length}; needed: {needed}")
-    encoder = Encoder(name, model.float().eval().requires_grad_(False).to(device), tokenizer, length or most)
+    model, length = model.float().eval().requires_grad_(False).to(device), length or most
+    longest = torch.full((1, length), int(tokenizer.pad_token_id == 0), device=device)
+    with hub.refusals(f"{told}: text_length={length}; needed: less"):  # RoBERTa's positions begin after two unused ones
+        model(input_ids=longest)
+    encoder = Encoder(name, model, tokenizer, length)
     if sha256 not in (None, encoder.sha256):
         found = f"{told} has the sha256 {encoder.sha256}"
         raise UserError(f"{found}; needed: {sha256}, that of the encoder that made the data's states")

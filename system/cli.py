@@ -43,6 +43,7 @@ LITERAL = {
 MEANT = {
     "lr": "train.lr", "learning_rate": "train.lr", "batch_size": "train.global_batch_size",
     "epochs": "train.max_steps, counted in steps", "steps": "train.max_steps", "seed": "seeds, such as seeds=0-9",
+    "train.seed": "seed",
     "n": "seeds, such as seeds=0-9", "num_samples": "seeds, such as seeds=0-9", "cfg": "guidance=cfg scale=2",
     "guidance_scale": "scale, with guidance=cfg", "cfg_scale": "scale, with guidance=cfg", "class": "class_idx",
     "resolution": "data.input_size", "device": "CUDA_VISIBLE_DEVICES in front of the command, empty for the CPU",
@@ -213,8 +214,8 @@ def _config_files() -> Iterator[tuple[Path, set[str]]]:
 def _did_you_mean(key: str) -> str:
     """Where a refused key does belong (model.routes, given to model=maskdit; ckpt, given to train.py), or the keys
     nearest to a mistyped one."""
-    if key in MEANT:
-        return f"; here it is {MEANT[key]}"
+    if meant := MEANT.get(key) or MEANT.get(re.sub(r"^(train|optimizer|data)\.", "", key)):
+        return f"; here it is {meant}"
     files = list(_config_files())
     groups = [(f"{path.parent.name}={path.stem}", keys) for path, keys in files if path.parent != CONFIG_DIR]
     owners = sorted(group for group, keys in groups if key in keys and not group.startswith("experiment="))

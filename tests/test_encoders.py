@@ -79,6 +79,27 @@ def test_the_text_half_of_clip_and_the_encoder_of_t5(transformers, tmp_path):
         assert encoder(["a man"]).states.isfinite().all()
 
 
+def test_the_text_half_of_siglip(transformers, tmp_path):
+    """Which AutoModel does not know by its own config."""
+    part = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    text = dict(vocab_size=len(WORDS), max_position_embeddings=9, **part)
+    siglip = transformers.SiglipConfig(text_config=text, vision_config=part | dict(image_size=8, patch_size=4))
+    transformers.SiglipModel(siglip).save_pretrained(tmp_path)
+    encoder = load_encoder(str(save_tokenizer(tmp_path)))
+    assert (type(encoder.model).__name__, encoder.length, encoder.width) == ("SiglipTextModel", 9, 16)
+    assert encoder(["a man"]).states.isfinite().all()
+
+
+def test_positions_that_a_config_counts_and_a_text_cannot_reach(transformers, tmp_path):
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, pad_token_id=0)
+    config = transformers.RobertaConfig(vocab_size=len(WORDS), max_position_embeddings=12, **size)
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="text_length=12; needed: less: "):
+        load_encoder(str(tmp_path))
+    assert load_encoder(str(tmp_path), length=11)(["a man " * 20]).mask.all()
+
+
 def test_a_tokenizer_that_gives_no_mask_unasked(bert):
     about = json.loads((path := bert / "tokenizer_config.json").read_text())
     path.write_text(json.dumps(about | {"model_input_names": ["input_ids"]}))
