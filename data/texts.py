@@ -81,9 +81,7 @@ def load_encoder(
     told = f"text encoder {name}"
     try:
         import transformers
-        from transformers import (
-            MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer,
-        )  # fmt: skip
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
     except ImportError:
         raise UserError(f"{told} needs the package transformers: pip install transformers") from None
     place = _place(name)
@@ -93,9 +91,9 @@ def load_encoder(
     with hub.refusals(f"{told} cannot be loaded; needed: a name on the hub, a folder or {MINILM}"):
         config = AutoConfig.from_pretrained(place, **safely)
         config = getattr(config, "text_config", config)  # CLIP's, beside which there is one of images
-        if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # the encoder alone of T5
+        if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:  # the encoder alone of T5
             auto = transformers.AutoModelForTextEncoding
-        elif type(config) in MODEL_MAPPING:
+        elif type(config) in transformers.MODEL_MAPPING:
             auto = AutoModel
         else:  # SigLIP's half for texts
             auto = getattr(transformers, type(config).__name__.replace("Config", "Model"))

@@ -17,7 +17,7 @@ import export
 import fid
 import sample
 from checkpoints import gallery
-from checkpoints.generate import generate_latents, sampler_of
+from checkpoints.generate import generate_latents, load_weak, sampler_of
 from checkpoints.load import load_run
 from conditions import Text, TextStats
 from data.encoding import LatentEncoding
@@ -28,6 +28,7 @@ from system import UserError
 from tests import started
 from tests.conftest import ROOT, TORCHRUN, assert_same_run, numbers
 from tests.made_runs import made_settings, make_run
+from training.prepare import start_from
 from training.stopping import EXIT_START_AGAIN, PreemptionHandler
 
 WIDTH, LENGTH, HASH = 8, 6, "0" * 64
@@ -103,6 +104,20 @@ def test_a_file_of_prompts_is_its_prompts_one_by_one(folder, tmp_path):
     assert draw(folder, tmp_path / "whole", f"prompts={tmp_path / 'prompts.txt'}", "seeds=3-5") == whole  # and no other
     with pytest.raises(UserError, match="holds images of other settings .prompts was"):
         draw(folder, tmp_path / "whole", "prompt=a red disc", "seeds=3-5")
+
+
+def test_a_run_of_texts_by_another_encoder(folder, tmp_path):
+    """Its states mean something else: no weak branch for these, and a network that starts from it is told."""
+    other = make_run(
+        tmp_path / "other", [*KEYS, "data.text_sha256=" + "a" * 64], kept=load_run(folder).pool, stats=STATS
+    )
+    run, how = load_run(folder, device="cpu"), Guidance(scale=2.0, weak_ckpt=str(other))
+    with pytest.raises(UserError, match="is for other .*text encoder"):
+        load_weak(run, how)
+    assert load_weak(run, replace(how, weak_ckpt=str(folder))) is not run
+    told = start_from(str(other), run.model, run.objective, run.settings.data)
+    assert told == "the states of texts are another encoder's"
+    assert start_from(str(folder), run.model, run.objective, run.settings.data) == ""
 
 
 @pytest.mark.parametrize("guidance", [{}, {"scale": 2.0, "weak_label": "none"}, {"scale": 2.0, "gamma_weak": 0.6}])

@@ -285,6 +285,8 @@ def start_from(ckpt: str, model: Network, objective: Objective, given: Data) -> 
         tensors |= other
         scaled = "latents of {} x {} become {} x {}; the coordinates of tokens are scaled".format(*old, *new)
         told = "; ".join(filter(None, [scaled, told]))
+    if len({data.text_sha256 for data in (source.settings.data, given)} - {None}) > 1:
+        told = "; ".join(filter(None, [told, "the states of texts are another encoder's"]))
     load_strictly(model, tensors, source=str(ckpt))
     return told
 
