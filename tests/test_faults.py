@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import checkpoints.load
 from tests import faults
 from tests.conftest import ROOT
@@ -12,6 +14,7 @@ from tests.conftest import ROOT
 ROW = re.compile(r"^\| (R\d+ .+?) \| .+ \| (.+?) \|$", re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_quick_storm_misses_no_bar():
     command = [sys.executable, "-m", "tests.faults", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=360)

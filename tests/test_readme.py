@@ -1,4 +1,7 @@
-"""Every command in the bash blocks of README and docs, word for word, in a clean copy, with training cut short."""
+"""Every command in the bash blocks of README and docs, word for word, in a clean copy, with training cut short.
+
+Those of docs are among the slow tests.
+"""
 
 import os
 import re
@@ -37,9 +40,9 @@ def text_of(page: str) -> str:
     return re.sub(r"## Your own data.*?\n## ", "## ", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-def commands() -> list[str]:
+def commands(pages: list[str]) -> list[str]:
     """In the order of the pages, each once."""
-    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(map(text_of, PAGES)), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(map(text_of, pages)), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     lines = [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
     lines = list(dict.fromkeys(lines))
@@ -53,7 +56,8 @@ def shortened(command: str) -> list[str]:
     return shlex.split(command)
 
 
-def test_every_command_runs(tmp_path, digits):
+@pytest.mark.parametrize("pages", [["README.md"], pytest.param(PAGES, marks=pytest.mark.slow)], ids=["readme", "all"])
+def test_every_command_runs(pages, tmp_path, digits):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     clone = tmp_path / "clone"
     made = {".venv", "runs", "datasets", "__pycache__"}
@@ -63,8 +67,8 @@ def test_every_command_runs(tmp_path, digits):
         shutil.copyfile(ROOT / name, clone / name)
     shutil.copytree(digits, clone / "datasets" / "mnist")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    assert len(commands()) >= 10
-    for command in commands():
+    assert len(commands(pages)) > 5
+    for command in commands(pages):
         program, *arguments = shortened(command)
         line = [sys.executable, *LAUNCHERS[program], *arguments]
         done = started.run(line, cwd=clone, env=environment, timeout=120)
