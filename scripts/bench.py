@@ -58,8 +58,9 @@ from checkpoints.generate import count_calls, generate_latents
 from checkpoints.load import Routing, Run, build_network, round_linears
 from data.encoding import LatentEncoding
 from data.shards import finalize, shard_name, write_shard
+from evaluation.drawing import canvas, logarithmic, styles
 from randomness import normal, seeded_generator, uniform
-from scripts.plot import canvas, markdown
+from scripts.plot import markdown
 from system import UserError, cli
 from system.building import build
 from system.compiling import compile_blocks, decide_compile
@@ -475,14 +476,15 @@ def step_costs(overrides: list[str]) -> tuple[float, float]:
 def growth(out: Path) -> None:
     figure, panels = canvas((10, 4), 1, 2)
     for axes, what in zip(panels, ("multiply-adds of a step", "memory of a step beyond its state")):
-        axes.set(xscale="log", yscale="log", xlabel="quantity, relative to the smallest", title=f"{what}, relative")
+        axes.set(xlabel="quantity, relative to the smallest", title=f"{what}, relative")
     rows = []
-    for name, (values, overrides) in VARIED.items():
+    for look, (name, (values, overrides)) in zip(styles(len(VARIED)), VARIED.items()):
         costs = np.array([step_costs(overrides(value)) for value in values])  # (values, 2)
         slopes = [slope(values, column) for column in costs.T]
         rows.append([name, ", ".join(map(str, values)), *(f"{slope:.2f}" for slope in slopes)])
         for axes, y, slope_of in zip(panels, (costs / costs[0]).T, slopes):
-            axes.plot(np.array(values) / values[0], y, marker="o", label=f"{name}: {slope_of:.2f}")
+            axes.plot(np.array(values) / values[0], y, label=f"{name}: {slope_of:.2f}", **look)
+    logarithmic(panels[1])
     keep(figure, panels, out)
     print(markdown(("quantity", "values", "slope of multiply-adds", "slope of memory"), rows) + str(out))
 
@@ -491,10 +493,9 @@ def times(out: Path, overrides: Sequence[str]) -> None:
     base = ["data=imagenet256", "model=tread", "model.size=DiT-XS/2", "train.global_batch_size=16", *overrides]
     figure, panels = canvas((10, 4), 1, 2)
     for axes, what in zip(panels, ("seconds of a routed step", "share of the optimizer")):
-        axes.set(xscale="log", xlabel="quantity, relative to the smallest", title=what)
-    panels[0].set_yscale("log")
-    rows = []
-    for (name, (values, keys)), optimizer in itertools.product(TIMED.items(), ("adamw", "muon")):
+        axes.set(xlabel="quantity, relative to the smallest", title=what)
+    rows, kinds = [], list(itertools.product(TIMED.items(), ("adamw", "muon")))
+    for look, ((name, (values, keys)), optimizer) in zip(styles(len(kinds)), kinds):
         reports = []
         for value in values:
             torch._dynamo.reset()  # it counts the graphs of all networks of a process against one limit
@@ -506,8 +507,7 @@ def times(out: Path, overrides: Sequence[str]) -> None:
         rows[-1] += [f"{grows:.2f}", ", ".join(f"{share:.2f}" for share in shares)]
         print(*rows[-1], sep=" | ", flush=True)
         for axes, y in zip(panels, (seconds, shares)):
-            line = dict(marker="o", linestyle="-" if optimizer == "adamw" else "--")
-            axes.plot(np.array(values) / values[0], y, label=f"{name}, {optimizer}: {grows:.2f}", **line)
+            axes.plot(np.array(values) / values[0], y, label=f"{name}, {optimizer}: {grows:.2f}", **look)
     keep(figure, panels, out)
     print(markdown(("quantity", "optimizer", "values", "seconds", "slope", "the optimizer's share"), rows) + str(out))
 
@@ -518,9 +518,12 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def keep(figure, panels, out: Path) -> None:
+    logarithmic(panels[0])
     for axes in panels:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 
