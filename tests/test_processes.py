@@ -304,3 +304,18 @@ def test_muon_averages_and_contrasts_on_two_processes_are_those_of_one(settings)
         for name in found:
             difference = (found[name] - wanted[name]).norm()
             assert difference <= 0.02 * wanted[name].norm() or name.endswith("qkv.bias"), (file, name)  # rounding alone
+
+
+@pytest.mark.parametrize("mixer", ["ssd", "rwkv"])
+def test_other_mixers_on_two_processes_train_the_run_of_one(mixer, settings):
+    """With their routes of whole rows, drawn for each row of the whole batch."""
+    keys = [key for key in settings[0] if "num_heads" not in key]
+    keys += [f"model={mixer}", "model.routes=[{selection_ratio:0.5,start_layer_idx:1,end_layer_idx:-2,selection:rows}]"]
+    keys += ["train.max_steps=6", "train.val_every=6", "preview.every=0"]
+    for processes in (1, 2):
+        command = [sys.executable, "train.py", *keys, f"run_name={mixer}{processes}"]
+        job = started.run(command, processes=processes)
+        assert job.returncode == 0, job.stderr
+    two, one = (numbers(settings[1] / f"{mixer}{processes}") for processes in (2, 1))
+    for a, b in zip(two, one, strict=True):
+        assert a == pytest.approx(b, rel=1e-3), a["step"]
