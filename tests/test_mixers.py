@@ -334,6 +334,14 @@ def test_checkpointed_compiled_and_counted(mixer, backend, monkeypatch):
     assert counters["stats"]["unique_graphs"] <= 5
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (5, 13), (10, 14)])
+def test_a_scan_in_several_chunks_is_counted(grid):
+    net = made("ssd", (), grid)
+    with FlopCounterMode(display=False) as counter:
+        net(normal(1, *net.latent_shape), torch.rand(1), torch.tensor([0]))
+    assert counter.get_total_flops() == pytest.approx(2 * net.macs(), rel=0.01)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_bf16_stays_near_fp32(mixer):
     net, (x, t, y) = made(mixer), batch()
