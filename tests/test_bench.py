@@ -98,6 +98,7 @@ def test_the_cost_of_guidance_is_counted_and_measured(monkeypatch, capsys):
     assert f"{2 * net.macs() / 1e9:.2f} GMACs" in said and "counted 0." in said and "measured" in said
 
 
+@pytest.mark.slow
 def test_growth_prints_a_slope_for_each_quantity(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "VARIED", {name: (values[:2], keys) for name, (values, keys) in bench.VARIED.items()})
     bench.main(["growth", str(tmp_path / "growth.png")])

@@ -98,6 +98,7 @@ def test_the_launchers_word_comes_first(monkeypatch, handed_on, flags, expected)
             decide()
 
 
+@pytest.mark.slow
 def test_a_real_launcher_that_says_no_means_fp32(tmp_path):
     (tmp_path / "ask.py").write_text("from system.precision import launched_precision as f; print('launched', f())")
     said = []

@@ -84,7 +84,7 @@ def test_two_processes_train_the_run_of_one(golden, settings):
     assert "= 2 processes x 8" in out
 
 
-@pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize("number, rank", [pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), (signal.SIGUSR1, 0)])
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_nothing_is_lost(golden, settings, number, rank):
     name = f"run_name=signal{number.value}"
     folder = settings[1] / name.partition("=")[2]

@@ -250,7 +250,12 @@ def test_training_evaluation_and_guidance_share_at_most_four_graphs(network, of_
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize(
-    "precision, backend, K", [("fp32", "aot_eager", 32), ("bf16", "aot_eager", 32), ("bf16", "inductor", 98)]
+    "precision, backend, K",
+    [
+        ("fp32", "aot_eager", 32),
+        ("bf16", "aot_eager", 32),
+        pytest.param("bf16", "inductor", 98, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("block", [Block(128, 4, 4.0), lightningdit.LightningBlock(128, 4, 4.0, qk_norm=True)])
 def test_what_blocks_do_apart_where_cpus_compile_them_is_as_exact(block, precision, backend, K):
@@ -347,7 +352,7 @@ def activation_peaks(size, *ways):
     return peaks
 
 
-@pytest.mark.parametrize("size, bar", [("DiT-B/2", 0.74), ("DiT-XL/2", 0.62)])
+@pytest.mark.parametrize("size, bar", [("DiT-B/2", 0.74), pytest.param("DiT-XL/2", 0.62, marks=pytest.mark.slow)])
 def test_routing_saves_memory_as_well(size, bar, monkeypatch):
     """P8. Where all that is kept is linear in tokens, the limits are 0.708 and 0.589. Attention as on GPUs."""
     monkeypatch.setattr(kernels, "plain_on", set())
