@@ -36,11 +36,8 @@ def load_weak(run: Run, guidance: Guidance) -> Run:
     weak = load_cached(str(ckpt), run.weights, device=run.device, precision=run.precision, compile=run.compile)
     found, needed = ((*each.model.latent_shape, each.objective.predicts) for each in (weak, run))
     encoders = {each.settings.data.text_sha256 for each in (weak, run)} - {None}
-    if (
-        found != needed
-        or len(encoders) > 1
-        or not conditions.alike(run.model.null_condition, weak.model.null_condition)
-    ):
+    alike = len(encoders) < 2 and conditions.alike(run.model.null_condition, weak.model.null_condition)
+    if found != needed or not alike:
         what = f"latents, predictions {found}, conditions or text encoder"
         raise UserError(f"weak_ckpt={ckpt} is for other {what}; needed: those of the run, {needed}")
     return weak
