@@ -121,7 +121,9 @@ def load_run(
     run.pool, run.folder = conditions.pool(model.null_condition, kept), folder_of(ckpt, path)
     run.dropout_known, run.text_stats = known, conditions.load_stats(beside)
     if run.text_stats is not None:
-        model.null_condition = conditions.empty_caption(run.text_stats)
+        empty = conditions.empty_caption(run.text_stats)
+        conditions.check(empty, model.null_condition)
+        model.null_condition = empty
     run.compile_as(compile)
     return run
 

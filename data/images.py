@@ -21,7 +21,7 @@ from data.index import MAX_TEXTS
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError, warn
 from system.files import open_regular
-from system.limits import ARRAY_BYTES, PICTURE_PIXELS
+from system.limits import PICTURE_PIXELS
 
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
 # The readers of PICTURES: others start programs (PostScript), or are seldom tried.
@@ -211,13 +211,6 @@ def open_images(path: str | Path, split: str | None = None, beside: str = LABEL)
     return images
 
 
-def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz that are among `keys`. Raises UserError for a damaged file and for pickled objects."""
-    tree = archives.open_zip(path, max(ARRAY_BYTES, path.stat().st_size))
-    found = {key: bytearray(tree.read(f"{key}.npy")) for key in keys if f"{key}.npy" in tree.names}  # can be written to
-    return {key: archives.read_npy(contents, f"{path}: {key}") for key, contents in found.items()}
-
-
 def _map_array(path: Path, key: str) -> np.ndarray:
     """uint8 (N, H, W, 3) or (N, H, W) of an .npz, mapped where it is in the file: 50,000 images are 10 GB.
 
@@ -237,7 +230,7 @@ def _map_array(path: Path, key: str) -> np.ndarray:
         raise UserError(f"{path} is damaged or no .npz file ({error})") from None
     if info is None:
         raise UserError(f"{path} has no array {key}; needed: uint8 (N, H, W, 3)")
-    pixels = read_arrays(path, [key])[key] if mapped is None else archives.read_npy(mapped, f"{path}: {key}")
+    pixels = archives.read_arrays(path, [key])[key] if mapped is None else archives.read_npy(mapped, f"{path}: {key}")
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
         raise UserError(f"{path}: {key} is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")
     return pixels[..., 0] if pixels.shape[3:] == (1,) else pixels

@@ -72,7 +72,7 @@ class TextSource(NamedTuple):
 @dataclass(frozen=True)
 class Shard:
     name: str
-    split: str
+    split: Literal["train", "val"]
     n: Count
     sha256: str
 
@@ -134,7 +134,10 @@ def open_latents(
         path = folder / STATS_NAME
         if not path.is_file() or sha256_of(path) != recorded:
             raise UserError(f"{path} is missing or has changed: its sha256 is not the one in {FILE_NAME}")
-        latents.set_stats(load_stats(read_safetensors(path)[0]))
+        stats = load_stats(read_safetensors(path)[0])
+        if stats is None or len(stats.mean) != latents.text_width:
+            raise UserError(f"{path} holds no statistics of texts of width {latents.text_width}; needed: such")
+        latents.set_stats(stats)
     return latents
 
 
@@ -196,7 +199,8 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path} does not say text_width, text_dtype or text_length; needed: all three")
     if meta.classes and len(meta.classes) != meta.num_classes:
         raise UserError(f"{path} names {len(meta.classes)} classes; needed: num_classes, {meta.num_classes}")
-    return IMPLIED | manifest
+    layout = json.loads(json.dumps({name: getattr(meta, name) for name in Layout.__annotations__}))  # 4.0 is 4
+    return IMPLIED | manifest | layout
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import open_latents, prepare
-from data.images import read_arrays
+from data.archives import read_arrays
 from evaluation import inception
 from evaluation.features import Extractor, real_images
 from evaluation.metrics import FeatureStats

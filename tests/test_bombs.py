@@ -16,10 +16,10 @@ from PIL import Image
 import data.archives
 import data.foreign.pickled
 import data.images
-from data.archives import open_tree, read_npy
+from data.archives import open_tree, read_arrays, read_npy
 from data.foreign import open_source
 from data.foreign.pickled import read_pickled_array
-from data.images import open_images, read_arrays
+from data.images import open_images
 from data.packed import IdxPair, read_idx
 from system import UserError, limits
 from system.files import read_json
