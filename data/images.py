@@ -3,12 +3,10 @@
 import contextlib
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +19,10 @@ from data.index import MAX_TEXTS
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError, warn
 from system.files import open_regular
-from system.limits import PICTURE_PIXELS
+from system.limits import CAPTION_LETTERS
+from system.pictures import DAMAGED, decode
 
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
-# The readers of PICTURES: others start programs (PostScript), or are seldom tried.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-Image.MAX_IMAGE_PIXELS = None  # _decode has the limit
-# What Pillow raises at damaged files.
-DAMAGED = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, struct.error,
-    zlib.error,
-)  # fmt: skip
 
 
 @dataclass
@@ -88,6 +79,9 @@ class Images:
             if not 1 <= len(found[-1]) <= MAX_TEXTS:
                 needed = f"1 to {MAX_TEXTS} lines in {beside}"
                 raise UserError(f"{self.path}: picture {name} has {len(found[-1])} captions; needed: {needed}")
+            if (longest := max(map(len, found[-1]))) > CAPTION_LETTERS:
+                told = f"{self.path}: {beside} has a caption of {longest} letters"
+                raise UserError(f"{told}; needed: at most {CAPTION_LETTERS}")
         return found
 
     @property
@@ -143,17 +137,7 @@ class Images:
             yield batch.tolist(), crops, {i: faults[i] for i in batch.tolist() if i in faults}
 
     def _decode(self, i: int) -> Image.Image:
-        contents = self.tree.read(self.names[i])
-        try:
-            image = Image.open(BytesIO(contents), formats=FORMATS)
-            if image.width * image.height <= PICTURE_PIXELS:
-                image.load()
-                return image
-        except DAMAGED as error:
-            found = f"{self.names[i]} is no image or is damaged ({type(error).__name__})"
-            raise UserError(f"{self.path}: {found}") from None
-        told = f"{self.names[i]} has {image.width} x {image.height} pixels"
-        raise UserError(f"{self.path}: {told}; at most {PICTURE_PIXELS} are accepted")
+        return decode(self.tree.read(self.names[i]), f"{self.path}: {self.names[i]}")
 
     @cached_property
     def _labels_and_classes(self) -> tuple[list[int], list[str]]:

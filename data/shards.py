@@ -243,7 +243,10 @@ def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int | str) -> None:
     info = tarfile.TarInfo(name)  # mode 644, owner 0, time 0: nothing of this machine
     info.size = contents.tell()
     contents.seek(0)
-    tar.addfile(info, contents)
+    try:
+        tar.addfile(info, contents)
+    except ValueError:  # of a key of another's shard
+        raise UserError(f"the name {name!r:.60} does not fit into a tar; needed: a key of at most 80 letters") from None
 
 
 def reserve(folder: Path, recipe: dict) -> None:

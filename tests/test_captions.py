@@ -208,6 +208,9 @@ def test_pictures_without_captions_are_refused(pictures, encode, tmp_path):
     (pictures["folder"] / "some/3.txt").write_text("\n \n")
     with pytest.raises(UserError, match=r"picture some/3.png has 0 captions; needed: 1 to 99 lines in some/3.txt"):
         encode(pictures["folder"], tmp_path / "out", "text=made")
+    (pictures["folder"] / "some/3.txt").write_text("a" * (1 << 20))
+    with pytest.raises(UserError, match="some/3.txt has a caption of 1048576 letters; needed: at most 65536"):
+        encode(pictures["folder"], tmp_path / "out", "text=made")
     with pytest.raises(UserError, match="train-0.tar has no labels; needed: <key>.cls beside each picture"):
         encode(pictures["tars"], tmp_path / "out")
     with pytest.raises(UserError, match="labels or captions, become latents by scripts/encode_latents.py"):
