@@ -224,7 +224,9 @@ def evaluate_images(images: Images, settings: Calc, extractor: Extractor, refere
 def row_folder(settings: Calc, default: Path, source: str, name: str, alone: bool) -> Path:
     """out= is the folder of a single row, and the parent of those of several, which say what was scored."""
     if settings.out is None:
-        return default / name
+        if (folder := default / name).is_symlink():  # beside somebody's images
+            raise UserError(f"{folder} is a link; needed: out=, another folder")
+        return folder
     return Path(settings.out) if alone else Path(settings.out) / shortened(f"{source}-{name}")
 
 

@@ -104,7 +104,7 @@ def main(overrides: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout(rect=(0, 0.4 / size[1], 1, 1))
     with atomic_file(out) as file:
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=120, format=out.suffix[1:] or None)
     print(f"{run.checkpoint}: {out}")
 
 

@@ -89,12 +89,12 @@ def check_no_links(folder: Path) -> None:
     """
     folders = [os.fspath(folder)]
     for place in folders:
-        for entry in os.scandir(place):
-            if entry.is_symlink():
-                found = f"{entry.path} is a link"
-                raise UserError(f"{found}; needed: files and folders of the run's own, another run_name or another out")
-            if entry.is_dir() and entry.name != "wandb":
-                folders.append(entry.path)
+        with contextlib.suppress(FileNotFoundError):  # a temporary one of a run that is training
+            entries = [*os.scandir(place)]
+            if link := next((entry.path for entry in entries if entry.is_symlink()), None):
+                needed = "files and folders of the run's own, another run_name or another out"
+                raise UserError(f"{link} is a link; needed: {needed}")
+            folders += [entry.path for entry in entries if entry.is_dir() and entry.name != "wandb"]
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import fid
 from checkpoints.gallery import reserve as begin_samples
 from checkpoints.gallery import save_image
 from checkpoints.load import load_run
@@ -97,6 +99,12 @@ def test_samples_do_not_leave_their_folder(tmp_path):
     (tmp_path / "out" / "images").symlink_to(tmp_path)
     with pytest.raises(UserError, match="images is a link"):
         begin_samples(tmp_path / "out", {})
+
+
+def test_scores_of_pictures_do_not_follow_a_link_beside_them(tmp_path):
+    (tmp_path / "pictures-fd").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="pictures-fd is a link"):
+        fid.row_folder(SimpleNamespace(out=None), tmp_path, "", "pictures-fd", True)
 
 
 def test_names_of_temporary_files_are_not_to_be_guessed(tmp_path):
