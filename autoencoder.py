@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from system import UserError
+from system import UserError, hub
 
 SD_SCALE = 0.18215  # of the latents of Stable Diffusion's VAEs: 1 / their standard deviation
 DECODE_AT_ONCE = 8 * 32 * 32  # latent pixels per call of the decoder: 8 images of 256 x 256
@@ -43,8 +43,8 @@ class VAECodec(Codec):
 
     scale, bias: a number, or a list with one per channel: for latents normalised by their mean and standard deviation,
     as VA-VAE's are, 1 / std and -mean / std. path, scale: None = nobody said which VAE. pixels: black and white, as the
-    VAE has them. Raises UserError for lists of unequal lengths and, at first use, without a path or a scale; OSError
-    where the VAE or the package diffusers is missing.
+    VAE has them. Raises UserError for lists of unequal lengths and, at first use, without a path or a scale, and
+    where the VAE is missing or damaged; OSError where the package diffusers is.
     """
 
     def __init__(
@@ -78,10 +78,8 @@ class VAECodec(Codec):
                 from diffusers import AutoencoderKL
             except ImportError:
                 raise FileNotFoundError("decoding latents needs the package diffusers: pip install diffusers") from None
-            try:
+            with hub.refusals(f"VAE {self.path!r} was not found, or is damaged"):
                 self._vae = AutoencoderKL.from_pretrained(self.path).eval().requires_grad_(False).to(self.device)
-            except OSError as error:
-                raise FileNotFoundError(f"VAE {self.path!r} was not found: {str(error).splitlines()[0]}") from None
         return self._vae
 
     def check(self, channels: int) -> None:

@@ -32,6 +32,7 @@ class TextStats(NamedTuple):
 
 Condition = torch.Tensor | Text | None
 KINDS = {"class": "class labels", "text": "texts", "none": "no condition"}
+DTYPES = (torch.float16, torch.float32)  # of states
 
 
 def kind_of(condition: Condition) -> str:
@@ -169,12 +170,13 @@ def load(tensors: dict[str, torch.Tensor]) -> Condition:
     found = Text(**tensors) if "mask" in tensors else tensors.get("labels")
     if isinstance(found, Text):
         states, mask = found
-        fits = states.ndim == 3 and states.is_floating_point() and states.isfinite().all()
+        fits = states.ndim == 3 and len(states) and states.dtype in DTYPES and states.isfinite().all()
         fits = fits and mask.dtype == torch.bool and mask.shape == states.shape[:2]
     else:
         fits = found is None or found.dtype == torch.int64 and found.ndim == 1
     if not fits:
-        raise UserError("conditions of odd shapes or types; needed: int64 (B,), or finite (B, T, D) and bool (B, T)")
+        needed = "int64 (B,), or finite floats (B, T, D) and bool (B, T)"
+        raise UserError(f"conditions of odd shapes or types; needed: {needed}")
     return found
 
 
@@ -184,9 +186,10 @@ def load_stats(tensors: dict[str, torch.Tensor]) -> TextStats | None:
         return None
     mean, std, null = stats = TextStats(*(tensors.get(name, torch.empty(0)) for name in TextStats._fields))
     width = tensors.get("states", mean).shape[-1:]
-    fits = mean.shape == std.shape == width and null.shape == (max(1, len(null)), *width)
-    if not fits or not all(tensor.isfinite().all() for tensor in stats) or not (std > 0).all():
-        needed = "finite mean (D,), std (D,) above 0 and null (T, D), D the width of the texts"
+    fits = mean.shape == std.shape == width and null.ndim == 2 and null.shape == (max(1, len(null)), *width)
+    fits = fits and all(tensor.dtype in DTYPES and tensor.isfinite().all() for tensor in stats)
+    if not fits or not (std > 0).all():
+        needed = "finite floats: mean (D,), std (D,) above 0 and null (T, D), D the width of the texts"
         raise UserError(f"the texts' statistics have odd shapes or numbers; needed: {needed}")
     return stats
 

@@ -191,7 +191,7 @@ def export_pipeline(run: Run, tensors: Tensors, out: Path, settings: Export) -> 
 
 def picture_of(run: Run) -> Path | None:
     """The preview that training has drawn with these weights; None = it has not."""
-    path = run.folder / "samples" / f"step_{run.step:07d}.png"
+    path = run.place("samples") / f"step_{run.step:07d}.png"
     return path if run.weights == "ema" and run.ema_width is None and path.is_file() else None
 
 

@@ -151,7 +151,7 @@ def calc_row(settings: Calc, alone: bool) -> dict:
         run = load_scored(settings)
         told = score_name(settings, extractor, len(settings.all_seeds), run.precision, run.compile)
         name = f"{run.step:07d}-{told}"
-        folder = row_folder(settings, run.folder / "eval", f"{run.folder.name}-{run.sha256[:6]}", name, alone)
+        folder = row_folder(settings, run.place("eval"), f"{run.folder.name}-{run.sha256[:6]}", name, alone)
         clip = None if settings.clip is None else load_clip(settings.clip, settings.clip_sha256)
         about = describe_run(run, settings, clip) | describe_scoring(extractor, reference, settings.metrics)
         names = {"run": run.folder.name, "guidance": sample.settings_name(settings.alone), "folder": str(folder)}
@@ -181,6 +181,7 @@ def scored_before(folder: Path, about: dict) -> str:
     path = folder / "metrics.json"
     before = read_json(path) if path.is_file() else {}
     same = about == {**{key: before.get(key) for key in about}, "processes": None}
+    same = same and all(isinstance(before[key], (int, float)) for key in before if key.startswith(table.SCORES))
     return json.dumps(before) if same and not str(about["commit"]).endswith("-dirty") else ""
 
 
@@ -223,7 +224,9 @@ def evaluate_images(images: Images, settings: Calc, extractor: Extractor, refere
 def row_folder(settings: Calc, default: Path, source: str, name: str, alone: bool) -> Path:
     """out= is the folder of a single row, and the parent of those of several, which say what was scored."""
     if settings.out is None:
-        return default / name
+        if (folder := default / name).is_symlink():  # beside somebody's images
+            raise UserError(f"{folder} is a link; needed: out=, another folder")
+        return folder
     return Path(settings.out) if alone else Path(settings.out) / shortened(f"{source}-{name}")
 
 

@@ -182,7 +182,7 @@ def default_folder(run: Run, settings: Sampling) -> Path:
     """<run folder>/samples/step_<step>-<settings>: the settings that differ from their defaults."""
     named = replace(settings, precision="auto" if run.precision == "fp32" else run.precision, compile=run.compile)
     name = settings_name(named, ("ckpt", "out", "npz", "seeds", "batch_size"))
-    return run.folder / "samples" / f"step_{run.step:07d}-{name}"
+    return run.place("samples") / f"step_{run.step:07d}-{name}"
 
 
 def main(overrides: Sequence[str], *, shipped: str = "mnist-tread-edm") -> None:

@@ -3,6 +3,7 @@
 model, objective, sampler and data.codec stay plain: what they may hold is said by the constructors that take them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import yaml
 
 from guidance import Guidance
 from system import UserError
+from system.limits import SEEDS, TEXT_TOKENS
 from system.settings import (
     Check,
     Count,
@@ -43,10 +45,12 @@ def parse_seeds(seeds: Seeds) -> list[int]:
     """ "0-3" or ["0-3", 7] -> [0, 1, 2, 3, 7]. Raises UserError."""
     parsed = []
     for part in seeds if isinstance(seeds, tuple | list) else str(seeds).split(","):
-        first, _, last = str(part).strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
-            raise UserError(f"seeds={seeds}; needed: numbers and ranges, such as 0-63 or [1,5,9-12]")
-        parsed += range(int(first), int(last or first) + 1)
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", str(part).strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not 0 <= last - first < SEEDS - len(parsed):
+            needed = "numbers and ranges, such as 0-63 or [1,5,9-12]"
+            raise UserError(f"seeds={seeds}; needed: {needed}" + f", at most {SEEDS} seeds" * (first <= last))
+        parsed += range(first, last + 1)
     return parsed
 
 
@@ -105,7 +109,7 @@ class Data:
     num_classes: Positive | None = None
     classes: Names | None = None
     text_width: Positive | None = None
-    text_length: Positive | None = None
+    text_length: Annotated[int, between(1, TEXT_TOKENS + 1)] | None = None
     text_encoder: str | None = None
     text_sha256: str | None = None
     num_workers: Count = 0
@@ -120,6 +124,8 @@ class Data:
         for condition, key in (("class", "num_classes"), ("text", "text_width")):
             if self.condition == condition and getattr(self, key) is None:
                 raise UserError(f"condition={condition} needs {key}, a whole number of at least 1")
+        if self.condition == "class" and len(self.classes or ()) > self.num_classes:
+            raise UserError(f"{len(self.classes)} classes have names, and num_classes={self.num_classes}")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

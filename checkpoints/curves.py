@@ -24,11 +24,12 @@ def read_log(run_folder: Path) -> list[dict]:
             steps.popitem()
         if values:
             steps[values["step"]] = steps.get(values["step"], {}) | values
-    if not any("perf/step_s" in values for values in steps.values()):
+    timed = {step for step, values in steps.items() if None not in map(values.get, ("perf/step_s", "perf/img_per_s"))}
+    if not timed:
         raise UserError(f"{log} has no step of training yet")
     trained, seconds, images = 0, 0.0, 0.0
     for step, values in steps.items():
-        if "perf/step_s" in values:
+        if step in timed:
             passed, trained = step - trained, step
             seconds += passed * values["perf/step_s"]
             images += passed * values["perf/step_s"] * values["perf/img_per_s"]
@@ -43,7 +44,7 @@ def log_lines(log: Path) -> Iterator[tuple[int, str, dict | None]]:
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line.decode())
-            values["step"] + 0
-        except (ValueError, KeyError, TypeError, RecursionError):
+            range(values["step"]), [value + 0.0 for value in values.values() if value is not None]  # numbers all
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             values = None
         yield number, line.decode(errors="replace"), values

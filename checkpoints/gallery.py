@@ -19,7 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 import conditions
 from conditions import Condition
 from system import UserError
-from system.files import atomic_file, read_json, write_text_atomic
+from system.files import atomic_file, check_no_links, read_json, read_small, write_text_atomic
+from system.limits import MEMBER_BYTES
+from system.pictures import decode
 
 MANIFEST = "samples.json"
 WRITERS = 4  # threads; Pillow encodes without the interpreter's lock
@@ -54,7 +56,9 @@ def begun_precision(folder: str | Path | None) -> str | None:
 
 
 def reserve(folder: Path, settings: dict) -> dict:
-    """The contents of samples.json so far. Raises UserError where the folder's images have other settings."""
+    """The contents of samples.json so far. Raises UserError for images of other settings, and for links."""
+    if folder.is_dir():
+        check_no_links(folder)
     now = json.loads(json.dumps(settings))
     written = read_manifest(folder) or {"settings": now}
     was = written["settings"]
@@ -78,10 +82,14 @@ def save_image(image: np.ndarray, path: str | Path) -> None:
 
 
 def read_images(folder: Path, seeds: Sequence[Key]) -> Iterator[np.ndarray]:
-    """The images of `seeds`, in order: uint8 (H, W, 3)."""
-    for seed in seeds:
-        with Image.open(image_path(folder, seed), formats=["PNG"]) as image:
-            yield np.asarray(image.convert("RGB"))
+    """The images of `seeds`, in order: uint8 (H, W, 3). Raises UserError for damaged ones, and where sizes differ."""
+    first = None
+    for path in (image_path(folder, seed) for seed in seeds):
+        image = np.asarray(decode(read_small(path, MEMBER_BYTES), str(path)).convert("RGB"))
+        first = image if first is None else first
+        if image.shape != first.shape:
+            raise UserError(f"{path} is {image.shape}, the first image {first.shape}; needed: another out=")
+        yield image
 
 
 def write_npz(folder: Path, seeds: Sequence[Key]) -> Path:
@@ -126,7 +134,7 @@ def finish(folder: Path, seeds: Sequence[Key], manifest: dict, labels: Sequence[
 def class_names(condition: Condition, names: Sequence[str] | None) -> list[str] | None:
     """The class of each image, by its name or number; None for conditions that are no classes."""
     classes = conditions.labels_of(condition)
-    return None if classes is None else [names[i] if names else str(i) for i in classes.tolist()]
+    return None if classes is None else [names[i] if i < len(names or ()) else str(i) for i in classes.tolist()]
 
 
 def save_grid(images: torch.Tensor, path: str | Path, columns: int, labels: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from guidance import internal
 from system import UserError, warn
 from system.building import build, described
 from system.compiling import compile_blocks, decide_compile
-from system.files import sha256_once
+from system.files import check_no_links, sha256_once
 from system.limits import LARGEST_FLOAT, LEAST_SIZE
 from system.precision import decide_precision, tf32
 from system.processes import start_processes
@@ -56,6 +56,12 @@ class Run:
         if self.checkpoint.is_file():
             return sha256_once(self.checkpoint)
         return folders.read_manifest(self.checkpoint)["files"][WEIGHTS_FILES[self.weights]]["sha256"]
+
+    def place(self, name: str) -> Path:
+        """Where something made of the run goes, in its folder. Raises UserError where links may lead out of that."""
+        if self.folder.is_dir():
+            check_no_links(self.folder)
+        return self.folder / name
 
     def compile_as(self, wanted: str) -> None:
         """blocks, where this machine can, or off."""
@@ -121,7 +127,9 @@ def load_run(
     run.pool, run.folder = conditions.pool(model.null_condition, kept), folder_of(ckpt, path)
     run.dropout_known, run.text_stats = known, conditions.load_stats(beside)
     if run.text_stats is not None:
-        model.null_condition = conditions.empty_caption(run.text_stats)
+        empty = conditions.empty_caption(run.text_stats)
+        conditions.check(empty, model.null_condition)
+        model.null_condition = empty
     run.compile_as(compile)
     return run
 
@@ -133,11 +141,12 @@ def with_classes(source: Run, data: Data) -> tuple[dict[str, torch.Tensor], str]
     all keep theirs if they are as many, and otherwise none.
     """
     before, tensors = source.settings.data, source.model.state_dict()
-    known, old, new = bool(before.classes and data.classes), before.num_classes, data.num_classes
-    same = old == new and (not known or before.classes == data.classes)
-    if same or not before.condition == data.condition == "class":
+    if not before.condition == data.condition == "class":
         return tensors, ""
-    row = {name: i for i, name in enumerate(before.classes)} if known else {}
+    known, old, new = bool(before.classes and data.classes), int(source.model.null_condition), data.num_classes
+    if old == new and (not known or before.classes == data.classes):
+        return tensors, ""
+    row = {name: i for i, name in zip(range(old), before.classes)} if known else {}
     rows = [row.get(name, old) for name in data.classes or ()]
     rows += [old] * (new + 1 - len(rows))  # no label last
     kept = [name for name in data.classes or () if name in row]

@@ -25,7 +25,7 @@ import numpy as np
 
 from system import UserError
 from system.files import open_regular, read_small
-from system.limits import MEMBER_BYTES
+from system.limits import ARRAY_BYTES, CLASSES, MEMBER_BYTES
 
 BLOCK = tarfile.BLOCKSIZE
 PADDING = 1 << 16  # bytes after a tar's end in which another one is looked for
@@ -233,6 +233,13 @@ def read_npy(contents: bytes | bytearray | np.memmap, source: str | Path) -> np.
     return np.ndarray(shape, dtype, contents, start, order="F" if fortran_order else "C")
 
 
+def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that are among `keys`. Raises UserError for a damaged file and for pickled objects."""
+    tree = open_zip(path, max(ARRAY_BYTES, path.stat().st_size))
+    found = {key: bytearray(tree.read(f"{key}.npy")) for key in keys if f"{key}.npy" in tree.names}  # can be written to
+    return {key: read_npy(contents, f"{path}: {key}") for key, contents in found.items()}
+
+
 def is_picture(name: str) -> bool:
     return name.lower().endswith(PICTURES) and not is_hidden(name)
 
@@ -255,19 +262,19 @@ def dataset_json(root: Path, tree: Tree) -> dict[str, int] | None:
         labels = json.loads(contents)["labels"]
         if labels is None:
             return None
-        odd = [name for name, label in labels if int(label) != label or not 0 <= label < 2**31 or label is True]
+        odd = [name for name, label in labels if int(label) != label or not 0 <= label < CLASSES or label is True]
         by_name = {above + name.replace("\\", "/"): int(label) for name, label in labels}
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise UserError(f'{root}/{where} is not {{"labels": [[name, label], ...]}}') from None
     if odd:
-        raise UserError(f"{root}/{where}: the label of {odd[0]!r:.100} is no whole number of 0 or more")
+        raise UserError(f"{root}/{where}: the label of {odd[0]!r:.100} is no whole number of 0..{CLASSES - 1}")
     return by_name
 
 
 def parse_number(contents: bytes, source: str, num_classes: int | None = None) -> int:
     """The label in a `.cls` file or its like. Raises UserError, which begins with `source`, for anything else."""
     text = contents.decode("ascii", "replace").strip()
-    most = 2**31 - 1 if num_classes is None else num_classes - 1
+    most = (num_classes or CLASSES) - 1
     if not re.fullmatch(r"\d{1,10}", text) or int(text) > most:
         raise UserError(f"{source} says {text[:20]!r}; needed: a whole number, 0..{most}")
     return int(text)

@@ -90,7 +90,7 @@ def key(sequence: str) -> str:
 def sequence_of(key: str) -> str:
     """Raises UserError for the key of another data set's sample."""
     try:
-        return "".join(chr(int(code, 16)) for code in key.split("-"))
+        return b"".join(chr(int(code, 16)).encode() for code in key.split("-")).decode()
     except (ValueError, OverflowError):
         raise UserError(f"sample {key!r:.40} is no emoji; needed: the folder of data=emoji") from None
 

@@ -3,12 +3,10 @@
 import contextlib
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +19,10 @@ from data.index import MAX_TEXTS
 from data.packed import SPLITS, as_picture, open_pictures
 from system import UserError, warn
 from system.files import open_regular
-from system.limits import ARRAY_BYTES, PICTURE_PIXELS
+from system.limits import CAPTION_LETTERS
+from system.pictures import DAMAGED, decode
 
 DECODERS = 8  # threads; Pillow decodes without the interpreter's lock
-# The readers of PICTURES: others start programs (PostScript), or are seldom tried.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-Image.MAX_IMAGE_PIXELS = None  # _decode has the limit
-# What Pillow raises at damaged files.
-DAMAGED = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, struct.error,
-    zlib.error,
-)  # fmt: skip
 
 
 @dataclass
@@ -88,6 +79,9 @@ class Images:
             if not 1 <= len(found[-1]) <= MAX_TEXTS:
                 needed = f"1 to {MAX_TEXTS} lines in {beside}"
                 raise UserError(f"{self.path}: picture {name} has {len(found[-1])} captions; needed: {needed}")
+            if (longest := max(map(len, found[-1]))) > CAPTION_LETTERS:
+                told = f"{self.path}: {beside} has a caption of {longest} letters"
+                raise UserError(f"{told}; needed: at most {CAPTION_LETTERS}")
         return found
 
     @property
@@ -143,17 +137,7 @@ class Images:
             yield batch.tolist(), crops, {i: faults[i] for i in batch.tolist() if i in faults}
 
     def _decode(self, i: int) -> Image.Image:
-        contents = self.tree.read(self.names[i])
-        try:
-            image = Image.open(BytesIO(contents), formats=FORMATS)
-            if image.width * image.height <= PICTURE_PIXELS:
-                image.load()
-                return image
-        except DAMAGED as error:
-            found = f"{self.names[i]} is no image or is damaged ({type(error).__name__})"
-            raise UserError(f"{self.path}: {found}") from None
-        told = f"{self.names[i]} has {image.width} x {image.height} pixels"
-        raise UserError(f"{self.path}: {told}; at most {PICTURE_PIXELS} are accepted")
+        return decode(self.tree.read(self.names[i]), f"{self.path}: {self.names[i]}")
 
     @cached_property
     def _labels_and_classes(self) -> tuple[list[int], list[str]]:
@@ -211,13 +195,6 @@ def open_images(path: str | Path, split: str | None = None, beside: str = LABEL)
     return images
 
 
-def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz that are among `keys`. Raises UserError for a damaged file and for pickled objects."""
-    tree = archives.open_zip(path, max(ARRAY_BYTES, path.stat().st_size))
-    found = {key: bytearray(tree.read(f"{key}.npy")) for key in keys if f"{key}.npy" in tree.names}  # can be written to
-    return {key: archives.read_npy(contents, f"{path}: {key}") for key, contents in found.items()}
-
-
 def _map_array(path: Path, key: str) -> np.ndarray:
     """uint8 (N, H, W, 3) or (N, H, W) of an .npz, mapped where it is in the file: 50,000 images are 10 GB.
 
@@ -237,7 +214,7 @@ def _map_array(path: Path, key: str) -> np.ndarray:
         raise UserError(f"{path} is damaged or no .npz file ({error})") from None
     if info is None:
         raise UserError(f"{path} has no array {key}; needed: uint8 (N, H, W, 3)")
-    pixels = read_arrays(path, [key])[key] if mapped is None else archives.read_npy(mapped, f"{path}: {key}")
+    pixels = archives.read_arrays(path, [key])[key] if mapped is None else archives.read_npy(mapped, f"{path}: {key}")
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
         raise UserError(f"{path}: {key} is {pixels.dtype} {pixels.shape}; needed: uint8 (N, H, W, 3), 0..255")
     return pixels[..., 0] if pixels.shape[3:] == (1,) else pixels

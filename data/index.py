@@ -16,9 +16,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
-import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +33,8 @@ from data.archives import ARRAY, FEATURES, LABEL, TEXT, Member, split_name
 from system import UserError
 from system.files import atomic_file, locked, open_regular, sha256_of
 from system.launchers import usable_cpus
-from system.limits import MEMBER_BYTES
-from system.settings import Check, Positive, between
+from system.limits import CLASSES, MEMBER_BYTES, TEXT_TOKENS
+from system.settings import Check, Positive, between, convert, parse
 
 DTYPES = ("float16", "float32")
 NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
@@ -43,6 +43,7 @@ MAX_TEXTS, TEXT_NAME = 99, re.compile(r"text\.([1-9]\d?)\.npy")  # of a sample; 
 # A sample's entry: where each of its .npy files begins in the shard, the bytes before its numbers, their CRC-32.
 ARRAY_FIELDS = [("offset", "i8"), ("header", "u2"), ("crc", "u4")]
 TEXT_FIELDS = [("length", "i4"), ("text_offset", "i8"), ("text_header", "u2"), ("text_crc", "u4")]  # length: tokens
+SMALL = Check(f"of at most {MEMBER_BYTES} numbers", lambda shape: math.prod(shape) <= MEMBER_BYTES)
 FEATURE_FIELDS = [("feature_offset", "i8"), ("feature_header", "u2"), ("feature_crc", "u4")]
 
 
@@ -50,15 +51,15 @@ FEATURE_FIELDS = [("feature_offset", "i8"), ("feature_header", "u2"), ("feature_
 class Layout:
     """What all samples of a set have in common, as meta.json says it."""
 
-    shape: Annotated[tuple[Positive, ...], Check("of 3 sides", lambda shape: len(shape) == 3)]  # of the stored latents
+    shape: Annotated[tuple[Positive, ...], Check("of 3 sides", lambda shape: len(shape) == 3), SMALL]  # as stored
     dtype: Literal["float16", "float32"]
     condition: Literal["class", "text", "none"] = "class"
-    num_classes: Annotated[int, between(1, 2**31)] | None = None  # None = unknown, or no classes
-    text_width: Positive | None = None  # texts are (tokens, text_width)
+    num_classes: Annotated[int, between(1, CLASSES + 1)] | None = None  # None = unknown, or no classes
+    text_width: Annotated[int, between(1, MEMBER_BYTES)] | None = None  # texts are (tokens, text_width)
     text_dtype: Literal["float16", "float32"] | None = None
-    text_length: Positive | None = None  # tokens of the longest text; None = unknown
+    text_length: Annotated[int, between(1, TEXT_TOKENS + 1)] | None = None  # of the longest text; None = unknown
     text_count: Annotated[int, between(1, MAX_TEXTS + 1)] | None = None  # the most texts of a sample; None = 1
-    feature_shape: tuple[Positive, Positive] | None = None  # of a teacher's features, (N, D_t) float16; None = no such
+    feature_shape: Annotated[tuple[Positive, Positive], SMALL] | None = None  # (N, D_t) float16, of a teacher; or None
 
     @classmethod
     def of(cls, manifest: dict) -> "Layout":
@@ -237,7 +238,7 @@ def _read_array(fd: int, member: Member, dtype: str, needed: tuple, longest: boo
     """
     contents = os.pread(fd, member.size, member.offset)
     shape, found, start = _float_header(contents, member.size)
-    fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or MEMBER_BYTES))
+    fits = shape and (not longest or 1 <= shape[0] <= (needed[0] or TEXT_TOKENS))
     if found != dtype or not fits or shape[longest:] != needed[longest:]:
         words = f"(1..{needed[0] or ''}, {needed[1]})" if longest else needed
         raise UserError(f"is {found} {shape}; needed: {dtype} {words}")
@@ -321,11 +322,11 @@ def _cache_paths(folder: Path, split: str) -> list[Path]:
 def _cached(folder: Path, split: str) -> Iterator[tuple[Index, str]]:
     """(index, stamp) of each cached index that can be read."""
     for path in _cache_paths(folder, split):
-        with contextlib.suppress(OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
-            with np.load(path, allow_pickle=False) as arrays:
-                about = json.loads(arrays["about"].tobytes())
-                layout = Layout.of(about["layout"])
-                index = Index(about["shards"], arrays["ends"], arrays["entries"], layout, about["faults"])
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
+            arrays = archives.read_arrays(path, ("about", "ends", "entries"))
+            about = json.loads(arrays["about"].tobytes())
+            layout, faults = parse(Layout, about["layout"]), convert(about["faults"], list[str], "faults")
+            index = Index(about["shards"], arrays["ends"], arrays["entries"], layout, faults)
             if _is_consistent(index):
                 yield index, about["stamp"]
 
@@ -343,5 +344,6 @@ def _is_consistent(index: Index) -> bool:
         return False
     counted = ends.shape == (len(index.shards),) and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(entries)
     labels = entries["label"] if layout.condition == "class" else np.zeros(1)
-    known = labels.min(initial=0) >= 0 and labels.max(initial=0) < (layout.num_classes or 2**31)
-    return bool(counted and (entries["offset"] >= 0).all() and known)
+    known = labels.min(initial=0) >= 0 and labels.max(initial=0) < (layout.num_classes or CLASSES)
+    told = layout.condition != "text" or (entries["length"].max(1, initial=0) > 0).all()
+    return bool(counted and (entries["offset"] >= 0).all() and known and told)

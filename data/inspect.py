@@ -16,6 +16,7 @@ from data.shards import SPLITS, read_encoding, read_manifest, split_shards
 from randomness import seeded_generator
 from system import UserError
 from system.files import open_regular
+from system.limits import CLASSES
 
 MAX_ARRAYS, MAX_LABELS = 1024, 100_000  # at most so many are examined
 
@@ -104,9 +105,10 @@ def _inspect_source(path: Path) -> dict:
     report = _describe(raw, vars(source), f"given by the format {source.format}")
     wrong += [] if torch.isfinite(raw).all() else [f"{path}: some numbers are not finite"]
     labels = [source.label(i) for i in spread_evenly(source.count, MAX_LABELS).tolist()] if source.label else [0]
-    wrong += [f"{path}: label {min(labels)}; needed: 0 or more"] if min(labels) < 0 else []
+    sound = 0 <= min(labels) <= max(labels) < CLASSES
+    wrong += [] if sound else [f"{path}: labels {min(labels)}..{max(labels)}; needed: of 0..{CLASSES - 1}"]
     held = {"condition": "class", "num_classes": max(labels) + 1}
-    held["labels"] = np.bincount(labels).tolist() if min(labels) >= 0 else []
+    held["labels"] = np.bincount(labels).tolist() if sound else []
     if source.texts:
         first = source.texts(0)
         held = {"condition": "text", "text_width": first[0].shape[1], "text_length": max(map(len, first))}
@@ -160,5 +162,6 @@ def as_text(report: dict) -> str:
         "stored": f"{report['dtype']} {tuple(report['stored_shape'])}; the model sees {tuple(report['shape'])}",
     }
     lines |= {key: " ".join(f"{value:.3f}" for value in report[key]) for key in ("mean", "std")}
+    held = " ".join(held.split())  # a class or an encoder may be named by several lines
     lines |= {"condition": held, "wrong": "\n          ".join(report["wrong"]) or "nothing", "next": report["next"]}
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())

@@ -72,7 +72,7 @@ class TextSource(NamedTuple):
 @dataclass(frozen=True)
 class Shard:
     name: str
-    split: str
+    split: Literal["train", "val"]
     n: Count
     sha256: str
 
@@ -134,7 +134,10 @@ def open_latents(
         path = folder / STATS_NAME
         if not path.is_file() or sha256_of(path) != recorded:
             raise UserError(f"{path} is missing or has changed: its sha256 is not the one in {FILE_NAME}")
-        latents.set_stats(load_stats(read_safetensors(path)[0]))
+        stats = load_stats(read_safetensors(path)[0])
+        if stats is None or len(stats.mean) != latents.text_width:
+            raise UserError(f"{path} holds no statistics of texts of width {latents.text_width}; needed: such")
+        latents.set_stats(stats)
     return latents
 
 
@@ -196,7 +199,8 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path} does not say text_width, text_dtype or text_length; needed: all three")
     if meta.classes and len(meta.classes) != meta.num_classes:
         raise UserError(f"{path} names {len(meta.classes)} classes; needed: num_classes, {meta.num_classes}")
-    return IMPLIED | manifest
+    layout = json.loads(json.dumps({name: getattr(meta, name) for name in Layout.__annotations__}))  # 4.0 is 4
+    return IMPLIED | manifest | layout
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -239,7 +243,10 @@ def _add(tar: tarfile.TarFile, name: str, part: np.ndarray | int | str) -> None:
     info = tarfile.TarInfo(name)  # mode 644, owner 0, time 0: nothing of this machine
     info.size = contents.tell()
     contents.seek(0)
-    tar.addfile(info, contents)
+    try:
+        tar.addfile(info, contents)
+    except ValueError:  # of a key of another's shard
+        raise UserError(f"the name {name!r:.60} does not fit into a tar; needed: a key of at most 80 letters") from None
 
 
 def reserve(folder: Path, recipe: dict) -> None:

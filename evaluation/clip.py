@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from data.texts import check_tokens, load_pretrained
 from system import UserError, hub
 from system.processes import start_processes
 from system.tensors import weights_sha256
@@ -33,6 +34,7 @@ class Clip:
         longest = self.model.config.text_config.max_position_embeddings
         how = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
         tokens = self.tokenizer(list(captions), return_attention_mask=True, **how).to(self.model.device)
+        check_tokens(tokens["input_ids"], self.model.text_model, f"clip={self.name}")
         pixels = self.pixels(images.to(self.model.device))
         out = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
         return 100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0)
@@ -59,16 +61,20 @@ def load_clip(name: str, sha256: str | None = None) -> Clip:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     told = f"clip={name} cannot be loaded; needed: a CLIP on the hub, or its folder"
+
+    def whole(config: Any) -> tuple[Any, Any]:
+        if config.model_type != "clip":
+            raise UserError(f"it is a model of the type {config.model_type}, not of both texts and images")
+        return config, transformers.CLIPModel
+
     with hub.refusals(told), state.main_process_first():
-        kind = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False).model_type
-    if kind != "clip":
-        raise UserError(f"clip={name} is a model of the type {kind}; needed: a CLIP, of both texts and images")
-    with hub.refusals(told), state.main_process_first():
-        model, found = transformers.CLIPModel.from_pretrained(place, use_safetensors=True, output_loading_info=True)
-        if found["missing_keys"]:
-            raise UserError(f"its file lacks {min(found['missing_keys'])}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        model, tokenizer, lacking = load_pretrained(place, whole)
+        if lacking:
+            raise UserError(f"its file lacks {lacking[0]}")
     found = weights_sha256(model)
     if sha256 not in (None, found):
         raise UserError(f"clip={name} has the sha256 {found}; needed: {sha256}")
-    return Clip(name, model.float().eval().requires_grad_(False).to(state.device), tokenizer, found)
+    clip = Clip(name, model.float().eval().requires_grad_(False).to(state.device), tokenizer, found)
+    with hub.refusals(told):
+        clip(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [""])
+    return clip

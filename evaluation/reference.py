@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import open_latents, prepare
-from data.images import read_arrays
+from data.archives import read_arrays
 from evaluation import inception
 from evaluation.features import Extractor, real_images
 from evaluation.metrics import FeatureStats
@@ -24,6 +24,7 @@ from system import UserError
 from system.files import atomic_file, sha256_once
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256")
+SINGLE = ("n", "extractor", "extractor_sha256")
 MAX_FEATURES = 10_000  # images whose features are kept, as many as ADM's files have
 
 
@@ -82,18 +83,27 @@ def write_reference(path: Path, reference: Reference) -> None:
 def read_reference(path: str | Path, source: str | None = None) -> Reference:
     """source: a description, in the place of the file's name and sha256; None = these.
 
-    Raises UserError for mu or sigma missing, misshapen or not finite, and for damaged or pickled files.
+    Raises UserError for arrays that are missing, misshapen or not finite, and for damaged or pickled files.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no reference {path}; needed: an .npz by `python fid.py ref`, or ADM's VIRTUAL_*.npz")
     arrays = read_arrays(path, KEYS)
+    for key, array in arrays.items():
+        single, kinds = key in SINGLE, "U" if key.startswith("extractor") else "fiu"
+        if array.dtype.kind not in kinds or not array.dtype.isnative or array.ndim and single:
+            needed = "a text" if kinds == "U" else "a number" if single else "numbers"
+            raise UserError(f"{path}: {key} is {array.dtype} {array.shape}; needed: {needed}")
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))[: 2 if {"mu_s", "sigma_s"} & arrays.keys() else 1]:
         shapes = [arrays[key].shape if key in arrays else "missing" for key in (mu, sigma)]
         if "missing" in shapes or len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0]:
             raise UserError(f"{path}: {mu} {shapes[0]}, {sigma} {shapes[1]}; needed: numbers (D,) and (D, D)")
         if not (np.isfinite(arrays[mu]).all() and np.isfinite(arrays[sigma]).all()):
             raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
+    if (features := arrays.get("features")) is not None:
+        if features.ndim != 2 or features.shape[1:] != arrays["mu"].shape or not np.isfinite(features).all():
+            needed = f"finite numbers (M, {len(arrays['mu'])}), as mu says"
+            raise UserError(f"{path}: features {features.shape} of {features.dtype}; needed: {needed}")
     plain = {key: array.item() if array.ndim == 0 else array for key, array in arrays.items()}
     return Reference(**plain, source=source or str(path), sha256=None if source else sha256_once(path))
 
@@ -107,3 +117,5 @@ def check_extractor(reference: Reference, extractor: Extractor) -> None:
         raise UserError(f"{reference.source} was made with {theirs}, the extractor is {ours}; needed: one and the same")
     if (found := len(reference.mu)) != extractor.num_features:
         raise UserError(f"{reference.source} has {found} features; {extractor.name} gives {extractor.num_features}")
+    if reference.mu_s is not None and (found := len(reference.mu_s)) != extractor.num_spatial:
+        raise UserError(f"{reference.source}: mu_s has {found} numbers; {extractor.name} gives {extractor.num_spatial}")

@@ -6,6 +6,7 @@ import math
 import textwrap
 from pathlib import Path
 
+from system import printable
 from system.files import atomic_file, own
 
 SETTINGS = ("run", "step", "weights", "ema_width", "guidance", "images", "n")
@@ -22,7 +23,7 @@ def show(rows: list[dict], folder: Path) -> None:
     """rows: the contents of metrics.json, with "folder", and with "run" and "guidance" where a run was scored."""
     scores = list(dict.fromkeys(name for row in rows for name in row if name.startswith(SCORES)))
     columns = [name for name in (*SETTINGS, *scores, *COSTS) if any(name in row for row in rows)]
-    print(as_text(rows, columns))
+    print(printable(as_text(rows, columns)))
     if len(rows) == 1:
         print(Path(rows[0]["folder"]) / "metrics.json")
         return

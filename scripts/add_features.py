@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> None:
     if cfg.data["prepare"] is not None:
         prepare(cfg.data["prepare"], path, cfg.data.get("source"))
     meta = read_manifest(Path(path))
-    if not meta.get("codec"):
-        raise UserError(f"{path}/meta.json does not say which VAE decodes its latents; needed: its codec")
+    if not meta.get("codec") or not meta["counts"]:
+        raise UserError(f"{path}/meta.json does not say which VAE decodes its latents; needed: its codec, and counts")
     if meta["condition"] == "text":
         raise UserError(f"{path} holds texts; needed: from the pictures, by encode_latents.py features=")
     codec, how = build_codec(meta["codec"], device), {key: meta[key] for key in ("codec", "codec_sha256", "flip")}

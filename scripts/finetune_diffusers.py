@@ -22,7 +22,7 @@ from checkpoints.config import Positive, Share
 from data import open_latents
 from randomness import normal, seeded_generator
 from routing_diffusers import route, routing
-from system import UserError, cli
+from system import UserError, cli, hub
 from system.settings import at_least, parse
 
 HEADS = dict(num_attention_heads=4, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
@@ -56,7 +56,8 @@ class Batch(NamedTuple):
 
 def main(overrides: list[str]) -> None:
     cfg, flux = parse(Finetuning, cli.load_config("finetune_diffusers", overrides)), FluxTransformer2DModel
-    model = flux.from_pretrained(cfg.transformer, subfolder="transformer") if cfg.transformer else flux(**TINY)
+    with hub.refusals(f"transformer={cfg.transformer}; needed: a Flux on the hub, or its folder"):
+        model = flux.from_pretrained(cfg.transformer, subfolder="transformer") if cfg.transformer else flux(**TINY)
     try:
         model, shape = route(model, cfg.start, cfg.end, cfg.ratio).to(cfg.device), model.config
     except ValueError as error:

@@ -31,6 +31,7 @@ from evaluation.features import load_extractor
 from evaluation.reference import shipped_reference
 from scripts.plot import markdown
 from system import cli
+from system.files import atomic_file
 from system.settings import at_least, parse
 
 METHODS = {
@@ -129,7 +130,8 @@ def heat_map(run: Run, grid: Grid, out: Path) -> None:
     axis.set(xlabel="gamma_weak", ylabel="gamma_strong", title=title)
     axis.set_xticks(range(len(gammas)), gammas)
     axis.set_yticks(range(len(gammas)), gammas)
-    figure.savefig(out / "map.png", dpi=150)
+    with atomic_file(out / "map.png") as file:
+        figure.savefig(file, dpi=150)
     print(out / "map.png")
 
 
@@ -153,7 +155,7 @@ def main(argv: list[str]) -> None:
     verb, overrides = cli.verb(argv or ["picture"], __doc__, tuple(VERBS))
     grid = parse(Grid, cli.load_config("guidance_grid", overrides))
     run = sample.load_given(grid.ckpt, "mnist-tread-rf", grid.weights, precision=grid.precision)
-    out = Path(grid.out) if grid.out else run.folder / "guidance"
+    out = Path(grid.out) if grid.out else run.place("guidance")
     out.mkdir(parents=True, exist_ok=True)
     print(f"{run.checkpoint}, {run.weights} weights of step {run.step}")
     VERBS[verb](run, grid, out)

@@ -9,8 +9,8 @@ validation, scores and previews. previews.png: the grids in RUN/samples, a colum
 out: where the pictures go, by default the run's folder, or the one that several have in common.
 """
 
-import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,13 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from matplotlib.ticker import EngFormatter
-from PIL import Image
 
 from checkpoints.curves import read_log
 from checkpoints.gallery import save_grid
 from evaluation.drawing import canvas, logarithmic, styles
 from evaluation.table import SCORES
 from system import UserError, cli
+from system.files import atomic_file, read_json, read_small
+from system.limits import MEMBER_BYTES
+from system.pictures import decode
+from system.settings import convert
 
 X = {"steps": "step", "seconds": "seconds", "images": "images"}  # names in the log
 PANELS = {
@@ -70,9 +73,11 @@ def summarize(run: Path) -> None:
     rows = {"steps": f"{trained[-1]['step']:,}", "seconds of training": f"{trained[-1]['seconds']:,.0f}"}
     rows["images/s (median)"] = f"{sorted(line['perf/img_per_s'] for line in trained)[len(trained) // 2]:,.0f}"
     if found := newest(run.glob("eval/*/metrics.json")):
-        score = json.loads(found.read_text())
-        rows |= {"fd_mnist": f"{score['fd_mnist']:.2f}", "class accuracy": f"{score['class_accuracy']:.3f}"}
-        rows |= {"samples scored": f"{score['n']:,}", "network calls an image": str(score["network_calls"])}
+        score = read_json(found)
+        told = {"fd_mnist": ".2f", "class_accuracy": ".3f", "n": ",.0f", "network_calls": ",.0f"}
+        names = "fd_mnist", "class accuracy", "samples scored", "network calls an image"
+        numbers = (format(convert(score.get(key), float, f"{found}: {key}"), form) for key, form in told.items())
+        rows |= dict(zip(names, numbers))
     width = max(map(len, rows))
     print("\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows.items()))
     if grid := newest(run.glob("samples/*/grid.png")):
@@ -104,10 +109,11 @@ def read_curves(run: Path, x: str) -> Curves:
             curves[name] = tuple(zip(*points))
     scores: dict[str, list[tuple]] = {}
     for path in sorted(run.glob("eval/*/metrics.json")):  # <step>-<settings>
-        result, (_, _, settings) = json.loads(path.read_text()), path.parent.name.partition("-")
+        result, (_, _, settings) = read_json(path), path.parent.name.partition("-")
         for name in result:
             if name.startswith(SCORES) and not name.endswith("_std"):
-                scores.setdefault(f"{name}\n{settings}", []).append((result["step"], result[name]))
+                point = (convert(result.get(key), float, f"{path}: {key}") for key in ("step", name))
+                scores.setdefault(f"{name}\n{settings}", []).append(tuple(point))
     at = [values["step"] for values in log], [values[x] for values in log]
     for name, points in scores.items():
         if len(points) > 1:
@@ -140,12 +146,14 @@ def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, handlelength=4
     )
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def previews(run: Path) -> dict[int, Path]:
     """{step: grid} of a run."""
-    return {int(path.stem.removeprefix("step_")): path for path in sorted(run.glob("samples/step_*.png"))}
+    found = ((re.fullmatch(r"step_(\d{1,18})", path.stem), path) for path in sorted(run.glob("samples/step_*.png")))
+    return {int(match[1]): path for match, path in found if match}
 
 
 def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
@@ -154,7 +162,9 @@ def draw_previews(found: dict[str, dict[int, Path]], path: Path) -> None:
     chosen = np.linspace(len(steps) - 1, 0, min(MOST_GRIDS, len(steps))).round().astype(int)
     cells = [(name, steps[i]) for i in sorted(chosen) for name in found]
     files = {i: found[name][step] for i, (name, step) in enumerate(cells) if step in found[name]}
-    grids = {i: np.asarray(Image.open(file).convert("RGB")) for i, file in files.items()}
+    grids = {
+        i: np.asarray(decode(read_small(file, MEMBER_BYTES), str(file)).convert("RGB")) for i, file in files.items()
+    }
     sheet = np.zeros((len(cells), *map(max, zip(*(grid.shape for grid in grids.values())))), np.uint8)  # (n, H, W, 3)
     for i, grid in grids.items():
         sheet[i, : grid.shape[0], : grid.shape[1]] = grid

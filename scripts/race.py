@@ -51,9 +51,9 @@ from scripts.plot import markdown
 from scripts.retrieval import Retrieval
 from system import UserError, cli
 from system.building import build
-from system.files import commit, fresh_folder, own, write_text_atomic
+from system.files import atomic_file, commit, fresh_folder, json_object, own, read_small, write_text_atomic
 from system.launchers import end_with_parent, usable_cpus
-from system.settings import parse, parse_known, read_yaml
+from system.settings import convert, parse, parse_known, read_yaml, refuse_layers
 
 SCORE = "score."  # how a contestant's overrides of `fid.py calc` start; all others are train.py's
 POLL_S = 0.5
@@ -146,7 +146,7 @@ def load_race(name: str) -> Race:
 def record_folder(records: Path, name: str, race: Race) -> Path:
     """The race's record, or where one that is begun today belongs. Raises UserError where another config made it."""
     found = sorted(path.parent for path in records.glob(f"*_{name}/race.yaml") if path.parent.name[11:] == name)
-    if found and (found[-1] / "race.yaml").read_text() != as_yaml(race):
+    if found and read_small(found[-1] / "race.yaml") != as_yaml(race).encode():
         raise UserError(f"{found[-1]} was made by another config than configs/race/{name}.yaml; needed: another name")
     return found[-1] if found else records / f"{datetime.date.today()}_{name}"
 
@@ -380,17 +380,20 @@ def read_run(race: Race, folder: Path) -> Scored:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} does not exist; needed: a finished run, by `race.py run`")
     steps = read_steps(folder)
-    kept = [*range(race.keep_every, max(steps) + 1, race.keep_every)]
-    if lost := {*range(LOG_EVERY, max(steps) + 1, LOG_EVERY), *kept} - set(steps):
+    needed = (range(every, max(steps) + 1, every) for every in (LOG_EVERY, race.keep_every))
+    if lost := [step for step in (next((s for s in each if s not in steps), None) for each in needed) if step]:
         raise UserError(f"{folder / 'metrics.jsonl'} has no line of step {min(lost)}")
-    if lost := [step for step in kept if LOSS not in steps[step]]:
+    kept = [*range(race.keep_every, max(steps) + 1, race.keep_every)]
+    if lost := [step for step in kept if steps[step].get(LOSS) is None]:
         raise UserError(f"{folder / 'metrics.jsonl'} has no validation of step {lost[0]}")
-    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    path = folder / "scores.jsonl"
+    scores = [json_object(line, path) for line in read_small(path).splitlines()]
     scored = sorted({*kept, max(steps)})
-    if [score["step"] for score in scores] != scored:
-        raise UserError(f"{folder / 'scores.jsonl'} has steps {[s['step'] for s in scores]}; needed: {scored}")
+    if (found := [score.get("step") for score in scores]) != scored:
+        raise UserError(f"{path} has steps {found}; needed: {scored}")
     keys = [race.metric, race.accuracy, *(key for key in ALSO if all(key in score for score in scores))]
-    columns = {key: [score[key] for score in scores] for key in keys} | {LOSS: [steps[step][LOSS] for step in kept]}
+    columns = {key: [convert(score.get(key), float, f"{path}: {key}") for score in scores] for key in keys}
+    columns |= {LOSS: [steps[step][LOSS] for step in kept]}
     return Scored(step_seconds(race, steps), np.array(scored), training_macs(folder / "config.yaml", scored), columns)
 
 
@@ -399,7 +402,10 @@ def training_macs(path: Path, steps: list[int]) -> np.ndarray:
 
     A record's config may be older than today's settings; of these, the network and the section `train` are used.
     """
-    config = read_yaml(path.read_text(), str(path))
+    config = read_yaml(read_small(path), str(path))
+    if not isinstance(config, dict) or not isinstance(config.get("train"), dict) or "model" not in config:
+        raise UserError(f"{path} is damaged; needed: the sections model and train")
+    refuse_layers(config["model"], str(path))
     train = parse_known(Train, config["train"], path)
     with torch.device("meta"):  # shapes without memory
         model = build(config["model"], Network, "model")
@@ -416,7 +422,10 @@ def step_seconds(race: Race, steps: dict[int, dict]) -> float:
     """The median time of a step: CPU time, shared by the run's cores; on a GPU, the time that has passed."""
     on_gpu = any("perf/host_s" in line for line in steps.values())
     key, cores = ("perf/step_s", 1) if on_gpu else ("perf/cpu_s", race.cores)
-    return float(np.median([line[key] for line in steps.values()])) / cores
+    times = [line.get(key) for line in steps.values()]
+    if None in times:
+        raise UserError(f"the log has no {key} of step {[*steps][times.index(None)]}; needed: one of each")
+    return float(np.median(times)) / cores
 
 
 def values_at(runs: list[Scored], column: str, unit: str, x: float) -> np.ndarray:
@@ -548,7 +557,8 @@ def draw(race: Race, runs: Runs, path: Path) -> None:
         figure.legend(
             *curves[0].get_legend_handles_labels(), loc="outside upper left", ncols=round(wide / 1.8), frameon=False
         )
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
 def measured(runs: list[Scored], unit: str, column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -82,6 +82,7 @@ def score_row(settings: Retrieval, alone: bool) -> tuple[dict, Path]:
     run = load_run(settings.ckpt, settings.weights, precision=settings.precision)
     catalogue = read_catalogue(run, settings.catalogue)
     asked = chosen(catalogue.parts, settings.seen)
+    parent = Path(settings.out) if settings.out else run.place("retrieval")
     seeds = range(settings.seed, settings.seed + len(asked))
     texts = conditions.rows(catalogue.texts, asked)
     images = generate(run, settings.alone, seeds, texts, settings.batch_size, steps=settings.steps)
@@ -96,7 +97,6 @@ def score_row(settings: Retrieval, alone: bool) -> tuple[dict, Path]:
         "text_sha256": run.settings.data.text_sha256, "seconds": round(time.time() - started, 3),
     }  # fmt: skip
     name = f"{run.step:07d}-{settings_name(settings, ('ckpt', 'catalogue', 'out', 'batch_size'))}"
-    parent = Path(settings.out) if settings.out else run.folder / "retrieval"
     folder = parent if settings.out and alone else parent / name
     write_metrics(result, folder)
     save_held_out(catalogue, asked, made, names, folder / "held_out.png")
@@ -108,6 +108,8 @@ def read_catalogue(run: Run, path: str) -> Catalogue:
     pixels, texts, keys = [], [], []
     for split in ("train", "val"):
         latents = sample.open_conditions(run, path, split)
+        if latents.shape != (wanted := tuple(run.model.latent_shape)):
+            raise UserError(f"{path} holds pictures of {latents.shape}; needed: {wanted}, as the run draws")
         raw, condition = latents.read(range(len(latents)))
         conditions.check(condition, run.model.null_condition)
         pixels.append(run.codec.decode(latents.to_model_input(raw)).flatten(1).double())  # (N, D)

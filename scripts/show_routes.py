@@ -19,6 +19,7 @@ from checkpoints.config import Count, Guidance, Seeds, Share, parse_seeds
 from checkpoints.generate import streams
 from checkpoints.load import Routing
 from system import UserError, cli
+from system.files import atomic_file
 from system.settings import parse
 
 
@@ -99,10 +100,11 @@ def main(overrides: list[str]) -> None:
             axis.set_axis_off()
     told = {light: "passes the block", tuple(purple): "skips it, and returns unchanged after the route"}
     figure.legend([Patch(color=color) for color in told], told.values(), ncols=2, loc="lower center", frameon=False)
-    out = Path(shown.out) if shown.out else run.folder / "routes.png"
+    out = Path(shown.out) if shown.out else run.place("routes.png")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout(rect=(0, 0.4 / size[1], 1, 1))
-    figure.savefig(out, dpi=120)
+    with atomic_file(out) as file:
+        figure.savefig(file, dpi=120, format=out.suffix[1:] or None)
     print(f"{run.checkpoint}: {out}")
 
 

@@ -61,13 +61,17 @@ def read_small(path: Path, most: int = TEXT_BYTES) -> bytes:
 
 def read_json(path: Path, most: int = TEXT_BYTES) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where it is damaged, or something else."""
+    return json_object(read_small(path, most), path)
+
+
+def json_object(contents: bytes, source: str | Path) -> dict[str, Any]:
+    """The object in JSON. Raises UserError, which begins with `source`, where it is damaged, or something else."""
     try:
-        values = json.loads(read_small(path, most))
+        values = json.loads(contents)
     except (ValueError, RecursionError) as error:
-        known = isinstance(error, UserError)
-        raise error if known else UserError(f"{path} is damaged: it is not JSON ({str(error):.100})") from None
+        raise UserError(f"{source} is damaged: it is not JSON ({str(error):.100})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(values).__name__}; needed: an object of keys")
+        raise UserError(f"{source} is damaged: it holds a {type(values).__name__}; needed: an object of keys")
     return values
 
 
@@ -79,9 +83,18 @@ def check_name(name: Any, source: str | Path) -> str:
 
 
 def check_no_links(folder: Path) -> None:
-    """Raises UserError where something in a folder that is written to is a link, which may lead out of it."""
-    if link := next((entry for entry in os.scandir(folder) if entry.is_symlink()), None):
-        raise UserError(f"{link.path} is a link; needed: files and folders of the run's own, or another run_name")
+    """Raises UserError where something in a folder that is written to is a link, which may lead out of it.
+
+    Those that wandb makes in its own folder are let be.
+    """
+    folders = [os.fspath(folder)]
+    for place in folders:
+        with contextlib.suppress(FileNotFoundError):  # a temporary one of a run that is training
+            entries = [*os.scandir(place)]
+            if link := next((entry.path for entry in entries if entry.is_symlink()), None):
+                needed = "files and folders of the run's own, another run_name or another out"
+                raise UserError(f"{link} is a link; needed: {needed}")
+            folders += [entry.path for entry in entries if entry.is_dir() and entry.name != "wandb"]
 
 
 @contextlib.contextmanager

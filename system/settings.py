@@ -13,6 +13,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from system import UserError
+from system.limits import LAYERS
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 MISSING = "???"  # in a YAML file: the key must be given
@@ -198,6 +200,14 @@ def refuse_interpolations(values: Any, source: str) -> None:
     for key, value in nested(values):
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{source}: {key} refers to something else (${{...}}); needed: a plain value")
+
+
+def refuse_layers(values: Any, source: str) -> None:
+    """Raises UserError where a config that came with a file has more layers or the like than are built in a moment."""
+    for key, value in nested(values):
+        several = re.search("layer|block|depth|expert|label|group", key.rpartition(".")[2])
+        if several and isinstance(value, int) and value > LAYERS:
+            raise UserError(f"{source}: {key}={value:.10g}; needed: at most {LAYERS}")
 
 
 def read_yaml(text: str | bytes, source: str) -> Any:

@@ -16,10 +16,11 @@ from PIL import Image
 import data.archives
 import data.foreign.pickled
 import data.images
-from data.archives import open_tree, read_npy
+from checkpoints.gallery import read_images
+from data.archives import open_tree, read_arrays, read_npy
 from data.foreign import open_source
 from data.foreign.pickled import read_pickled_array
-from data.images import open_images, read_arrays
+from data.images import open_images
 from data.packed import IdxPair, read_idx
 from system import UserError, limits
 from system.files import read_json
@@ -33,6 +34,12 @@ PNG = PNG.getvalue()
 def bomb_png(path):
     Image.new("L", (12_000, 12_000)).save(path / "a.png", compress_level=1)
     return lambda: open_images(path)
+
+
+def bomb_sample(path):
+    (path / "images" / "000000").mkdir(parents=True)
+    Image.new("L", (12_000, 12_000)).save(path / "images" / "000000" / "000000.png", compress_level=1)
+    return lambda: list(read_images(path, [0]))
 
 
 def postscript(path):
@@ -129,6 +136,7 @@ def pickled(contents):
 
 BOMBS = {
     "png": (bomb_png, str(limits.PICTURE_PIXELS)),
+    "png among samples": (bomb_sample, str(limits.PICTURE_PIXELS)),
     "postscript": (postscript, "no image"),
     "pipe": (pipe, "needed: a file"),
     "device": (device, "needed: a file"),

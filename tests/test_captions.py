@@ -1,5 +1,7 @@
 """Captions: encoded, several to an image, normalised, beside pictures, and in U-ViT's folder of COCO."""
 
+import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data.__main__
 import data.texts
@@ -25,6 +27,7 @@ from data.texts import captioned
 from guidance import Guidance
 from scripts import encode_latents
 from system import UserError
+from system.files import sha256_of
 from tests import started
 from tests.conftest import ROOT
 from tests.made_sets import array_of, npy, numbers_in, write_members
@@ -205,6 +208,9 @@ def test_pictures_without_captions_are_refused(pictures, encode, tmp_path):
     (pictures["folder"] / "some/3.txt").write_text("\n \n")
     with pytest.raises(UserError, match=r"picture some/3.png has 0 captions; needed: 1 to 99 lines in some/3.txt"):
         encode(pictures["folder"], tmp_path / "out", "text=made")
+    (pictures["folder"] / "some/3.txt").write_text("a" * (1 << 20))
+    with pytest.raises(UserError, match="some/3.txt has a caption of 1048576 letters; needed: at most 65536"):
+        encode(pictures["folder"], tmp_path / "out", "text=made")
     with pytest.raises(UserError, match="train-0.tar has no labels; needed: <key>.cls beside each picture"):
         encode(pictures["tars"], tmp_path / "out")
     with pytest.raises(UserError, match="labels or captions, become latents by scripts/encode_latents.py"):
@@ -326,3 +332,13 @@ def test_uvits_captions_train_resume_and_sample(coco, tmp_path):
     sampler = sampler_of(run, 2)
     latents = [generate_latents(run, Guidance(scale=s), [0, 1], rows(run.pool, [0, 1]), sampler) for s in (1.0, 2.0)]
     assert latents[0].isfinite().all() and not torch.equal(*latents)
+
+
+def test_statistics_that_cannot_be_used_are_refused(folder, tmp_path):
+    shutil.copytree(folder, other := tmp_path / "set")
+    for named in ({"x": torch.zeros(1)}, dict(mean=torch.zeros(9), std=torch.ones(9), null=torch.zeros(1, 9))):
+        save_file(named, other / "texts.safetensors")
+        about = read_manifest(folder) | {"text_stats": sha256_of(other / "texts.safetensors")}
+        (other / "meta.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match="texts.safetensors holds no statistics of texts of width 8"):
+            open_latents(other, condition="text")

@@ -135,3 +135,19 @@ def test_another_condition_is_drawn_by_row():
 def test_what_a_network_cannot_take_is_refused(condition, null, said):
     with pytest.raises(UserError, match=said):
         check(condition, null)
+
+
+STATES, MASK, STATS = torch.zeros(2, 4, 3), torch.ones(2, 4).bool(), dict(mean=torch.zeros(3), null=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("change", [
+    dict(states=torch.zeros(0, 4, 3), mask=torch.ones(0, 4).bool()), dict(states=STATES.to(torch.float8_e4m3fn)),
+    dict(states=STATES.double()), dict(null=torch.zeros(())), dict(mean=torch.zeros(3).to(torch.float8_e4m3fn)),
+    dict(std=torch.ones(3).bool()), dict(std=torch.ones(3).to(torch.complex64)), dict(std=torch.ones(3).long()),
+])  # fmt: skip
+def test_odd_tensors_are_refused(change):
+    sound = dict(states=STATES, mask=MASK, std=torch.ones(3)) | STATS
+    assert conditions.load(sound).states is STATES and conditions.load_stats(sound).mean is STATS["mean"]
+    with pytest.raises(UserError, match="odd shapes"):
+        conditions.load(sound | change)
+        conditions.load_stats(sound | change)

@@ -33,7 +33,8 @@ def test_steps_trained_again_count_once_and_the_lines_of_a_step_are_one(tmp_path
 
 def test_broken_and_half_written_lines_are_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
-        b'\x00\xff\n{"step": "x"}\n[]\n' + (line(10, 1.0) + line(20, 0.9)[:30]).encode()
+        b'\x00\xff\n{"step": "x"}\n{"step": 1.5}\n{"step": 5, "train/loss": "x"}\n[]\n'
+        + (line(10, 1.0) + line(20, 0.9)[:30]).encode()
     )
     assert [v["step"] for v in read_log(tmp_path)] == [10]
 

@@ -12,7 +12,7 @@ import data.__main__
 import data.index
 from data import BatchPlan, make_loader, open_latents
 from data.archives import npy_header
-from data.inspect import inspect
+from data.inspect import as_text, inspect
 from data.loader import Order
 from data.shards import read_manifest, shard_name, write_manifest
 from system import UserError
@@ -257,6 +257,11 @@ def test_empty_shard(tmp_path):
             lambda m: json.dumps({**m, "shards": [{**m["shards"][0], "name": "../train-000000.tar"}]}),
             "a file in that folder",
         ),
+        (
+            lambda m: json.dumps({**m, "shards": [{**m["shards"][0], "split": "/../../x"}]}),  # a part of a file's name
+            "split=/../../x; needed: train or val",
+        ),
+        (lambda m: json.dumps({**m, "num_classes": 2**31 - 1}), "num_classes=2147483647; needed: "),
     ],
 )
 def test_bad_manifest_is_refused(tmp_path, change, message):
@@ -321,3 +326,19 @@ def test_read_errors_are_not_remembered(tmp_path, fail, capfd):
         open_latents(folder)
     fail("train-000001.tar", times=0)
     assert len(open_latents(folder)) == 9
+
+
+def test_a_label_that_no_network_has_takes_no_memory(tmp_path):
+    """An inspection counts the entries of every class up to the largest label."""
+    folder = write_set(tmp_path / "set", sizes=[2])
+    members = [("0.latent.npy", npy(array_of(0))), ("0.cls", b"2147483647")]
+    write_members(folder / "train-000000.tar", good(1) + members)
+    (folder / "meta.json").unlink()
+    assert "has a label that says '2147483647'; needed: a whole number, 0..1048575" in inspect(folder)["wrong"][0]
+
+
+def test_names_of_several_lines_are_one_in_a_report(tmp_path):
+    folder = write_set(tmp_path / "set", sizes=[20])
+    about = read_manifest(folder)
+    write_manifest(folder, about | {"classes": ["a\nnext      rm -r", *map(str, range(1, about["num_classes"]))]})
+    assert as_text(inspect(folder)).count("\nnext ") == 1

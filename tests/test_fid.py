@@ -369,6 +369,13 @@ BAD_REFERENCES = {
     "other weights": ({**STATS, "extractor_sha256": "beef"}, "beef"),
     "features": ({**STATS, "mu": np.zeros(8), "sigma": np.eye(8)}, "has 8 features; mnist gives 64"),
     "pickled": ({**STATS, "mu": np.array([None], object)}, "pickled objects"),
+    "text": ({**STATS, "mu": np.array(["a"] * 64)}, r"mu is <U1 \(64,\); needed: numbers"),
+    "two extractors": ({**STATS, "extractor": ["mnist", "x"]}, "needed: a text"),
+    "several n": ({**STATS, "n": [1, 2]}, "needed: a number"),
+    "a single feature": ({**STATS, "features": 1.0}, r"features \(\) of float64; needed: finite"),
+    "width of features": ({**STATS, "features": np.zeros((9, 8))}, r"needed: finite numbers \(M, 64\)"),
+    "order of bytes": ({**STATS, "features": np.zeros((9, 64), ">f4")}, "features is >f4"),
+    "spatial features": ({**STATS, "mu_s": np.zeros(5), "sigma_s": np.eye(5)}, "mu_s has 5 numbers; mnist gives None"),
 }
 
 

@@ -3,12 +3,16 @@
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import fid
+from checkpoints.gallery import reserve as begin_samples
 from checkpoints.gallery import save_image
+from checkpoints.load import load_run
 from checkpoints.resuming import lock_run_folder
 from checkpoints.run_folder import remove_temporaries, write_folder
 from data.index import _cache_paths
@@ -25,6 +29,7 @@ from system.files import (
     sha256_of,
     write_text_atomic,
 )
+from tests.made_runs import make_run
 
 
 def enter(context):
@@ -72,6 +77,34 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path, precious, replacer):
     path.symlink_to(precious)
     REPLACERS[replacer](path)
     assert not path.is_symlink() and path.stat().st_size
+
+
+@pytest.mark.parametrize("place", ["samples", "samples/step_0000001-default", "checkpoints/step_0000002"])
+def test_results_do_not_leave_the_folder_of_a_run(place, tmp_path, tiny_overrides):
+    run, elsewhere = load_run(make_run(tmp_path / "run", tiny_overrides), device="cpu"), tmp_path / "elsewhere"
+    (elsewhere / "link").mkdir(parents=True)
+    (run.folder / "wandb").mkdir()
+    (run.folder / "wandb" / "latest-run").symlink_to(elsewhere)  # as wandb makes it
+    assert run.place("samples") == run.folder / "samples"
+    path = run.folder / place
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(elsewhere)
+    for write in (lambda: run.place("samples"), lambda: lock_run_folder(run.folder)):
+        with pytest.raises(UserError, match=f"{place} is a link; needed: "):
+            write()
+
+
+def test_samples_do_not_leave_their_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="images is a link"):
+        begin_samples(tmp_path / "out", {})
+
+
+def test_scores_of_pictures_do_not_follow_a_link_beside_them(tmp_path):
+    (tmp_path / "pictures-fd").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="pictures-fd is a link"):
+        fid.row_folder(SimpleNamespace(out=None), tmp_path, "", "pictures-fd", True)
 
 
 def test_names_of_temporary_files_are_not_to_be_guessed(tmp_path):

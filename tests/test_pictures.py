@@ -1,14 +1,17 @@
 """A network that starts from one of other classes, and a folder of somebody's pictures trained on in one command."""
 
+import contextlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import data
-from checkpoints.load import build_network, load_run
+from checkpoints.load import build_network, load_run, with_classes
 from contracts import Network
 from edm import EDM
 from system import UserError, cli
@@ -98,6 +101,23 @@ def test_a_network_that_takes_no_positions_is_given_none(tmp_path, monkeypatch):
     assert settle_positions(settings, None).model["positions_from"] == [28, 28]
     monkeypatch.setattr("training.prepare.class_of", lambda *_: Network)
     assert settle_positions(settings, None) is settings
+
+
+def test_what_a_config_says_of_positions_and_classes_is_no_index(tmp_path):
+    folder = make_run(tmp_path / "old", TINY)
+    (step,) = folder.glob("checkpoints/step_*")
+    values, settings = yaml.safe_load((step / "config.yaml").read_text()), made_settings([*TINY, "init_from=gone"])
+    for odd, said in ((None, ""), ("ab", "model.positions_from=ab; needed: "), (2.5, "positions_from=2.5; needed: ")):
+        (step / "config.yaml").write_text(yaml.safe_dump(values | {"model": values["model"] | {"positions_from": odd}}))
+        with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+            assert settle_positions(settings, step) is settings
+    run = load_run(make_run(tmp_path / "other", TINY), device="cpu")
+    claimed = replace(run.settings.data, num_classes=1000, classes=tuple("abcdefghijk"))  # the network has 10
+    run.settings = replace(run.settings, data=claimed)
+    tensors, told = with_classes(run, replace(claimed, num_classes=2, classes=("k", "a")))
+    table = run.model.y_embedder.embedding_table.weight
+    assert torch.equal(tensors["y_embedder.embedding_table.weight"], table[[10, 0, 10]])
+    assert told == "10 classes become 2; 1 kept by name: a; new ones begin as no label"
 
 
 def draw(folder, count=30, side=40):

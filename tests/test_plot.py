@@ -9,6 +9,7 @@ from PIL import Image
 
 from evaluation.drawing import canvas, logarithmic, styles
 from scripts import plot
+from system import UserError
 from tests import started
 
 
@@ -120,3 +121,34 @@ def test_the_summary_has_the_newest_score_and_samples(runs, capsys):
 def test_a_mistake_is_one_line(arguments, said):
     done = command(*arguments)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def postscript(run):
+    """Pillow starts a program to draw it, whatever the file is called."""
+    (run / "samples" / "step_0000010.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+
+
+def odd_name(run):
+    (run / "samples" / "step_best.png").write_bytes(b"")
+
+
+def text_for_a_score(run):
+    (run / "eval" / "0000100-fd_mnist-once" / "metrics.json").write_text('{"step": 100, "fd_mnist": "a"}')
+
+
+def no_json(run):
+    (run / "eval" / "0000100-fd_mnist-once" / "metrics.json").write_text("[")
+
+
+@pytest.mark.parametrize("plant, said", [
+    (postscript, "step_0000010.png is no image"), (odd_name, None), (text_for_a_score, "fd_mnist=a; needed: a number"),
+    (no_json, "it is not JSON"),
+])  # fmt: skip
+def test_a_run_of_a_stranger(runs, plant, said, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: None)
+    plant(runs / "a")
+    if said is None:
+        plot.main([str(runs / "a")])
+    else:
+        with pytest.raises(UserError, match=said):
+            plot.main([str(runs / "a")])

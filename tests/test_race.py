@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import scripts.race
@@ -267,3 +268,41 @@ def test_one_seed_has_neither_deviation_nor_test():
 def test_the_last_step_is_scored_with_more_images(smoke):
     for scores in smoke[0].glob("*/scores.jsonl"):
         assert [(found["step"], found["n"]) for found in map(json.loads, scores.open())] == [(10, 50), (20, 60)]
+
+
+def far(text: str) -> str:
+    return text + json.dumps(json.loads(text.splitlines()[0]) | {"step": 10**17}) + "\n"
+
+
+def deep(text: str) -> str:
+    config = yaml.safe_load(text)
+    return yaml.safe_dump(config | {"model": config["model"] | {"depth": 10**9}})
+
+
+HOSTILE = {
+    "a score that is text": ("scores.jsonl", lambda text: text.replace('_mnist": ', '_mnist": "a", "x": ', 1), "fd"),
+    "a score that is a list": ("scores.jsonl", lambda text: f"[1]\n{text}", "scores.jsonl is damaged: it holds a list"),
+    "a step that is far away": ("metrics.jsonl", far, "has no line of step"),
+    "a time that is text": ("metrics.jsonl", lambda text: text.replace('cpu_s": ', 'cpu_s": "a", "x": '), "no step"),
+    "a network of a billion blocks": ("config.yaml", deep, "depth=1000000000; needed: at most"),
+    "no network": ("config.yaml", lambda text: "[1]", "needed: the sections model and train"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_record_is_one_line(case, tmp_path):
+    record = RECORDS[0]
+    run = next(path.parent for path in sorted(record.glob("*/config.yaml")))
+    name, change, said = HOSTILE[case]
+    shutil.copytree(run, tmp_path / run.name)
+    (tmp_path / run.name / name).write_text(change((run / name).read_text()))
+    with pytest.raises(UserError, match=said):
+        read_run(load_race(record.name[11:]), tmp_path / run.name)
+
+
+def test_a_figure_follows_no_link(tmp_path):
+    (tmp_path / "precious").write_text("my thesis")
+    (tmp_path / "figure.png").symlink_to(tmp_path / "precious")
+    race = dataclasses.replace(load_race("smoke"), seeds=[0, 1])
+    draw(race, {name: [scored(2.0, 1.0), scored(3.0, 1.5)] for name in race.contestants}, tmp_path / "figure.png")
+    assert (tmp_path / "precious").read_text() == "my thesis" and not (tmp_path / "figure.png").is_symlink()

@@ -382,10 +382,17 @@ def test_damaged_yaml_is_one_line(text):
     assert refused(read_yaml, text, "x.yaml").startswith("x.yaml: its config is damaged (")
 
 
+def test_more_names_than_classes():
+    told = {"name": "x", "channels": 1, "input_size": 8, "codec": {}, "classes": ["a", "b"]}
+    assert parse(config.Data, told | {"num_classes": 3}).classes == ("a", "b")
+    assert "2 classes have names, and num_classes=1" in refused(parse, config.Data, told | {"num_classes": 1})
+
+
 def test_seeds():
     assert parse_seeds("0-3") == [0, 1, 2, 3] and parse_seeds(7) == [7] and parse_seeds(("0-1", 7)) == [0, 1, 7]
     assert parse(config.Generation, {"seeds": ["0-3", 7]}).all_seeds == [0, 1, 2, 3, 7]
-    for wrong in ("abc", "5-1", "-1", -1, "²", ("a",)):
+    assert "at most 4194304 seeds" in refused(parse_seeds, "0-99999999999")
+    for wrong in ("abc", "5-1", "-1", -1, "²", "9" * 5000, ("a",)):
         assert "needed: numbers and ranges" in refused(parse_seeds, wrong)
 
 

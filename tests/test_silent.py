@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import data.prepared
 import sample
+from autoencoder import VAECodec
 from checkpoints import generate, run_folder
 from checkpoints.config import Train
 from checkpoints.run_folder import latest_checkpoint, read_config
@@ -117,7 +118,7 @@ def test_training_takes_it_and_a_vae_that_is_not_there_is_said_before_the_first_
         made = make_set(tmp_path / f"set of {name}", SD | {"path": path})
         # The fixture's own keys are of data=mnist, which has no prepare but null here.
         if name == "gone":
-            with pytest.raises(OSError, match="VAE .*nowhere' was not found"):
+            with pytest.raises(UserError, match="VAE .*nowhere' was not found"):
                 run(name, *keys, f"data.path={made}", "preview.every=1")
             assert not (tmp_path / name).exists()
         code, folder = run(name, *keys, f"data.path={made}", f"preview.every={int(name == 'there')}")
@@ -307,3 +308,20 @@ def test_the_start_says_how_large_checkpoints_are_and_refuses_where_none_fits(ru
     with pytest.raises(OSError, match="0.00 GB free, and a checkpoint needs 0.00 GB"):
         run("full", *keys)
     assert run("said", *keys)[0] == 0  # nothing is left to do
+
+
+def test_a_damaged_vae_is_one_line(vae, tmp_path):
+    shutil.copytree(vae, other := tmp_path / "vae")
+    about = json.loads((other / "config.json").read_text())
+    for change in ({"latent_channels": "x"}, {"block_out_channels": [7]}, {"norm_num_groups": 0}):
+        (other / "config.json").write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match="VAE .*vae' was not found, or is damaged: ") as refused:
+            _ = VAECodec(str(other)).vae
+        assert "\n" not in str(refused.value)
+
+
+def test_a_key_that_no_tar_takes_is_one_line(tmp_path):
+    """From shards of others, whose tars may have longer ones."""
+    with pytest.raises(UserError, match="does not fit into a tar; needed: a key of at most 80 letters"):
+        write_shard(tmp_path / "train-000000.tar", [("a" * 200, array_of(0), 0)])
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,9 @@
 """Shards with texts, with labels or with latents alone: read, padded, checked and delivered alike."""
 
 import json
+import os
 import shlex
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -228,3 +230,44 @@ def test_latents_need_not_be_square(tmp_path):
     np.testing.assert_array_equal(raw.numpy(), arrays[[0, 4]])
     words = inspect(folder)["next"]
     assert "'data.input_size=[8,16]'" in words and "data.input_size=[8,16]" in shlex.split(words)
+
+
+def test_lengths_that_a_manifest_claims_are_not_trusted(folder, tmp_path):
+    shutil.copytree(folder, other := tmp_path / "set")
+    about = read_manifest(folder)
+    (other / "meta.json").write_text(json.dumps(about | {"text_length": 4.0, "text_width": float(WIDTH)}))
+    check_texts(open_latents(other, condition="text").read([0, 3])[1], [0, 3])
+    (other / "meta.json").write_text(json.dumps(about | {"text_length": 2**40}))
+    with pytest.raises(UserError, match=r"text_length=1099511627776; needed: a whole number in \[1, 8193\)"):
+        open_latents(other, condition="text")
+
+
+def no_texts(index: dict) -> None:
+    index["entries"]["length"] = 0
+
+
+def no_such_shape(index: dict) -> None:
+    about = json.loads(index["about"].tobytes())
+    about["layout"] |= {"shape": [2**40, 4, 4]}
+    index["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+
+
+def deep(index: dict) -> None:
+    index["about"] = np.frombuffer(b"[" * 100_000, np.uint8)
+
+
+@pytest.mark.parametrize("change", [no_texts, no_such_shape, deep, None])
+def test_an_index_that_cannot_be_is_made_anew(folder, tmp_path, change):
+    shutil.copytree(folder, other := tmp_path / "set")
+    (other / "meta.json").unlink()
+    open_latents(other, condition="text")
+    path = next(other.glob(".*.index.npz"))
+    with np.load(path) as arrays:
+        index = {name: arrays[name] for name in arrays}
+    path.unlink()
+    if change is None:
+        os.mkfifo(path)
+    else:
+        change(index)
+        np.savez(path, **index)
+    check_texts(open_latents(other, condition="text").read([0, 3])[1], [0, 3])

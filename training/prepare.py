@@ -10,16 +10,16 @@ from accelerate import PartialState
 from torch import nn
 
 import data
-from checkpoints.config import Data, Settings
+from checkpoints.config import Data, Positive, Settings
 from checkpoints.load import Run, align, build_codec, build_network, load_run, with_classes
 from checkpoints.run_folder import find_checkpoint, load_strictly, read_config
 from contracts import Condition, Loss, Network, Objective
 from cost import cost_table, memory_table
 from data import BatchPlan
-from system import UserError, hub
+from system import UserError, hub, printable
 from system.building import build, class_of
 from system.precision import choose_precision, decide_precision, launched_precision
-from system.settings import refuse_interpolations
+from system.settings import convert, refuse_interpolations
 from training.ema import make_averages
 from training.guard import FiniteGuard
 from training.optimizer import make_optimizer
@@ -218,8 +218,6 @@ def settle_data(settings: Settings, latents: data.Latents) -> Settings:
     if named and (names or named) != named:
         raise UserError(f"data.classes names other classes than {meta}; needed: without data.classes")
     classes = (named or names) if settings.data.condition == "class" else None
-    if classes and len(classes) > settings.data.num_classes:
-        raise UserError(f"{len(classes)} classes have names, and data.num_classes={settings.data.num_classes}")
     return replace(settings, data=replace(settings.data, codec=codec, classes=classes, usual_codec=None))
 
 
@@ -231,7 +229,8 @@ def settle_positions(settings: Settings, resumed: Path | None) -> Settings:
         return settings
     path = resumed or find_checkpoint(settings.init_from, "init_from")
     before = read_config(path) if path.is_dir() else load_run(settings.init_from, device="cpu").settings
-    sides = before.model.get("positions_from", before.data.latent_shape[1:])
+    kind, sides = Positive | tuple[Positive, Positive] | None, before.model.get("positions_from")
+    sides = convert(sides, kind, f"{path}: model.positions_from") or before.data.latent_shape[1:]
     sides = [sides] * 2 if isinstance(sides, int) else list(sides)
     if sides == list(settings.data.latent_shape[1:]):
         return settings
@@ -253,7 +252,7 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     if init_from is not None:
         told = start_from(init_from, model, objective, settings.data)
         if told and dist.is_main_process:
-            print(f"init_from  {told}")
+            print(printable(f"init_from  {told}"))
     averages = make_averages(model, settings.ema.widths or ())
     for block in model.all_blocks:
         block.recompute = settings.train.gradient_checkpointing

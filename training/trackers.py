@@ -13,7 +13,7 @@ from PIL import Image
 from checkpoints.config import Settings
 from checkpoints.run_folder import TRACKER_ID
 from system import UserError
-from system.files import write_text_atomic
+from system.files import read_small, write_text_atomic
 from system.processes import is_main
 
 Values = dict[str, float | Path]  # numbers, and pictures by their files
@@ -93,4 +93,4 @@ def tracker_id(run_folder: Path) -> str:
     """Made at a run's first start: one that is deleted and starts anew is another curve."""
     if not (run_folder / TRACKER_ID).exists():
         write_text_atomic(run_folder / TRACKER_ID, secrets.token_hex(4) + "\n")
-    return (run_folder / TRACKER_ID).read_text().strip()
+    return read_small(run_folder / TRACKER_ID).decode().strip()

@@ -32,7 +32,7 @@ from data.archives import dataset_json, is_hidden, is_picture, open_tars, open_t
 from data.foreign.pickled import read_pickled_array
 from system import UserError, lmdb_reader
 from system.files import read_small
-from system.limits import MEMBER_BYTES
+from system.limits import CLASSES, MEMBER_BYTES
 from system.settings import PerChannel
 from system.tensors import check_numbers, open_safetensors, read_pt
 
@@ -176,7 +176,7 @@ def _fastdit(path: Path) -> Source | None:
 
     def label(i: int) -> int:
         found = _npy(place := labels / names[i])
-        if found.size != 1 or found.dtype.kind not in "iuf" or not 0 <= found.item() < 2**31 or found.item() % 1:
+        if found.size != 1 or found.dtype.kind not in "iuf" or not 0 <= found.item() < CLASSES or found.item() % 1:
             raise UserError(f"{place}: holds {found.dtype} {found.shape}; needed: one whole number of 0 or more")
         return int(found.item())
 
