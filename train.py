@@ -41,7 +41,7 @@ from checkpoints.resuming import begin, find_resume, flat, lock_run_folder, resu
 from checkpoints.run_folder import START_AGAIN, check_space, is_complete, save
 from conditions import Condition
 from cost import cost_table, memory_table, out_of_memory
-from evaluation.evaluate import evaluate, extractor_and_reference, score_name
+from evaluation.evaluate import check_run_size, evaluate, extractor_and_reference, score_name
 from evaluation.score import write_metrics
 from evaluation.table import SCORES
 from randomness import BatchSlice, normal, seeded_generator
@@ -142,6 +142,8 @@ def start(
     check_sampling(settings, state.ema)
     if settings.eval.every or settings.preview.every and dist.is_main_process:
         state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be loaded is refused now
+    if settings.eval.every:
+        check_run_size(state.ema, extractor_and_reference(settings.eval)[1])
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.fingerprints)
     if dist.is_main_process:
