@@ -40,7 +40,7 @@ from checkpoints.naming import run_name, sweep_name
 from checkpoints.resuming import begin, find_resume, flat, lock_run_folder, resume
 from checkpoints.run_folder import START_AGAIN, check_space, is_complete, save
 from conditions import Condition
-from cost import cost_table, memory_table, out_of_memory
+from cost import cost_table, hours_line, memory_table, out_of_memory
 from evaluation.evaluate import check_run_size, evaluate, extractor_and_reference, score_name
 from evaluation.score import write_metrics
 from evaluation.table import SCORES
@@ -454,6 +454,7 @@ def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan) -> int
     loss, grad_norm = train_step(settings, TrainingData(no_data, no_data, plan), state, batches)
     if dist.is_main_process:
         print(f"model      {type(state.model).__name__} {state.model.name}\n{cost_table(state.model, settings)}")
+        print(hours_line(state.model, settings))
         print(memory_table(settings, plan.micro_batch_size, device=dist.device.type, processes=plan.world_size))
         print(
             f"dry run    one step on noise: loss {loss:.4g}, gradient norm {grad_norm:.4g}; nothing was read or written"
