@@ -194,9 +194,11 @@ def prepare_pictures(
     """
     images, folder = _labelled(source), Path(path)
     names, val = images.classes if any(images.classes) else None, min(len(images) // 10, 500)
-    recipe = {"prepare": "pictures", "pictures": os.path.realpath(source), "number": len(images), "size": size}
-    told = hashlib.sha256(json.dumps([images.names, images.labels]).encode()).hexdigest()
-    recipe |= {"codec": dict(codec), "names": told}
+    told = hashlib.sha256(json.dumps([images.names, images.labels]).encode())
+    for i in spread_evenly(len(images), LOOKED_AT).tolist():  # not the path: sets and pictures may move together
+        told.update(images.tree.read(images.names[i]))
+    recipe = {"prepare": "pictures", "number": len(images), "size": size, "codec": dict(codec)}
+    recipe |= {"pictures": told.hexdigest()}
     if _is_intact(folder):
         reserve(folder, recipe)
         return

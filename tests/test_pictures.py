@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +194,19 @@ def test_bad_folders_get_one_line(damage, given, said, tmp_path, monkeypatch, ca
         prepared(settled("pets", **given))
     error = capsys.readouterr().err
     assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
+
+
+def test_a_set_moves_with_its_pictures_and_knows_others_of_the_same_names(tmp_path, monkeypatch):
+    draw(tmp_path / "here" / "pets")
+    monkeypatch.chdir(tmp_path / "here")
+    prepared(settled("pets"))
+    monkeypatch.chdir((tmp_path / "here").rename(tmp_path / "there"))
+    written = Path("datasets/pets/train-000000.tar").stat().st_mtime_ns
+    prepared(settled("pets"))
+    assert Path("datasets/pets/train-000000.tar").stat().st_mtime_ns == written
+    Image.new("RGB", (40, 40)).save("pets/dog/7.png")
+    with pytest.raises(UserError, match="datasets/pets was begun with pictures="):
+        prepared(settled("pets"))
 
 
 def test_one_class_works_and_is_said_and_changed_pictures_are_refused(tmp_path, monkeypatch, capsys):
