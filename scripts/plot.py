@@ -71,7 +71,8 @@ def summarize(run: Path) -> None:
     rows["images/s (median)"] = f"{sorted(line['perf/img_per_s'] for line in trained)[len(trained) // 2]:,.0f}"
     if found := newest(run.glob("eval/*/metrics.json")):
         score = json.loads(found.read_text())
-        rows |= {"fd_mnist": f"{score['fd_mnist']:.2f}", "class accuracy": f"{score['class_accuracy']:.3f}"}
+        known = [name for name in score if name.startswith(SCORES) and not name.endswith("_std")]
+        rows |= {name.replace("class_", "class "): f"{score[name]:.3g}" for name in known}
         rows |= {"samples scored": f"{score['n']:,}", "network calls an image": str(score["network_calls"])}
     width = max(map(len, rows))
     print("\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows.items()))

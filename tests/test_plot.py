@@ -112,6 +112,15 @@ def test_the_summary_has_the_newest_score_and_samples(runs, capsys):
     assert last == f"  samples: {grid}"
 
 
+def test_the_summary_has_the_scores_of_any_extractor(runs, capsys):
+    (runs / "a" / "eval" / "0000200-fid").mkdir()
+    score = {"fid5k": 7.381, "inception_score": 98.1, "inception_score_std": 1.0, "n": 5000, "network_calls": 40}
+    (runs / "a" / "eval" / "0000200-fid" / "metrics.json").write_text(json.dumps(score))
+    plot.main(["summary", str(runs / "a")])
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fid5k", "7.38"] in told and ["inception_score", "98.1"] in told and len(told) == 7
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["nowhere"], "nowhere/metrics.jsonl does not exist"), (["x=steps"], "needed: python scripts/plot.py RUN"),
     (["summary"], "needed: python scripts/plot.py RUN"), (["summary", "nowhere"], "metrics.jsonl does not exist"),
