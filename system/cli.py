@@ -71,10 +71,13 @@ def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]
     """Overrides with their paths quoted for Hydra, whose grammar gives =, spaces, commas and parentheses a meaning.
 
     A value that is quoted already stays; `~` is the home folder. sweep: commas separate several paths, unless the whole
-    is one that exists. Raises UserError for options, which begin with dashes, but for Hydra's own.
+    is one that exists. Raises UserError for paths without a key, and for options that are not Hydra's own.
     """
-    if option := next((word for word in overrides if word.startswith("--") and not HYDRAS_OWN.match(word)), None):
-        raise UserError(f"found {option}; needed: key=value, without dashes")
+    for before, word in zip(("", *overrides), overrides):
+        if word.startswith("--") and not HYDRAS_OWN.match(word):
+            raise UserError(f"found {word}; needed: key=value, without dashes")
+        if "=" not in word and "-" not in (word[:1], before[:1]) and not re.match("~[^/]", word):  # ~key deletes it
+            raise UserError(f"found {word}; needed: key=value, as in ckpt={word}, images={word} or data.path={word}")
     return [_literal_path(override, sweep) for override in overrides]
 
 
@@ -188,9 +191,6 @@ def one_line(error: BaseException) -> str:
     key = re.search(r"Could not (?:override|append to config\.[^']*) '([^']+)'", text)
     if key:
         return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
-    word = re.search(r"Error parsing override '([^'=]+)'\s*missing EQUAL", text)
-    if word:
-        return f"found {word[1]}; needed: key=value, as in ckpt={word[1]} or data.path={word[1]}"
     group = re.search(
         r"Could not find '([^']+)/([^'/]*)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path",
         text, re.DOTALL,
