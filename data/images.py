@@ -201,8 +201,7 @@ def decoded_ahead(
 def open_images(path: str | Path, split: str | None = None, beside: str = LABEL) -> Images:
     """The pictures of a folder, searched recursively, and whatever else open_pictures reads, or of an .npz.
 
-    The .npz has `arr_0` (uint8, NHWC or NHW). split, beside: as in open_pictures. Raises UserError if there are no
-    pictures or the first cannot be decoded.
+    The .npz has `arr_0` (uint8, NHWC or NHW). split, beside: as in open_pictures. Raises UserError for no pictures.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -213,9 +212,7 @@ def open_images(path: str | Path, split: str | None = None, beside: str = LABEL)
     names = [name for name in tree.names if archives.is_picture(name)]
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(PICTURES)})")
-    images = Images(path, names, tree)
-    images._decode(0)  # before any slow work
-    return images
+    return Images(path, names, tree)
 
 
 def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
