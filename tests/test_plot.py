@@ -67,6 +67,10 @@ def test_lines_are_apart_in_grey_and_the_sheet_ends_with_the_last_step(runs, mon
     curves, (images, _, columns, labels) = drawn
     for axis in curves.axes[: len(plot.PANELS)]:
         assert len({line.get_linestyle() for line in axis.lines}) == len({line.get_label() for line in axis.lines}) == 2
+    curves.draw_without_rendering()
+    once, often = (curves.axes[[*plot.PANELS].index(name)] for name in ("val/loss_dense", "train/loss"))
+    assert [tick.get_text() for tick in once.get_xticklabels()] == ["a", "b"] and not once.get_xlabel()
+    assert often.get_xlabel() == "steps"
     assert images.shape == (6, 3, 122, 302) and columns == 1  # the second run has no previews
     assert labels == [f"a, step {step}" for step in (10, 30, 50, 60, 80, 100)]
 
