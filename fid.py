@@ -229,12 +229,8 @@ def evaluate_images(images: Images, settings: Calc, extractor: Extractor, refere
     started, rows = time.time(), shard_range(len(images))
     batches = with_progress(map(extractor, images.batches(settings.batch_size, rows, settings.crop)), len(rows))
     scores = score(batches, len(images), extractor, reference, metrics=settings.metrics)
-    about = {
-        "n": len(images),
-        "images": str(images.path),
-        "crop": settings.crop,
-        "seconds": round(time.time() - started, 3),
-    }
+    about = {"n": len(images), "images": str(images.path), "crop": settings.crop}
+    about |= {"seconds": round(time.time() - started, 3)}
     return scores and scores | about | describe_scoring(extractor, reference, settings.metrics)
 
 
