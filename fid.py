@@ -27,6 +27,7 @@ import torch
 import sample
 from checkpoints import config
 from checkpoints.config import Count, Positive, Scoring, Width
+from checkpoints.gallery import MANIFEST
 from checkpoints.load import Run, load_run
 from checkpoints.naming import digest, shortened
 from checkpoints.run_folder import find_checkpoint
@@ -36,7 +37,7 @@ from evaluation.clip import load_clip
 from evaluation.evaluate import cached_extractor, describe_run, evaluate, extractor_and_reference, score_name
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance  # noqa: F401  the name that users import it by
-from evaluation.reference import MAX_FEATURES, Reference, read_reference, reference_from, write_reference
+from evaluation.reference import MAX_FEATURES, Reference, check_size, read_reference, reference_from, write_reference
 from evaluation.score import describe_scoring, measure, score, shard_range, with_progress, write_metrics
 from randomness import seeded_generator
 from system import UserError, cli
@@ -47,7 +48,7 @@ from system.settings import parse
 from training import ema
 
 SCORING_KEYS = {  # all others are about generating
-    "ckpt", "images", "batch_size", "out",
+    "ckpt", "images", "crop", "batch_size", "out",
     "extractor", "extractor_weights", "extractor_sha256", "ref", "digits", "fashion", "metrics",
 }  # fmt: skip
 
@@ -58,6 +59,7 @@ class Calc(Scoring):
 
     ckpt: str | None = None
     images: str | None = None
+    crop: Positive | None = None
     out: str | None = None
     ema_width: Width | None = None
     prompts: str | None = None
@@ -72,6 +74,8 @@ class Calc(Scoring):
         super().__post_init__()
         if (self.ckpt is None) == (self.images is None):
             raise UserError("needed: ckpt=RUN or images=FOLDER|ZIP|TAR|NPZ, one of the two")
+        if self.crop is not None and self.images is None:
+            raise UserError(f"crop={self.crop} is for images=; a run's have one size")
         if self.clip is not None and self.prompts is None:
             raise UserError(f"clip={self.clip} compares images with what was asked for; needed: prompts=FILE, too")
         if self.prompts is not None and self.data.path is not None:
@@ -84,6 +88,7 @@ class Ref:
 
     out: str
     images: str | None = None
+    crop: Positive | None = None
     from_: str | None = None
     extractor: config.Extractor = "inception"
     extractor_weights: str | None = None
@@ -94,6 +99,8 @@ class Ref:
     def __post_init__(self):
         if (self.images is None) == (self.from_ is None):
             raise UserError("needed: images=FOLDER|ZIP|TAR|NPZ or from=VIRTUAL_*.npz, one of the two")
+        if self.crop is not None and self.images is None:
+            raise UserError(f"crop={self.crop} is for images=; those of {self.from_} have one size")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -161,7 +168,7 @@ def calc_row(settings: Calc, alone: bool) -> dict:
             return json.loads(before) | names
         result = evaluate(run, settings, extractor, reference, folder / "parts", clip)
     else:
-        images = open_images(settings.images)
+        images = open_folder(settings.images)
         source = digest(str(images.path.absolute()))[:6]
         name = shortened(f"{images.path.name}-{score_name(settings, extractor, len(images))}")
         folder = row_folder(settings, images.path.parent, source, name, alone)
@@ -212,12 +219,19 @@ def compile_for(run: Run, settings: Calc) -> str:
     return "blocks" if pays_to_compile(run.device, images * calls * run.model.macs(), parameters) else "off"
 
 
+def open_folder(path: str) -> Images:
+    """The pictures at a path; of a folder that sample.py wrote, the samples without their grid."""
+    return open_images(Path(path) / "images" if (Path(path) / MANIFEST).is_file() else path)
+
+
 def evaluate_images(images: Images, settings: Calc, extractor: Extractor, reference: Reference) -> dict:
     """Scores images as they are -> metrics.json; an empty dict on every process but the first."""
+    check_size(reference, *images.size(settings.crop))
     started, rows = time.time(), shard_range(len(images))
-    batches = with_progress(map(extractor, images.batches(settings.batch_size, rows)), len(rows))
+    batches = with_progress(map(extractor, images.batches(settings.batch_size, rows, settings.crop)), len(rows))
     scores = score(batches, len(images), extractor, reference, metrics=settings.metrics)
-    about = {"n": len(images), "images": str(images.path), "seconds": round(time.time() - started, 3)}
+    about = {"n": len(images), "images": str(images.path), "crop": settings.crop}
+    about |= {"seconds": round(time.time() - started, 3)}
     return scores and scores | about | describe_scoring(extractor, reference, settings.metrics)
 
 
@@ -241,7 +255,8 @@ def ref(settings: Ref) -> None:
             made = make_reference(settings.from_, settings, settings.features)
             if made.extractor != reference.extractor:
                 raise UserError(f"{settings.from_} is for extractor={reference.extractor}, not {made.extractor}")
-            reference = dataclasses.replace(reference, features=made.features, extractor_sha256=made.extractor_sha256)
+            own = {key: getattr(made, key) for key in ("features", "extractor_sha256", "height", "width")}
+            reference = dataclasses.replace(reference, **own)
     if start_processes().is_main_process:
         write_reference(Path(settings.out), reference)
         kept = 0 if reference.features is None else len(reference.features)
@@ -251,13 +266,15 @@ def ref(settings: Ref) -> None:
 def make_reference(source: str, settings: Ref, wanted: int) -> Reference:
     """The statistics of all images of `source`, and the features of `wanted` of them, drawn uniformly."""
     extractor = cached_extractor(settings.extractor, settings.extractor_weights, settings.extractor_sha256)
-    images = open_images(source)
+    images = open_folder(source)
     rows, keep = shard_range(len(images)), torch.zeros(len(images), dtype=torch.bool)
     keep[torch.randperm(len(images), generator=seeded_generator("reference"))[:wanted]] = True
-    batches = with_progress(map(extractor, images.batches(settings.batch_size, rows)), len(rows))
+    batches = with_progress(map(extractor, images.batches(settings.batch_size, rows, settings.crop)), len(rows))
     kept = keep[rows.start : rows.stop] if wanted else None
     measured = measure(batches, extractor, spatial=extractor.num_spatial is not None, logits=False, keep=kept)
-    return reference_from(measured.stats, measured.spatial, measured.pool, extractor, str(images.path))
+    made = reference_from(measured.stats, measured.spatial, measured.pool, extractor, str(images.path))
+    height, width = images.size(settings.crop)
+    return dataclasses.replace(made, height=height, width=width)
 
 
 if __name__ == "__main__":

@@ -89,24 +89,31 @@ class Images:
         """The class folders, empty ones too: the first folders that differ. [] if the labels are given otherwise."""
         return self._labels_and_classes[1]
 
-    def batches(self, batch_size: int, rows: range) -> Iterator[torch.Tensor]:
-        """uint8 (B, 3, H, W) batches of the pictures `rows`, in order, for scoring: the pixels as they are stored.
+    def size(self, crop: int | None = None) -> tuple[int, int]:
+        """(H, W) of `batches`."""
+        return (crop, crop) if crop else self._decode(0).size[::-1]
 
-        Grey pictures become three equal channels, with a warning. Raises UserError for anything but 8-bit grey or RGB,
-        and for mixed sizes.
+    def batches(self, batch_size: int, rows: range, crop: int | None = None) -> Iterator[torch.Tensor]:
+        """uint8 (B, 3, H, W) batches of the pictures `rows`, in order, for scoring: the pixels as they are stored, or
+        squares of the side `crop`, as for encoding.
+
+        Grey pictures become three equal channels, with a warning. Raises UserError, where they are not cropped, for
+        anything but 8-bit grey or RGB, and for mixed sizes.
         """
         first = self._decode(0)
         if first.mode in ("L", "1"):
             warn(f"{self.path} holds grey images, repeated to three channels")
 
         def pixels(i: int) -> np.ndarray:
+            if crop:
+                return center_crop(self.read(i), crop).transpose(1, 2, 0)
             image = self._decode(i)
             if image.mode not in ("L", "RGB", "P", "1"):
                 raise UserError(f"{self.path}: {self.names[i]} has mode {image.mode}; needed: 8-bit grey or RGB")
             if image.size != first.size:
                 found, wanted = ("x".join(map(str, other.size)) for other in (image, first))
                 named = f"{self.names[i]} is {found}, {self.names[0]} is {wanted}"
-                raise UserError(f"{self.path}: {named}; needed: one size")
+                raise UserError(f"{self.path}: {named}; needed: one size, or crop=, their side as squares")
             return np.asarray(image.convert("RGB"))
 
         parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -178,8 +185,7 @@ def decoded_ahead(
 def open_images(path: str | Path, split: str | None = None, beside: str = LABEL) -> Images:
     """The pictures of a folder, searched recursively, and whatever else open_pictures reads, or of an .npz.
 
-    The .npz has `arr_0` (uint8, NHWC or NHW). split, beside: as in open_pictures. Raises UserError if there are no
-    pictures or the first cannot be decoded.
+    The .npz has `arr_0` (uint8, NHWC or NHW). split, beside: as in open_pictures. Raises UserError for no pictures.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -190,9 +196,7 @@ def open_images(path: str | Path, split: str | None = None, beside: str = LABEL)
     names = [name for name in tree.names if archives.is_picture(name)]
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(PICTURES)})")
-    images = Images(path, names, tree)
-    images._decode(0)  # before any slow work
-    return images
+    return Images(path, names, tree)
 
 
 def _map_array(path: Path, key: str) -> np.ndarray:

@@ -194,9 +194,12 @@ def prepare_pictures(
     """
     images, folder = _labelled(source), Path(path)
     names, val = images.classes if any(images.classes) else None, min(len(images) // 10, 500)
-    recipe = {"prepare": "pictures", "pictures": os.path.realpath(source), "number": len(images), "size": size}
-    told = hashlib.sha256(json.dumps([images.names, images.labels]).encode()).hexdigest()
-    recipe |= {"codec": dict(codec), "names": told}
+    told = hashlib.sha256(json.dumps([images.names, images.labels]).encode())
+    for i in spread_evenly(len(images), LOOKED_AT).tolist():  # not the path: sets and pictures may move together
+        with contextlib.suppress(UserError):  # of a row without a picture
+            told.update(images.tree.read(images.names[i]))
+    recipe = {"prepare": "pictures", "number": len(images), "size": size, "pictures": told.hexdigest()}
+    recipe |= {"codec": {key: value for key, value in codec.items() if key != "path"}}
     if _is_intact(folder):
         reserve(folder, recipe)
         return
@@ -205,11 +208,12 @@ def prepare_pictures(
     with locked(folder / ".pictures.lock"):
         note = folder / ".recipe.json"
         begun = read_json(note) if note.exists() else {}
+        vae = VAECodec(codec["path"], codec["scale"], codec["bias"]).to(device) if "path" in codec else None
+        recipe |= {"vae": vae and weights_sha256(vae.vae)}
         if not (folder / shards.FILE_NAME).exists() and begun.get("prepare") == "pictures" and begun != recipe:
             for path in (*folder.glob("*.tar"), note):
                 path.unlink()
         reserve(folder, recipe)
-        vae = VAECodec(codec["path"], codec["scale"], codec["bias"]).to(device) if "path" in codec else None
         pixels = size if vae is None else size * 2 ** (len(vae.vae.config.block_out_channels) - 1)
         made = f"{len(images)} pictures in {pixels} x {pixels} pixels, {val} of them for validation"
         print(f"data       {folder} is made once of {source}: {made}")
@@ -218,7 +222,7 @@ def prepare_pictures(
         for name, chosen in tqdm(plan_shards(len(images), SHARD_SIZE["pictures"], val).items(), disable=None):
             if not (folder / name).exists():
                 write_shard(folder / name, _encoded(images, chosen, pixels, vae, on_error))
-        about = dict(codec=dict(codec), codec_sha256=vae and weights_sha256(vae.vae), num_classes=names)
+        about = dict(codec=dict(codec), codec_sha256=recipe["vae"], num_classes=names)
         finalize(folder, LatentEncoding("sample_scaled"), **about)
 
 

@@ -19,7 +19,7 @@ from checkpoints.naming import digest, settings_name, shortened
 from conditions import Condition, labels_of
 from evaluation.clip import Clip
 from evaluation.features import CLASSIFIERS, Extractor, Features, load_extractor
-from evaluation.reference import Reference, read_reference, shipped_reference
+from evaluation.reference import Reference, check_size, read_reference, shipped_reference
 from evaluation.score import choose_metrics, describe_scoring, distance_name, score, shard_range
 from system import UserError
 from system.files import atomic_file
@@ -66,6 +66,7 @@ def evaluate(
     parts: a folder for the features of each finished batch, from which an interrupted call continues. clip: what scores
     how images fit their captions, those of the run's pool.
     """
+    check_run_size(run, reference)
     started, n = time.time(), len(settings.all_seeds)
     condition, captions = conditions.choose(settings.labels, settings.all_seeds, run.pool), None
     if clip is not None:
@@ -92,6 +93,12 @@ def evaluate(
         **describe_scoring(extractor, reference, settings.metrics),
         "config": asdict(run.settings),
     }  # fmt: skip
+
+
+def check_run_size(run: Run, reference: Reference) -> None:
+    """Raises UserError, before anything is generated, for a run whose images have another size than the reference's."""
+    if reference.height is not None:
+        check_size(reference, *run.codec.decode(torch.zeros(1, *run.model.latent_shape, device=run.device)).shape[2:])
 
 
 def generate_features(

@@ -4,6 +4,7 @@
     mu_s (2023,), sigma_s            the same of Inception's spatial features, for sFID
     features (M, D)                  float32, of M of the images, for precision, recall and KID
     n, extractor, extractor_sha256   the number of images, and the extractor
+    height, width                    of the images, in pixels
 
 A file of OpenAI's ADM evaluation (VIRTUAL_*.npz) has the first four, and 10,000 images instead of features.
 """
@@ -23,8 +24,8 @@ from evaluation.metrics import FeatureStats
 from system import UserError
 from system.files import atomic_file, sha256_once
 
-KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256")
-SINGLE = ("n", "extractor", "extractor_sha256")
+KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "extractor", "extractor_sha256", "height", "width")
+SINGLE = ("n", "extractor", "extractor_sha256", "height", "width")
 MAX_FEATURES = 10_000  # images whose features are kept, as many as ADM's files have
 
 
@@ -38,6 +39,8 @@ class Reference:
     n: int | None = None  # None = unknown (ADM's files)
     extractor: str = "inception"
     extractor_sha256: str | None = None
+    height: int | None = None  # None = unknown (ADM's files)
+    width: int | None = None
     source: str = ""  # the file, or a description
     sha256: str | None = None  # of the file
 
@@ -119,3 +122,10 @@ def check_extractor(reference: Reference, extractor: Extractor) -> None:
         raise UserError(f"{reference.source} has {found} features; {extractor.name} gives {extractor.num_features}")
     if reference.mu_s is not None and (found := len(reference.mu_s)) != extractor.num_spatial:
         raise UserError(f"{reference.source}: mu_s has {found} numbers; {extractor.name} gives {extractor.num_spatial}")
+
+
+def check_size(reference: Reference, height: int, width: int) -> None:
+    """Raises UserError for images of another size than the reference's, where that is known."""
+    if reference.height is not None and (reference.height, reference.width) != (height, width):
+        found = f"images of {width}x{height} pixels, and {reference.source} is of {reference.width}x{reference.height}"
+        raise UserError(f"{found}; needed: one size, which crop= makes of images=, here and in `fid.py ref`")

@@ -4,8 +4,9 @@
     python scripts/plot.py summary RUN
 
 curves.png: loss, validation (EMA, dense), learning rate, gradient norm, images/s, and the scores in RUN/eval that were
-computed at two steps or more, one panel for each score and setting. Seconds are those of training: without saves,
-validation, scores and previews. previews.png: the grids in RUN/samples, a column for each run, from early to late.
+computed at two steps or more, one panel for each score and setting; by name, where each run has one value. Seconds are
+those of training: without saves, validation, scores and previews. previews.png: the grids in RUN/samples, a column for
+each run, from early to late.
 out: where the pictures go, by default the run's folder, or the one that several have in common.
 """
 
@@ -74,10 +75,11 @@ def summarize(run: Path) -> None:
     rows["images/s (median)"] = f"{sorted(line['perf/img_per_s'] for line in trained)[len(trained) // 2]:,.0f}"
     if found := newest(run.glob("eval/*/metrics.json")):
         score = read_json(found)
-        told = {"fd_mnist": ".2f", "class_accuracy": ".3f", "n": ",.0f", "network_calls": ",.0f"}
-        names = "fd_mnist", "class accuracy", "samples scored", "network calls an image"
-        numbers = (format(convert(score.get(key), float, f"{found}: {key}"), form) for key, form in told.items())
-        rows |= dict(zip(names, numbers))
+        names = [name for name in score if name.startswith(SCORES) and not name.endswith("_std")]
+        told = {name: (name.replace("class_", "class "), ".3g") for name in names}
+        told |= {"n": ("samples scored", ",.0f"), "network_calls": ("network calls an image", ",.0f")}
+        for key, (name, form) in told.items():
+            rows[name] = format(convert(score.get(key), float, f"{found}: {key}"), form)
     width = max(map(len, rows))
     print("\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows.items()))
     if grid := newest(run.glob("samples/*/grid.png")):
@@ -128,14 +130,25 @@ def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
     rows = -(-len(panels) // 3)
     figure, axes = canvas((13, 0.5 + 3.1 * rows), rows, 3)
     for axis, panel in zip(axes, panels):
+        by_name = all(len(curves[panel][0]) == 1 for curves in runs.values() if panel in curves)
         for look, (name, curves) in zip(styles(len(runs)), runs.items()):
             if panel in curves:
                 few = len(curves[panel][0]) <= 20
-                axis.plot(*curves[panel], label=name, markersize=3, **look | ({} if few else {"marker": None}))
+                at, values = curves[panel]
+                axis.plot(
+                    [name] if by_name else at,
+                    values,
+                    label=name,
+                    markersize=3,
+                    **look | ({} if few else {"marker": None}),
+                )
         axis.set_title(PANELS.get(panel, panel), fontsize=10 if panel in PANELS else 8)
-        axis.set_xlabel("seconds of training" if x == "seconds" else x)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250, 1.5k, 20M
-        axis.set_xlim(left=0)
+        if by_name:
+            axis.tick_params("x", labelsize=7, labelrotation=15)
+        else:
+            axis.set_xlabel("seconds of training" if x == "seconds" else x)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250, 1.5k, 20M
+            axis.set_xlim(left=0)
         if panel.startswith(LOGARITHMIC):
             logarithmic(axis)
         if panel in ("train/lr", "perf/img_per_s"):

@@ -2,6 +2,8 @@
 
 import sys
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """A mistake of the user's, shown as one line with exit code 2: what was found and what is needed."""
@@ -16,5 +18,5 @@ def printable(text: str) -> str:
 
 
 def warn(line: str) -> None:
-    """To stderr rather than to a logger, which a launcher's settings may have switched off."""
-    print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
+    """To stderr rather than to a logger, which a launcher's settings may have switched off; not behind a bar."""
+    tqdm.write(f"warning: {printable(line)}", file=sys.stderr)

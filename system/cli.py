@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 from system import UserError, printable
 from system.launchers import own_process
@@ -39,14 +40,16 @@ LITERAL = {
     "ckpt", "weak_ckpt", "init_from", "resume", "images", "from", "ref", "out", "path", "results_dir", "run_name",
     "digits", "fashion", "source", "vae", "extractor_weights", "prompts", "text_encoder", "clip",
 }  # fmt: skip
+HYDRAS_OWN = re.compile("--(help|hydra-|version|cfg|resolve|package|run|multirun|shell-|config-|experimental-|info)")
+GUIDED = "guidance=cfg scale=2 or, of train.py's previews, guidance@preview=cfg preview.scale=2"
 # Keys that people bring along from other programs: what they are here.
 MEANT = {
     "lr": "train.lr", "learning_rate": "train.lr", "batch_size": "train.global_batch_size",
     "epochs": "train.max_steps, counted in steps", "steps": "train.max_steps", "seed": "seeds, such as seeds=0-9",
-    "train.seed": "seed",
-    "n": "seeds, such as seeds=0-9", "num_samples": "seeds, such as seeds=0-9", "cfg": "guidance=cfg scale=2",
-    "guidance_scale": "scale, with guidance=cfg", "cfg_scale": "scale, with guidance=cfg", "class": "class_idx",
-    "resolution": "data.input_size", "device": "CUDA_VISIBLE_DEVICES in front of the command, empty for the CPU",
+    "train.seed": "seed", "n": "seeds=0-9, of sample.py and fid.py", "num_samples": "seeds=0-9",
+    "cfg": GUIDED, "guidance_scale": GUIDED, "cfg_scale": GUIDED, "guidance": "guidance@preview or guidance@eval",
+    "class": "class_idx", "resolution": "data.input_size of train.py, size of encode_latents.py",
+    "device": "CUDA_VISIBLE_DEVICES in front of the command, empty for the CPU",
 }  # fmt: skip
 
 
@@ -68,8 +71,13 @@ def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]
     """Overrides with their paths quoted for Hydra, whose grammar gives =, spaces, commas and parentheses a meaning.
 
     A value that is quoted already stays; `~` is the home folder. sweep: commas separate several paths, unless the whole
-    is one that exists.
+    is one that exists. Raises UserError for paths without a key, and for options that are not Hydra's own.
     """
+    for before, word in zip(("", *overrides), overrides):
+        if word.startswith("--") and not HYDRAS_OWN.match(word):
+            raise UserError(f"found {word}; needed: key=value, without dashes")
+        if "=" not in word and "-" not in (word[:1], before[:1]) and not re.match("~[^/]", word):  # ~key deletes it
+            raise UserError(f"found {word}; needed: key=value, as in ckpt={word}, images={word} or data.path={word}")
     return [_literal_path(override, sweep) for override in overrides]
 
 
@@ -113,10 +121,10 @@ def _quoted(value: str) -> str:
 
 
 def verb(argv: Sequence[str], usage: str, choices: Sequence[str]) -> tuple[str, list[str]]:
-    """(verb, overrides) of a command line; prints `usage` and exits when help is asked for. Raises UserError."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    """(verb, overrides) of a command line; prints `usage` and exits where it is empty. Raises UserError."""
+    if not argv:
         print(usage.strip())
-        sys.exit(0 if argv else 2)
+        sys.exit(2)
     if argv[0] not in choices:
         raise UserError(f"unknown command {argv[0]!r}; needed: one of {', '.join(choices)}")
     return argv[0], list(argv[1:])
@@ -139,7 +147,7 @@ def user_errors() -> Iterator[None]:
             leave(error)
         if SHOW_TRACEBACK or not isinstance(error, USER_ERRORS):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # not behind a bar
         sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -183,9 +191,6 @@ def one_line(error: BaseException) -> str:
     key = re.search(r"Could not (?:override|append to config\.[^']*) '([^']+)'", text)
     if key:
         return f"unknown key '{key.group(1).rstrip('.')}'{_did_you_mean(key.group(1).rstrip('.'))}"
-    word = re.search(r"Error parsing override '([^'=]+)'\s*missing EQUAL", text)
-    if word:
-        return f"found {word[1]}; needed: key=value, as in ckpt={word[1]} or data.path={word[1]}"
     group = re.search(
         r"Could not find '([^']+)/([^'/]*)'\s+Available options in '[^']+':\s+(.*?)\s*Config search path",
         text, re.DOTALL,
@@ -230,7 +235,7 @@ def _did_you_mean(key: str) -> str:
 def command(main: Callable[[list[str]], int | None], usage: str) -> None:
     """Runs a script's main(arguments) -> exit code, None = 0, in a process suited to it; prints `usage` for help."""
     arguments = sys.argv[1:]
-    if arguments and arguments[0] in ("-h", "--help", "help"):
+    if {"-h", "--help"} & set(arguments) or arguments[:1] == ["help"]:
         print(usage.strip())
         return
     with user_errors():

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from system import UserError
+from system import UserError, warn
 
 CONNECTION_ERRORS = (
     torch.distributed.DistBackendError,
@@ -164,7 +163,7 @@ def agree(facts: dict[str, Any], refuse: bool = True) -> None:
                 if refuse:
                     raise UserError(f"{differing}; needed: the same on all processes")
                 if is_main():
-                    print(f"warning: {differing}: bits may differ from those of equal processes", file=sys.stderr)
+                    warn(f"{differing}: bits may differ from those of equal processes")
 
 
 def connection_lost(error: BaseException) -> bool:

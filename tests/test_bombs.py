@@ -33,7 +33,7 @@ PNG = PNG.getvalue()
 
 def bomb_png(path):
     Image.new("L", (12_000, 12_000)).save(path / "a.png", compress_level=1)
-    return lambda: open_images(path)
+    return lambda: open_images(path).read(0)
 
 
 def bomb_sample(path):
@@ -44,17 +44,17 @@ def bomb_sample(path):
 
 def postscript(path):
     (path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\nshowpage\n%%EOF\n")
-    return lambda: open_images(path)
+    return lambda: open_images(path).read(0)
 
 
 def pipe(path):
     os.mkfifo(path / "a.png")
-    return lambda: open_images(path)
+    return lambda: open_images(path).read(0)
 
 
 def device(path):
     (path / "a.png").symlink_to("/dev/zero")
-    return lambda: open_images(path)
+    return lambda: open_images(path).read(0)
 
 
 def encrypted(path):
@@ -64,7 +64,7 @@ def encrypted(path):
     at = contents.index(b"PK\x01\x02")
     contents[6] = contents[at + 8] = 1
     (path / "a.zip").write_bytes(contents)
-    return lambda: open_images(path / "a.zip")
+    return lambda: open_images(path / "a.zip").read(0)
 
 
 def deflate64(path):
@@ -74,7 +74,7 @@ def deflate64(path):
     at = contents.index(b"PK\x01\x02")
     contents[8] = contents[at + 10] = 9
     (path / "a.zip").write_bytes(contents)
-    return lambda: open_images(path / "a.zip")
+    return lambda: open_images(path / "a.zip").read(0)
 
 
 def no_directory(path):

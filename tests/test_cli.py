@@ -1,6 +1,7 @@
 """What a user does wrong gets one line on stderr and exit code 2, and nothing is started or lost."""
 
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -13,12 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import train as training
 from checkpoints.naming import run_name, sweep_name
 from checkpoints.run_folder import find_checkpoint, latest_checkpoint
 from dit import DiT
-from system import cli
+from system import cli, warn
 from tests import started
 from tests.made_runs import made_settings
 
@@ -87,7 +89,14 @@ TRAIN = {
     "train.learning_rate=1": "unknown key 'train.learning_rate'; here it is train.lr",
     "optimizer.lr=1": "unknown key 'optimizer.lr'; here it is train.lr",
     "train.seed=1": "unknown key 'train.seed'; here it is seed",
-    "datasets/mine": "found datasets/mine; needed: key=value, as in",
+    "cfg=2": "guidance@preview=cfg preview.scale=2",
+    "guidance=cfg": "unknown key 'guidance'; here it is guidance@preview",
+    "--lr=1e-3": "found --lr=1e-3; needed: key=value, without dashes",
+    "--lr 1e-3": "found --lr; needed: key=value, without dashes",
+    "datasets/mine": "found datasets/mine; needed: key=value, as in ckpt=datasets/mine, images=datasets/mine or",
+    "./photos/": "found ./photos/; needed: key=value, as in",
+    "/photos": "found /photos; needed: key=value, as in",
+    "~/photos": "found ~/photos; needed: key=value, as in",
     "+train.lr=1": "needed: train.lr=... without the +",
     "model=unet": "unknown model=unet; needed: one of",
     "train.max_steps=many": "train.max_steps=many; needed: a whole number",
@@ -186,6 +195,9 @@ def test_a_label_outside_the_classes_is_refused(command, tiny_overrides, few_lat
         ("sample.py", "ckpt={runs}/tread seeds=5-1", "seeds=5-1"),
         ("sample.py", "ckpt={runs}/tread sedes=5", "unknown key 'sedes'; did you mean seeds"),
         ("sample.py", "class=cat", "unknown key 'class'; here it is class_idx"),
+        ("sample.py", "resolution=64", "here it is data.input_size of train.py, size of encode_latents.py"),
+        ("fid.py", "calc ../my-photos", "found ../my-photos; needed: key=value, as in ckpt=../my-photos, images="),
+        ("fid.py", "calc --seeds=0-3", "found --seeds=0-3; needed: key=value, without dashes"),
         ("sample.py", "ckpt={runs}/tread guidance=cgf", "unknown guidance=cgf; needed: one of"),
         ("sample.py", "ckpt={runs}/tread class_idx=3 seeds=0-1", "class"),
         ("sample.py", "ckpt={runs}/tread guidance=sparse gamma_strong=0.8", "gamma_strong < gamma_weak"),
@@ -319,9 +331,16 @@ def test_a_run_starts_from_a_file_of_another_project(command, tiny_overrides, tm
 
 
 def test_help_is_no_error(command):
-    for script in ("train.py", "sample.py", "rf.py", "fid.py", "export.py", "cost.py"):
-        code, out, _ = command(script, "--help")
-        assert code == 0 and script in out
+    for script in ("train.py", "sample.py", "rf.py", "fid.py", "export.py", "cost.py", "tests/test_sanity_scores.py"):
+        for words in ("--help", "sample --help", "ckpt=runs/x -h"):
+            code, out, _ = command(script, *words.split())
+            assert code == 0 and Path(script).stem in out
+
+
+def test_a_warning_has_a_line_of_its_own_beside_a_bar(capsys):
+    with tqdm(total=2, disable=False):
+        warn("late")
+    assert re.search(r"\r *\rwarning: late\n", capsys.readouterr().err)
 
 
 def test_the_resolved_config_can_be_shown(command):

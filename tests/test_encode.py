@@ -207,7 +207,7 @@ def test_what_encoding_refuses(photos, vae, tmp_path):
     cases = [
         ((tmp_path / "none", tmp_path / "o", vae), "is not there"),
         ((tmp_path / "empty", tmp_path / "o", vae), "holds no images"),
-        ((tmp_path / "bad", tmp_path / "o", vae), "class/a.jpg"),
+        ((tmp_path / "bad", tmp_path / "o1", vae), "class/a.jpg"),
         ((photos, tmp_path / "o", tmp_path / "no-vae"), "no-vae"),
         ((photos, tmp_path / "o", vae, "flip=all"), "flip=all; needed: none or both"),
         ((photos, tmp_path / "o", vae, "val=26"), "val=26 of 26 images"),

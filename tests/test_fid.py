@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 
 import fid
 import sample
-from checkpoints import load
+from checkpoints import gallery, load
 from checkpoints.naming import settings_name
-from data.images import open_images
+from data.images import center_crop, open_images
 from evaluation import evaluate, features, metrics, score, table
 from evaluation.metrics import FeatureStats, frechet_distance
 from evaluation.reference import Reference, read_reference, write_reference
-from system import cli, compiling
+from system import UserError, cli, compiling
 from system.files import sha256_of
 from system.settings import parse
 from tests import started
@@ -310,6 +310,40 @@ def test_grey_images_are_repeated_and_said(tmp_path, digits, capsys):
     assert one["fd_mnist"] == pytest.approx(two["fd_mnist"], rel=1e-9)
 
 
+def test_a_folder_of_samples_is_scored_without_its_grid(pictures, digits, tmp_path):
+    shutil.copytree(pictures / "folder", tmp_path / "drawn" / "images")
+    Image.new("RGB", (60, 30)).save(tmp_path / "drawn" / "grid.png")
+    settings = [f"digits={digits}", "metrics=[fd]"]
+    refused = [f"images={tmp_path / 'drawn'}", f"out={tmp_path / 'out'}", *settings]
+    with pytest.raises(UserError, match="grid.png is 60x30.*needed: one size, or crop="):
+        calc(*refused)
+    (tmp_path / "drawn" / gallery.MANIFEST).write_text("{}")
+    plain = calc(f"images={pictures / 'folder'}", f"out={tmp_path / 'plain'}", *settings)
+    assert calc(*refused)["fd_mnist"] == pytest.approx(plain["fd_mnist"], rel=1e-9)
+
+
+def test_pictures_of_mixed_sizes_are_cropped_and_so_is_their_reference(tmp_path):
+    for i, image in enumerate(noise(70, 64, seed=2).permute(0, 2, 3, 1).numpy()):
+        (tmp_path / "mixed").mkdir(exist_ok=True)
+        Image.fromarray(image[: 64 - i % 5, : 64 - i % 7]).save(tmp_path / "mixed" / f"{i:02d}.png")
+    mixed, crop = open_images(tmp_path / "mixed"), "crop=28"
+    for i, image in enumerate(torch.cat([*mixed.batches(16, range(70), 28)]).numpy()):
+        assert (image == center_crop(mixed.read(i), 28)).all()
+    made = [f"images={tmp_path / 'mixed'}", "extractor=mnist", crop]
+    fid.main(["ref", *made, f"out={tmp_path / 'ref.npz'}"])
+    reference = read_reference(tmp_path / "ref.npz")
+    assert (reference.height, reference.width) == (28, 28)
+    scored = calc(*made, f"ref={tmp_path / 'ref.npz'}", "metrics=[fd]", f"out={tmp_path / 'out'}")
+    assert scored["fd_mnist"] == pytest.approx(0, abs=1e-4) and scored["crop"] == 28
+
+
+def test_a_run_of_another_size_than_the_reference_is_refused():
+    run, mu = load.load_run(sample.SHIPPED / "mnist-tread-edm"), np.zeros(64)
+    evaluate.check_run_size(run, Reference(mu, np.eye(64), height=28, width=28))
+    with pytest.raises(UserError, match="images of 28x28 pixels, and a is of 64x64; needed: one size"):
+        evaluate.check_run_size(run, Reference(mu, np.eye(64), height=64, width=64, source="a"))
+
+
 def npz(path, **arrays):
     np.savez(path, **arrays)
 
@@ -376,6 +410,7 @@ BAD_REFERENCES = {
     "width of features": ({**STATS, "features": np.zeros((9, 8))}, r"needed: finite numbers \(M, 64\)"),
     "order of bytes": ({**STATS, "features": np.zeros((9, 64), ">f4")}, "features is >f4"),
     "spatial features": ({**STATS, "mu_s": np.zeros(5), "sigma_s": np.eye(5)}, "mu_s has 5 numbers; mnist gives None"),
+    "size": ({**STATS, "height": 64, "width": 64}, "of 28x28 pixels, and .*ref.npz is of 64x64; needed: one size"),
 }
 
 
@@ -399,6 +434,7 @@ BAD_CALLS = {
     "unknown metric": (["images=a", "metrics=[fd,lpips]"], "lpips"),
     "impossible metric": (["images=a", "metrics=[sfid]"], "sfid needs a reference with mu_s"),
     "no checkpoint": (["ckpt=nowhere"], "nowhere"),
+    "crop": (["ckpt=nowhere", "crop=28"], "crop=28 is for images="),
     "no pattern": (["ckpt=nowhere/step_*"], "matches nothing"),
     "unknown compile": (["ckpt=assets/mnist-tread-edm", "compile=yes"], "auto, blocks or off"),
 }

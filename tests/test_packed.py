@@ -185,7 +185,8 @@ def test_bad_parquet_gets_one_line(case, tmp_path, capsys):
     error = capsys.readouterr().err
     assert refused.value.code == 2 and error.count("\n") == 1, error
     with pytest.raises(UserError, match=said):
-        _ = open_images(tmp_path).labels
+        images = open_images(tmp_path)
+        assert images.labels and images.read(0)
 
 
 def test_a_name_that_is_not_cached_gets_one_line(tmp_path, capsys):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from system import UserError, cli
 from tests import started
 from tests.conftest import ROOT
 from tests.made_runs import made_settings, make_run
-from training.prepare import settle_positions, start_from
+from training.prepare import settle_data, settle_positions, start_from
 
 TINY = ["model.depth=6", "model.hidden_size=32", "model.num_heads=2", "preview.every=0"]
 
@@ -191,6 +192,15 @@ def test_latents_are_the_named_vaes(tmp_path, monkeypatch):
     prepared(plain := settled(tmp_path / "pets", name="plain", codec=codec | {"scale": 1.0, "bias": 0.0}))
     z = data.open_latents(plain["path"]).read(range(5))[0].float()
     torch.testing.assert_close(latents.read(range(5))[0].float(), 2 * z - 0.5, atol=0.02, rtol=0.01)
+    Path("vae").rename("elsewhere")
+    moved = settled(tmp_path / "pets", codec=codec | {"path": "elsewhere"})
+    prepared(moved)
+    own = ["data=pictures", f"data.path={moved['path']}", "data.num_classes=2", "data.channels=4", "data.input_size=32"]
+    keys = [f"data.codec.path={moved['codec']['path']}", "data.codec._target_=autoencoder.VAECodec", "data.name=pets"]
+    assert settle_data(made_settings([*own, *keys]), latents).data.codec == moved["codec"]
+    AutoencoderKL(**blocks, **shape, layers_per_block=1).save_pretrained("another")
+    with pytest.raises(UserError, match="data.codec.path=another, and .* says vae"):
+        settle_data(made_settings([*own, *keys, "data.codec.path=another"]), latents)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +223,28 @@ def test_bad_folders_get_one_line(damage, given, said, tmp_path, monkeypatch, ca
         prepared(settled("pets", **given))
     error = capsys.readouterr().err
     assert refused.value.code == 2 and error.count("\n") == 1 and said in error, error
+
+
+def test_the_first_picture_too_may_be_damaged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (draw(tmp_path / "pets") / "a cat" / "0.png").write_bytes(b"?")
+    with pytest.raises(UserError, match="a cat/0.png .*damaged.*; needed: data.on_error=skip, or the picture deleted"):
+        prepared(settled("pets"))
+    prepared(found := settled("pets"), "skip")
+    assert sum(len(data.open_latents(found["path"], split=split)) for split in ("train", "val")) == 29
+
+
+def test_a_set_moves_with_its_pictures_and_knows_others_of_the_same_names(tmp_path, monkeypatch):
+    draw(tmp_path / "here" / "pets")
+    monkeypatch.chdir(tmp_path / "here")
+    prepared(settled("pets"))
+    monkeypatch.chdir((tmp_path / "here").rename(tmp_path / "there"))
+    written = Path("datasets/pets/train-000000.tar").stat().st_mtime_ns
+    prepared(settled("pets"))
+    assert Path("datasets/pets/train-000000.tar").stat().st_mtime_ns == written
+    Image.new("RGB", (40, 40)).save("pets/dog/7.png")
+    with pytest.raises(UserError, match="datasets/pets was begun with pictures="):
+        prepared(settled("pets"))
 
 
 def test_one_class_works_and_is_said_and_changed_pictures_are_refused(tmp_path, monkeypatch, capsys):

@@ -68,6 +68,10 @@ def test_lines_are_apart_in_grey_and_the_sheet_ends_with_the_last_step(runs, mon
     curves, (images, _, columns, labels) = drawn
     for axis in curves.axes[: len(plot.PANELS)]:
         assert len({line.get_linestyle() for line in axis.lines}) == len({line.get_label() for line in axis.lines}) == 2
+    curves.draw_without_rendering()
+    once, often = (curves.axes[[*plot.PANELS].index(name)] for name in ("val/loss_dense", "train/loss"))
+    assert [tick.get_text() for tick in once.get_xticklabels()] == ["a", "b"] and not once.get_xlabel()
+    assert often.get_xlabel() == "steps"
     assert images.shape == (6, 3, 122, 302) and columns == 1  # the second run has no previews
     assert labels == [f"a, step {step}" for step in (10, 30, 50, 60, 80, 100)]
 
@@ -111,6 +115,15 @@ def test_the_summary_has_the_newest_score_and_samples(runs, capsys):
         "class accuracy": "0.988", "samples scored": "1,000", "network calls an image": "38",
     }  # fmt: skip
     assert last == f"  samples: {grid}"
+
+
+def test_the_summary_has_the_scores_of_any_extractor(runs, capsys):
+    (runs / "a" / "eval" / "0000200-fid").mkdir()
+    score = {"fid5k": 7.381, "inception_score": 98.1, "inception_score_std": 1.0, "n": 5000, "network_calls": 40}
+    (runs / "a" / "eval" / "0000200-fid" / "metrics.json").write_text(json.dumps(score))
+    plot.main(["summary", str(runs / "a")])
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fid5k", "7.38"] in told and ["inception_score", "98.1"] in told and len(told) == 7
 
 
 @pytest.mark.parametrize("arguments, said", [

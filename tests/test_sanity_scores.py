@@ -3,7 +3,6 @@
 Real images against other real images, noise and, given keys of `fid.py calc` (ckpt=, guidance=), the samples of a run.
 """
 
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +14,6 @@ from evaluation.reference import MAX_FEATURES, Reference, reference_from
 from randomness import seeded_generator
 from scripts.plot import markdown
 from system import UserError, cli
-from system.launchers import own_process
 from system.settings import parse
 
 
@@ -72,6 +70,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.user_errors():
-        own_process()
-        main(sys.argv[1:])
+    cli.command(main, __doc__)

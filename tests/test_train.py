@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,6 +183,23 @@ def test_a_line_of_the_log_says_how_far_it_is_and_what_was_computed(run, monkeyp
         assert line["perf/tflops"] == pytest.approx(6 * macs * line["perf/img_per_s"] / 1e12)
         assert line["perf/mfu"] == pytest.approx(line["perf/tflops"] / 0.5) and "perf/host_s" not in line
     assert [line["perf/paused"] > 0 for line in lines] == [False, False, True]  # the save of step 4
+
+
+def test_the_hours_that_are_left_are_without_the_compilation(tmp_path, monkeypatch, capsys):
+    from training import log as logs
+
+    now = np.zeros(2)
+    monkeypatch.setattr(logs, "clocks", now.copy)
+    log = logs.Log(made_settings(["train.max_steps=100"]), tmp_path, 0, PartialState(), compiled="blocks")
+    for seconds in [60] + [1] * 9:  # the first step waits for the compiler
+        now += seconds
+        log.add(torch.tensor(1.0))
+    guard = SimpleNamespace(count=torch.tensor(0.0), first=torch.tensor(0.0), mode="stop")
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    net = build_network(made_settings(["model=dit", "model.depth=1"]))
+    log.train(SimpleNamespace(guard=guard, optimizer=optimizer, model=net, step=10), torch.tensor(1.0), 0.0, 0)
+    said = capsys.readouterr().out
+    assert "compiled   in 60 s" in said and "step_s 6.9 " in said and said.endswith("eta 0:01:30\n"), said
 
 
 def test_deterministic_algorithms_are_used_where_they_are_asked_for(run, monkeypatch):

@@ -50,7 +50,7 @@ class Log:
         self.resumed_at, self.there = start_step, from_first(lambda: made_at(run_folder, start_step)).split()
         self.losses, self.steps = torch.zeros((), device=dist.device), 0  # since the last line
         self.started, self.paused, self.waited = clocks(), np.zeros(2), 0.0
-        self.compiling = compiled == "blocks"
+        self.compiling, self.compile_s, self.pace = compiled == "blocks", 0.0, 0.0
         self.peak = peak_tflops(dist.device, settings.train.precision)
         self.skipped, self.unwritten, self.warned = 0.0, "", set()
         self.trackers = {}
@@ -73,8 +73,8 @@ class Log:
 
     def add(self, loss: torch.Tensor) -> None:
         if self.compiling:
-            self.say(f"compiled   in {clocks()[0] - self.started[0]:.0f} s, with the first step")
-            self.compiling = False
+            self.compiling, self.compile_s = False, clocks()[0] - self.started[0]
+            self.say(f"compiled   in {self.compile_s:.0f} s, with the first step")
         self.losses += loss
         self.steps += 1
         self.bar.update()
@@ -93,6 +93,8 @@ class Log:
         loss, left_out = totals.tolist()  # here the host waits
         norm, skipped, first_bad = torch.stack([grad_norm, guard.count, guard.first]).tolist()
         seconds, cpu_seconds = (clocks() - self.started - self.paused).tolist()
+        once = self.compile_s if self.steps > 1 else 0.0  # with the first step, which says nothing of those to come
+        self.pace, self.compile_s = (seconds - once) / (self.steps - bool(once)), 0.0
         images_per_s = self.steps * self.settings.global_batch_size / seconds
         macs = mean_macs(state.model, self.settings, state.step - self.steps, state.step)
         tflops = training_flops(macs, images_per_s / self.dist.num_processes) / 1e12
@@ -149,7 +151,7 @@ class Log:
         self.track(step, known)
         shown = [f"{name.split('/')[1]} {value:.4g}" for name, value in known.items() if name.count("/") == 1]
         if "perf/step_s" in known:
-            left = datetime.timedelta(seconds=round(known["perf/step_s"] * (self.settings.max_steps - step)))
+            left = datetime.timedelta(seconds=round(self.pace * (self.settings.max_steps - step)))
             shown.append(f"eta {left}")
         self.say(f"step {step}/{self.settings.max_steps}  " + "  ".join(shown))
 

@@ -20,6 +20,7 @@ from system import UserError, hub, printable
 from system.building import build, class_of
 from system.precision import choose_precision, decide_precision, launched_precision
 from system.settings import convert, refuse_interpolations
+from system.tensors import weights_sha256
 from training.ema import make_averages
 from training.guard import FiniteGuard
 from training.optimizer import make_optimizer
@@ -208,7 +209,7 @@ def settle_data(settings: Settings, latents: data.Latents) -> Settings:
         codec = {"_target_": vae, "path": None, "scale": None, "bias": 0.0} | usual | recorded | given
     for key in sorted(given.keys() & recorded.keys()):
         same = os.path.realpath if key == "path" else lambda value: value
-        if same(given[key]) != same(recorded[key]):
+        if same(given[key]) != same(recorded[key]) and not (key == "path" and is_of(given[key], latents)):
             found = f"data.codec.{key}={given[key]}, and {meta} says {recorded[key]}"
             raise UserError(f"{found}; needed: without data.codec.{key}, or another meta.json")
     if (settings.preview.every or settings.eval.every) and None in (codec.get("path", ""), codec.get("scale", "")):
@@ -219,6 +220,12 @@ def settle_data(settings: Settings, latents: data.Latents) -> Settings:
         raise UserError(f"data.classes names other classes than {meta}; needed: without data.classes")
     classes = (named or names) if settings.data.condition == "class" else None
     return replace(settings, data=replace(settings.data, codec=codec, classes=classes, usual_codec=None))
+
+
+def is_of(path: str, latents: data.Latents) -> bool:
+    """Whether the VAE at `path` has the weights that made the latents: it may lie elsewhere on another machine."""
+    made, section = latents.meta.get("codec_sha256"), {"_target_": "autoencoder.VAECodec", "path": path}
+    return made is not None and made == weights_sha256(build_codec(section, torch.device("cpu")).vae)
 
 
 def settle_positions(settings: Settings, resumed: Path | None) -> Settings:

@@ -18,7 +18,6 @@ reversed and renamed, and how, is in weights/layouts.py. A SPRINT does not say i
 import argparse
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from dit import SIZES, TIME_WIDTH
-from system import UserError
+from system import UserError, warn
 from system.building import build
 from system.settings import read_yaml
 from system.tensors import check_numbers, read_pt, read_safetensors
@@ -76,7 +75,7 @@ def read(path: Path, weights: str = "ema", family: str | None = None) -> tuple[A
         values = config_of(family, tensors, args, path)
         if values["model"]["_target_"] == "lightningdit.LightningDiT" and "use_rope" not in args:
             if not any(key.startswith("feat_rope.") for key in found):  # which are in the files of its own code
-                print(f"warning: {path} has no feat_rope and does not say use_rope; taken as true", file=sys.stderr)
+                warn(f"{path} has no feat_rope and does not say use_rope; taken as true")
         values["model"] |= stages
         if family != "maskdit" and len(tensors[LABELS]) == values["data"]["num_classes"]:  # without a null label
             tensors[LABELS] = torch.nn.functional.pad(tensors[LABELS], (0, 0, 0, 1))
