@@ -391,7 +391,7 @@ def test_more_names_than_classes():
 def test_seeds():
     assert parse_seeds("0-3") == [0, 1, 2, 3] and parse_seeds(7) == [7] and parse_seeds(("0-1", 7)) == [0, 1, 7]
     assert parse(config.Generation, {"seeds": ["0-3", 7]}).all_seeds == [0, 1, 2, 3, 7]
-    assert "at most 4194304 seeds" in refused(parse_seeds, "0-99999999999")
+    assert "at most 16777216 seeds" in refused(parse_seeds, "0-99999999999")
     for wrong in ("abc", "5-1", "-1", -1, "²", "9" * 5000, ("a",)):
         assert "needed: numbers and ranges" in refused(parse_seeds, wrong)
 
