@@ -175,7 +175,7 @@ def load(tensors: dict[str, torch.Tensor]) -> Condition:
     else:
         fits = found is None or found.dtype == torch.int64 and found.ndim == 1
     if not fits:
-        needed = "int64 (B,), or finite floats (B, T, D) and bool (B, T)"
+        needed = "int64 (B,), or finite (B, T, D) and bool (B, T)"
         raise UserError(f"conditions of odd shapes or types; needed: {needed}")
     return found
 
@@ -189,7 +189,7 @@ def load_stats(tensors: dict[str, torch.Tensor]) -> TextStats | None:
     fits = mean.shape == std.shape == width and null.ndim == 2 and null.shape == (max(1, len(null)), *width)
     fits = fits and all(tensor.dtype in DTYPES and tensor.isfinite().all() for tensor in stats)
     if not fits or not (std > 0).all():
-        needed = "finite floats: mean (D,), std (D,) above 0 and null (T, D), D the width of the texts"
+        needed = "finite mean (D,), std (D,) above 0 and null (T, D), D the width of the texts"
         raise UserError(f"the texts' statistics have odd shapes or numbers; needed: {needed}")
     return stats
 

@@ -34,35 +34,31 @@ COUNTED = 997  # images of the counted step: a prime, so that a tensor's size te
 WAYS = ("routed", "routed checkpointed", "dense", "dense checkpointed")
 
 
-def cost_table(model: Network, settings: Settings) -> str:
-    """Lines on parameters, forward pass and state."""
+def cost_table(model: Network, settings: Settings, hours: bool = True) -> str:
+    """Lines on parameters, forward pass, state and the whole run. hours: what it takes, by settings.hardware, too."""
     total, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
     dense, routed = model.macs(), model.macs(Routing())
-    forward = f"{dense / 1e9:.3f} GMACs dense"
+    train, hardware = settings.train, settings.hardware
+    at_end = train.max_steps - train.routed_steps
+    macs = mean_macs(model, train, 0, train.max_steps)
+    forward, told = f"{dense / 1e9:.3f} GMACs dense", f": {gpu_hours(macs, settings):.3g} GPU-hours"
     if model.routes:
         delayed = ["" if r.leave_layer_idx is None else f", leaving after {r.leave_layer_idx}" for r in model.routes]
         spans = [f"{r.start_layer_idx}..{r.end_layer_idx} at {r.selection_ratio:g}" for r in model.routes]
         spans = ", ".join(map("".join, zip(spans, delayed)))
         forward += f", {routed / 1e9:.3f} routed (blocks {spans}): {routed / dense:.4f}, {dense / routed:.3f}x cheaper"
-    averages = len(settings.ema.widths or ())
+        told += f" (dense: {gpu_hours(dense, settings):.3g})"
+    told += f" at {hardware.mfu:.0%} of {hardware.peak_tflops:g} TFLOP/s"
+    averages, steps = len(settings.ema.widths or ()), f"{train.max_steps} steps"
+    steps += f" (the last {at_end} without routes)" if at_end else ""
     state = "weights, gradients, EMA, Adam's moments" + (f", {averages} power averages" if averages else "")
     state += " (one moment less of Muon's matrices)" if settings.optimizer.name == "muon" else ""
     return "\n".join([
         f"parameters {total / 1e6:.2f} M in {tensors} tensors",
         f"forward    {forward}",
         f"state      {total * (BYTES_PER_PARAMETER + 4 * averages) / 1e9:.3f} GB: {state} in float32",
+        f"run        {steps} x {train.global_batch_size} images{told if hours else ''}",
     ])  # fmt: skip
-
-
-def hours_line(model: Network, settings: Settings) -> str:
-    """What the whole run takes on GPUs, by settings.train and settings.hardware."""
-    train, hardware, steps = settings.train, settings.hardware, f"{settings.train.max_steps} steps"
-    if at_end := train.max_steps - train.routed_steps:
-        steps += f" (the last {at_end} without routes)"
-    hours = f"{gpu_hours(mean_macs(model, train, 0, train.max_steps), settings):.3g} GPU-hours"
-    hours += f" (dense: {gpu_hours(model.macs(), settings):.3g})" if model.routes else ""
-    at = f"at {hardware.mfu:.0%} of {hardware.peak_tflops:g} TFLOP/s"
-    return f"run        {steps} x {train.global_batch_size} images: {hours} {at}"
 
 
 def mean_macs(model: Network, train: Train, after: int, step: int) -> float:
@@ -209,9 +205,7 @@ def main(overrides: list[str]) -> None:
     settings = parse(Settings, cli.load_config("config", overrides))
     with torch.device("meta"):  # shapes without memory
         model = build_network(settings)
-    print(
-        f"model      {type(model).__name__} {model.name}\n{cost_table(model, settings)}\n{hours_line(model, settings)}"
-    )
+    print(f"model      {type(model).__name__} {model.name}\n{cost_table(model, settings)}")
     print(memory_table(settings, settings.train.micro_batch_size or settings.train.global_batch_size, device="cuda"))
 
 

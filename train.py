@@ -40,8 +40,8 @@ from checkpoints.naming import run_name, sweep_name
 from checkpoints.resuming import begin, find_resume, flat, lock_run_folder, resume
 from checkpoints.run_folder import START_AGAIN, check_space, is_complete, save
 from conditions import Condition
-from cost import cost_table, hours_line, memory_table, out_of_memory
-from evaluation.evaluate import check_run_size, evaluate, extractor_and_reference, score_name
+from cost import cost_table, memory_table, out_of_memory
+from evaluation.evaluate import check_scoring, evaluate, extractor_and_reference, score_name
 from evaluation.score import write_metrics
 from evaluation.table import SCORES
 from randomness import BatchSlice, normal, seeded_generator
@@ -143,7 +143,7 @@ def start(
     if settings.eval.every or settings.preview.every and dist.is_main_process:
         state.ema.codec.check(state.model.latent_shape[0])  # a VAE that cannot be loaded is refused now
     if settings.eval.every:
-        check_run_size(state.ema, extractor_and_reference(settings.eval)[1])
+        check_scoring(state.ema, settings.eval)
     if resumed is not None:
         state.step = resume(resumed, settings, state.modules, state.optimizer, loaded.fingerprints)
     if dist.is_main_process:
@@ -454,7 +454,6 @@ def dry_run(settings: Settings, dist: PartialState, plan: data.BatchPlan) -> int
     loss, grad_norm = train_step(settings, TrainingData(no_data, no_data, plan), state, batches)
     if dist.is_main_process:
         print(f"model      {type(state.model).__name__} {state.model.name}\n{cost_table(state.model, settings)}")
-        print(hours_line(state.model, settings))
         print(memory_table(settings, plan.micro_batch_size, device=dist.device.type, processes=plan.world_size))
         print(
             f"dry run    one step on noise: loss {loss:.4g}, gradient norm {grad_norm:.4g}; nothing was read or written"

@@ -19,7 +19,6 @@ from data.encoding import LatentEncoding, guess_kind, is_moments, model_shape
 from data.index import NO_MORE_FILES, TEXT_FIELDS, Index, describe_sample, refuse_low_limit
 from randomness import Generators, seeded_generator
 from system import UserError, warn
-from system.files import own
 
 MAX_OPEN_SHARDS = 256
 MAX_SAMPLES = 4096  # for statistics, spread evenly over the set: enough for three digits
@@ -193,7 +192,7 @@ class Latents:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 os.close(self._files.pop(next(iter(self._files))))
             try:
-                self._files[shard] = own(self.folder / self._index.shards[shard], os.O_RDONLY)
+                self._files[shard] = os.open(self.folder / self._index.shards[shard], os.O_RDONLY | os.O_NONBLOCK)
             except OSError as error:
                 if error.errno not in NO_MORE_FILES or not self._files:
                     raise

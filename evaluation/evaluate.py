@@ -95,8 +95,13 @@ def evaluate(
     }  # fmt: skip
 
 
+def check_scoring(run: Run, settings: Scoring) -> None:
+    """Raises UserError, before anything is generated, where `evaluate` would."""
+    check_run_size(run, extractor_and_reference(settings)[1])
+
+
 def check_run_size(run: Run, reference: Reference) -> None:
-    """Raises UserError, before anything is generated, for a run whose images have another size than the reference's."""
+    """Raises UserError for a run whose images have another size than the reference's."""
     if reference.height is not None:
         check_size(reference, *run.codec.decode(torch.zeros(1, *run.model.latent_shape, device=run.device)).shape[2:])
 

@@ -56,7 +56,7 @@ class Batch(NamedTuple):
 
 def main(overrides: list[str]) -> None:
     cfg, flux = parse(Finetuning, cli.load_config("finetune_diffusers", overrides)), FluxTransformer2DModel
-    with hub.refusals(f"transformer={cfg.transformer}; needed: a Flux on the hub, or its folder"):
+    with hub.refusals(f"{cfg.transformer} cannot be loaded; needed: a Flux on the hub, or its folder"):
         model = flux.from_pretrained(cfg.transformer, subfolder="transformer") if cfg.transformer else flux(**TINY)
     try:
         model, shape = route(model, cfg.start, cfg.end, cfg.ratio).to(cfg.device), model.config

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from checkpoints.config import Train
-from cost import gpu_hours, hours_line, mean_macs
+from cost import cost_table, gpu_hours, mean_macs
 from dit import DiT
 from lightningdit import LightningDiT
 from maskdit import MaskDiT
@@ -84,8 +84,8 @@ def test_what_a_share_is():
     net = DiT(8, 2, 1, 32, 6, 2, num_classes=3, routes=[ROUTE])
     settings = made_settings(["train.max_steps=1000", "train.dense_last=0.25"])
     hours = 0.75 * gpu_hours(net.macs(Routing()), settings) + 0.25 * gpu_hours(net.macs(), settings)
-    assert f"1000 steps (the last 250 without routes) x 64 images: {hours:.3g} GPU-hours" in hours_line(net, settings)
-    assert "without routes" not in hours_line(net, made_settings([]))
+    assert f"1000 steps (the last 250 without routes) x 64 images: {hours:.3g} GPU-hours" in cost_table(net, settings)
+    assert "without routes" not in cost_table(net, made_settings([]))
     macs = [mean_macs(net, settings.train, after, after + 100) for after in (600, 700, 800)]
     dense, routed = net.macs(), net.macs(Routing())
     assert macs == [routed, (dense + routed) / 2, dense]

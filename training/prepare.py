@@ -313,7 +313,7 @@ def describe(
     lines = [
         f"run        {Path(settings.results_dir) / settings.run_name}" + (f", from {resumed}" if resumed else ""),
         f"model      {type(model).__name__} {model.name}",
-        cost_table(model, settings),
+        cost_table(model, settings, hours=False),
         f"data       {settings.data.path}: {len(latents)} samples of {tuple(latents.shape)}{held}",
         f"batch      {plan.global_batch_size} = {plan.world_size} processes x {plan.micro_batch_size} "
         f"x {plan.accumulation} accumulated; {train.max_steps} steps are {passes:.3g} passes over the samples",
