@@ -68,45 +68,48 @@ def scores(run):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The record of a race that was killed once, and that of one of its contestants, undisturbed."""
+    """The record of a race."""
     folder = tmp_path_factory.mktemp("race")
     assert "still to be run: dit-0, dit-1" in raced(folder / "whole", f"runs={folder / 'a'}", "only=[tread]")
+    raced(folder / "whole", f"runs={folder / 'a'}")
+    return next((folder / "whole").iterdir())
 
-    killed = subprocess.Popen(
-        command("run", "smoke", folder / "killed", f"runs={folder / 'b'}"), cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    log, deadline = folder / "b", time.monotonic() + 120
+
+@pytest.mark.slow
+def test_a_killed_race_goes_on_to_the_same_scores(smoke, tmp_path):
+    log, deadline = tmp_path / "b", time.monotonic() + 120
+    race = command("run", "smoke", tmp_path / "killed", f"runs={log}")
+    killed = subprocess.Popen(race, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not any(path.stat().st_size for path in log.glob("*/tread-0/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert not list((folder / "killed").glob("*/tread-0"))
+    assert not list((tmp_path / "killed").glob("*/tread-0"))
     while any(b"/b/" in line.read_bytes() for line in Path("/proc").glob("[0-9]*/cmdline") if line.is_file()):
         assert time.monotonic() < deadline, "the runs outlived the race"
         time.sleep(0.1)
-    raced(folder / "killed", f"runs={folder / 'b'}")
-    return next((folder / "whole").iterdir()), next((folder / "killed").iterdir())
-
-
-def test_a_killed_race_goes_on_to_the_same_scores(smoke):
-    whole, killed = smoke
+    raced(tmp_path / "killed", f"runs={log}")
+    record = next((tmp_path / "killed").iterdir())
     for run in ("tread-0", "tread-1"):
-        assert scores(whole / run) == scores(killed / run)
-    assert scores(whole / "tread-0") != scores(whole / "tread-1")
-    assert str(whole.parent.parent) not in "".join(path.read_text() for path in whole.glob("*/*"))  # no machine's paths
+        assert scores(smoke / run) == scores(record / run)
+
+
+def test_the_scores_are_of_their_seeds_and_the_record_of_no_machine(smoke):
+    assert scores(smoke / "tread-0") != scores(smoke / "tread-1")
+    assert str(smoke.parent.parent) not in "".join(path.read_text() for path in smoke.glob("*/*"))
 
 
 def test_a_finished_race_is_not_run_again(smoke):
-    before = {path: path.stat().st_mtime_ns for path in smoke[1].glob("*-?/*")}
-    done = started.run(command("run", "smoke", smoke[1].parent, f"runs={smoke[1] / 'unused'}"))
-    assert done.returncode == 0 and "finished" not in done.stdout and not (smoke[1] / "unused").exists()
-    assert before == {path: path.stat().st_mtime_ns for path in smoke[1].glob("*-?/*")}
+    before = {path: path.stat().st_mtime_ns for path in smoke.glob("*-?/*")}
+    done = started.run(command("run", "smoke", smoke.parent, f"runs={smoke / 'unused'}"))
+    assert done.returncode == 0 and "finished" not in done.stdout and not (smoke / "unused").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in smoke.glob("*-?/*")}
 
 
 @pytest.mark.parametrize("lost", ["log line", "validation", "score", "run", "file"])
 def test_what_is_missing_is_named(smoke, tmp_path, lost):
-    shutil.copytree(smoke[1], tmp_path / smoke[1].name)
-    run = tmp_path / smoke[1].name / "dit-1"
+    shutil.copytree(smoke, tmp_path / smoke.name)
+    run = tmp_path / smoke.name / "dit-1"
     if lost in ("log line", "validation", "score"):
         path = run / ("scores.jsonl" if lost == "score" else "metrics.jsonl")
         key = {"log line": "train/loss", "validation": "val/loss_dense", "score": "fd_mnist"}[lost]
@@ -128,8 +131,8 @@ def test_bad_input_is_one_line(smoke, tmp_path):
     assert "cores" in refused("run", "smoke", tmp_path, "at_once=1000")
     assert "no record" in refused("show", "smoke", tmp_path)
     assert not list(tmp_path.iterdir())
-    other = tmp_path / smoke[1].name
-    shutil.copytree(smoke[1], other)
+    other = tmp_path / smoke.name
+    shutil.copytree(smoke, other)
     (other / "race.yaml").write_text((other / "race.yaml").read_text().replace("steps: 20", "steps: 30"))
     done = started.run(command("run", "smoke", tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

@@ -219,13 +219,14 @@ def test_the_bench_knows_it(model):
     assert routed["step_gb"] < dense["step_gb"] and (report["graph_breaks"], report["recompiles"]) == (0, 0)
 
 
-def test_cost_is_printed_before_a_run(capsys):
-    keys = ["data=imagenet256", "model.size=DiT-XL/2"]
-    cost.main(["model=sprint", *keys])
-    out = capsys.readouterr().out
-    assert "42.515 routed (blocks 2..25 at 0.75): 0.3564, 2.806x cheaper" in out
-    cost.main(["model=maskdit", *keys])
-    assert "65.451 routed (blocks 0..27 at 0.5)" in capsys.readouterr().out
+def test_cost_before_a_run():
+    def table(name: str) -> str:
+        settings = made_settings([f"model={name}", "data=imagenet256", "model.size=DiT-XL/2"])
+        with torch.device("meta"):
+            return cost.cost_table(build_network(settings), settings)
+
+    assert "42.515 routed (blocks 2..25 at 0.75): 0.3564, 2.806x cheaper" in table("sprint")
+    assert "65.451 routed (blocks 0..27 at 0.5)" in table("maskdit")
 
 
 def test_guidance_of_previews_is_refused_before_the_first_step(run):

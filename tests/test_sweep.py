@@ -83,6 +83,7 @@ def launcher(tmp_path, text):
     return f"launch={path}"
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_in_its_second_run_goes_on_with_it(run, tiny_overrides, tmp_path):
     own = ["run_name=four", "model=dit,tread", "train.lr=1e-3,2e-3", f"results_dir={tmp_path}", "train.max_steps=60"]
     keys = [*(key for key in tiny_overrides if key != "train.max_steps=7"), *own]
