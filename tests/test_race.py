@@ -269,7 +269,7 @@ def test_one_seed_has_neither_deviation_nor_test():
 
 
 def test_the_last_step_is_scored_with_more_images(smoke):
-    for scores in smoke[0].glob("*/scores.jsonl"):
+    for scores in smoke.glob("*/scores.jsonl"):
         assert [(found["step"], found["n"]) for found in map(json.loads, scores.open())] == [(10, 50), (20, 60)]
 
 
