@@ -176,26 +176,32 @@ def run(command: Command, race: Race, folder: Path) -> None:
     write_text_atomic(folder / "race.yaml", as_yaml(race))
     cores = sorted(os.sched_getaffinity(0))
     places = [cores[i * race.cores : (i + 1) * race.cores] for i in range(command.at_once)]
-    training = {name: threading.Lock() for name in run_names(race)}
+    training, failed = {name: threading.Lock() for name in run_names(race)}, threading.Event()
 
     def take_place() -> None:
         os.sched_setaffinity(0, places.pop())  # of this thread, and of the processes that it starts
 
     def work(name: str) -> None:
+        if failed.is_set():  # after an error, no other run begins
+            return
         contestant, seed = run_names(race)[name]
         trained = f"{trains_for(race, contestant)}-{seed}"
         run_folder = Path(command.runs) / folder.name / trained
-        with training[trained]:
-            train(race, contestant, seed, run_folder)
         scores = run_folder / f"scores-{contestant}"
-        score(race, contestant, run_folder, scores)
-        keep(run_folder, scores, folder / name)
+        try:
+            with training[trained]:
+                train(race, contestant, seed, run_folder)
+            score(race, contestant, run_folder, scores)
+            keep(run_folder, scores, folder / name)
+        except BaseException:
+            failed.set()
+            raise
         print(f"{name}: finished", flush=True)
 
     wanted = command.only or race.contestants
     names = [name for name in missing_runs(race, folder) if run_names(race)[name][0] in wanted]
     with ThreadPoolExecutor(command.at_once, initializer=take_place) as pool:
-        list(pool.map(work, names))  # after an error, no other run begins
+        list(pool.map(work, names))
 
 
 def training_overrides(race: Race, contestant: str) -> list[str]:

@@ -268,6 +268,24 @@ def test_one_seed_has_neither_deviation_nor_test():
     assert compare({"a": np.array([1.0]), "b": np.array([2.0])}, "less")[1][1][4:] == ["+1", "", ""]
 
 
+def test_after_an_error_no_other_run_begins(tmp_path, monkeypatch):
+    begun, third = [], threading.Event()
+
+    def train(race, contestant, seed, run_folder):
+        begun.append(run_folder.name)
+        if len(begun) > 2:
+            third.set()
+        if run_folder.name == "dit-0":
+            third.wait(1)
+        raise RuntimeError(run_folder.name)
+
+    monkeypatch.setattr(scripts.race, "train", train)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: None)
+    with pytest.raises(RuntimeError, match="dit-0"):
+        main(["run", "name=smoke", f"records={tmp_path}", f"runs={tmp_path / 'runs'}"])
+    assert sorted(begun) == ["dit-0", "tread-0"]
+
+
 def test_the_last_step_is_scored_with_more_images(smoke):
     for scores in smoke.glob("*/scores.jsonl"):
         assert [(found["step"], found["n"]) for found in map(json.loads, scores.open())] == [(10, 50), (20, 60)]
