@@ -447,8 +447,7 @@ def statistics(race: Race, runs: Runs, read: Runs) -> str:
     """
     text, number, accuracy = f"# {race.question}\n\n", 0, race.accuracy.replace("_", " ")
     where = [(after(unit, x), runs, unit, x) for unit, x in moments(race, runs).items()]
-    if where[-1][2] == "seconds":
-        own = common(read, "seconds")
+    if where[-1][2] == "seconds" and (own := common(read, "seconds")) is not None:
         where.append((f"{after('seconds', own)}, by each run's own time per step", read, "seconds", own))
     names = {race.metric: race.metric, race.accuracy: accuracy, **{key: key for key in shared(runs, ALSO)}}
     for key, name in (names | {LOSS: "validation loss (EMA, without routing)"}).items():
