@@ -57,8 +57,10 @@ def begun_precision(folder: str | Path | None) -> str | None:
 
 def reserve(folder: Path, settings: dict) -> dict:
     """The contents of samples.json so far. Raises UserError for images of other settings, and for links."""
-    if folder.is_dir():
-        check_no_links(folder)
+    if (images := folder / "images").is_symlink():
+        raise UserError(f"{images} is a link; needed: another out")
+    if images.is_dir():
+        check_no_links(images)
     now = json.loads(json.dumps(settings))
     written = read_manifest(folder) or {"settings": now}
     was = written["settings"]

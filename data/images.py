@@ -113,7 +113,7 @@ class Images:
             if image.size != first.size:
                 found, wanted = ("x".join(map(str, other.size)) for other in (image, first))
                 named = f"{self.names[i]} is {found}, {self.names[0]} is {wanted}"
-                raise UserError(f"{self.path}: {named}; needed: one size, or crop=, their side as squares")
+                raise UserError(f"{self.path}: {named}; needed: one size, or crop=SIDE, which makes squares of them")
             return np.asarray(image.convert("RGB"))
 
         parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

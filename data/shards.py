@@ -136,7 +136,7 @@ def open_latents(
             raise UserError(f"{path} is missing or has changed: its sha256 is not the one in {FILE_NAME}")
         stats = load_stats(read_safetensors(path)[0])
         if stats is None or len(stats.mean) != latents.text_width:
-            raise UserError(f"{path} holds no statistics of texts of width {latents.text_width}; needed: such")
+            raise UserError(f"{path} is of other texts; needed: statistics of width {latents.text_width}")
         latents.set_stats(stats)
     return latents
 

@@ -152,7 +152,7 @@ def load_pretrained(place: str, choose: Callable[[Any], tuple[Any, Any]]) -> tup
             like = kind.from_config(config, **safely) if hasattr(kind, "from_config") else kind(config)
         held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if (asked := sum(p.numel() for p in like.parameters())) > held:
-            raise UserError(f"its config is of {asked} weights, and its safetensors files have {held} bytes")
+            raise UserError(f"its config describes {asked} weights, and its safetensors files hold {held} bytes")
     model, found = kind.from_pretrained(place, config=config, use_safetensors=True, output_loading_info=True, **safely)
     return model, AutoTokenizer.from_pretrained(place, **safely), sorted(found["missing_keys"])
 
@@ -160,7 +160,8 @@ def load_pretrained(place: str, choose: Callable[[Any], tuple[Any, Any]]) -> tup
 def check_tokens(ids: torch.Tensor, model: Any, name: str) -> None:
     """Raises UserError where a tokenizer has made a token that is none of its model's."""
     if (most := int(ids.max())) >= (known := len(model.get_input_embeddings().weight)):
-        raise UserError(f"{name}: its tokenizer makes the token {most}, and its network knows {known}; needed: a pair")
+        needed = "a tokenizer and a network that belong together"
+        raise UserError(f"{name}: its tokenizer makes token {most}, and its network has {known}; needed: {needed}")
 
 
 def _place(name: str) -> str:

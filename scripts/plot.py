@@ -133,15 +133,9 @@ def draw_curves(runs: dict[str, Curves], x: str, path: Path) -> None:
         by_name = all(len(curves[panel][0]) == 1 for curves in runs.values() if panel in curves)
         for look, (name, curves) in zip(styles(len(runs)), runs.items()):
             if panel in curves:
-                few = len(curves[panel][0]) <= 20
                 at, values = curves[panel]
-                axis.plot(
-                    [name] if by_name else at,
-                    values,
-                    label=name,
-                    markersize=3,
-                    **look | ({} if few else {"marker": None}),
-                )
+                look |= {} if len(at) <= 20 else {"marker": None}
+                axis.plot([name] if by_name else at, values, label=name, markersize=3, **look)
         axis.set_title(PANELS.get(panel, panel), fontsize=10 if panel in PANELS else 8)
         if by_name:
             axis.tick_params("x", labelsize=7, labelrotation=15)

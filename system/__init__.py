@@ -18,5 +18,5 @@ def printable(text: str) -> str:
 
 
 def warn(line: str) -> None:
-    """To stderr rather than to a logger, which a launcher's settings may have switched off; not behind a bar."""
+    """To stderr, above a progress bar; not to a logger, which a launcher's settings may have switched off."""
     tqdm.write(f"warning: {printable(line)}", file=sys.stderr)

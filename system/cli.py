@@ -40,7 +40,10 @@ LITERAL = {
     "ckpt", "weak_ckpt", "init_from", "resume", "images", "from", "ref", "out", "path", "results_dir", "run_name",
     "digits", "fashion", "source", "vae", "extractor_weights", "prompts", "text_encoder", "clip",
 }  # fmt: skip
-HYDRAS_OWN = re.compile("--(help|hydra-|version|cfg|resolve|package|run|multirun|shell-|config-|experimental-|info)")
+HYDRAS_OWN = re.compile(
+    "(-[hcprmi]|-s?c|-c[pnd]|--(help|hydra-help|version|cfg|resolve|package|run|multirun|info|shell-completion"
+    "|experimental-rerun|config-(path|name|dir)))(=.*)?"
+)
 GUIDED = "guidance=cfg scale=2 or, of train.py's previews, guidance@preview=cfg preview.scale=2"
 # Keys that people bring along from other programs: what they are here.
 MEANT = {
@@ -74,7 +77,7 @@ def literal_paths(overrides: Sequence[str], *, sweep: bool = False) -> list[str]
     is one that exists. Raises UserError for paths without a key, and for options that are not Hydra's own.
     """
     for before, word in zip(("", *overrides), overrides):
-        if word.startswith("--") and not HYDRAS_OWN.match(word):
+        if word.startswith("-") and not HYDRAS_OWN.fullmatch(word):
             raise UserError(f"found {word}; needed: key=value, without dashes")
         if "=" not in word and "-" not in (word[:1], before[:1]) and not re.match("~[^/]", word):  # ~key deletes it
             raise UserError(f"found {word}; needed: key=value, as in ckpt={word}, images={word} or data.path={word}")
@@ -147,7 +150,7 @@ def user_errors() -> Iterator[None]:
             leave(error)
         if SHOW_TRACEBACK or not isinstance(error, USER_ERRORS):
             raise
-        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # not behind a bar
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # above a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

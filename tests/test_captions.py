@@ -340,5 +340,5 @@ def test_statistics_that_cannot_be_used_are_refused(folder, tmp_path):
         save_file(named, other / "texts.safetensors")
         about = read_manifest(folder) | {"text_stats": sha256_of(other / "texts.safetensors")}
         (other / "meta.json").write_text(json.dumps(about))
-        with pytest.raises(UserError, match="texts.safetensors holds no statistics of texts of width 8"):
+        with pytest.raises(UserError, match="texts.safetensors is of other texts; needed: statistics of width 8"):
             open_latents(other, condition="text")

@@ -93,6 +93,8 @@ TRAIN = {
     "guidance=cfg": "unknown key 'guidance'; here it is guidance@preview",
     "--lr=1e-3": "found --lr=1e-3; needed: key=value, without dashes",
     "--lr 1e-3": "found --lr; needed: key=value, without dashes",
+    "--run_name=x": "found --run_name=x; needed: key=value, without dashes",  # which begins as --run, of Hydra
+    "-n 4": "found -n; needed: key=value, without dashes",
     "datasets/mine": "found datasets/mine; needed: key=value, as in ckpt=datasets/mine, images=datasets/mine or",
     "./photos/": "found ./photos/; needed: key=value, as in",
     "/photos": "found /photos; needed: key=value, as in",

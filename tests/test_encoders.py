@@ -194,7 +194,7 @@ HOSTILE = {
     "a length that is text": (changed("tokenizer_config.json", model_max_length="a"), "cannot be loaded"),
     "a negative length": (changed("tokenizer_config.json", model_max_length=-1), "text_length=-1; needed: less"),
     "no padding": (changed("tokenizer_config.json", pad_token=None), "cannot be loaded.*padding token"),
-    "a token of no network": (unknown_token, "its tokenizer makes the token 1000000, and its network knows 1"),
+    "a token of no network": (unknown_token, "its tokenizer makes token 1000000, and its network has 1"),
 }  # fmt: skip
 
 
