@@ -46,13 +46,13 @@ def solve(objective, predict: Callable, noise: torch.Tensor, settings: dict, gen
     own = takes == objective.predicts
     sampler = objective.sample if own else samplers[takes]
     settings = fitting(settings, sampler) | {"generators": generators}
-    if takes == "noise":
-        denoise = predict if objective.predicts == "denoised" else as_denoised(predict)
-        return sampler(denoise, noise, **settings, alpha_bar=getattr(objective, "alpha_bar", None))
 
     def plain(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # without the variance that a network has learned
         return predict(x, t)[:, : x.shape[1]]
 
+    if takes == "noise":
+        denoise = predict if objective.predicts == "denoised" else as_denoised(plain)
+        return sampler(denoise, noise, **settings, alpha_bar=getattr(objective, "alpha_bar", None))
     if own:
         return sampler(plain, noise, **settings)
     if takes == "denoised":

@@ -8,9 +8,10 @@ from ddpm import DDPM
 from edm import EDM
 from guidance import guide
 from randomness import seeded_generator
+from rf import RectifiedFlow
 from solvers import ddpm_sampler, linear_alpha_bar, solve, step_indices
 from system import UserError
-from tests.test_solvers import MEAN, NOISE, STD, denoise
+from tests.test_solvers import MEAN, NOISE, STD, denoise, velocity
 
 X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.zeros(3, dtype=torch.int64)
@@ -118,8 +119,10 @@ def test_the_default_of_the_objective_and_other_samplers_do_not_see_the_variance
 
 
 def test_other_objectives_take_these_steps_too():
-    out = solve(EDM(), denoise, NOISE, {"takes": "noise", "solver": "ddim", "num_steps": 1000}, None)
-    assert (out - MEAN - STD * NOISE.double()).abs().max() < 0.03
+    noise, with_variance = NOISE.view(32, 2, 2, 2), lambda x, t: velocity(x, t).repeat(1, 2, 1, 1)
+    for objective, predict in ((EDM(), denoise), (RectifiedFlow(), velocity), (RectifiedFlow(), with_variance)):
+        out = solve(objective, predict, noise, {"takes": "noise", "solver": "ddim", "num_steps": 1000}, None)
+        assert (out - MEAN - STD * noise.double()).abs().max() < 0.03
 
 
 def test_guidance_leaves_the_variance_to_the_strong_branch():
