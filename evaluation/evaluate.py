@@ -145,7 +145,11 @@ def read_part(path: Path, device: torch.device) -> Features:
 
 def describe_run(run: Run, settings: Scoring, clip: Clip | None = None) -> dict:
     """Everything that the images and their CLIP scores depend on."""
-    weak = load_weak(run, settings)
+    weak, told = load_weak(run, settings), {}
+    if run.captions:
+        told = {"prompts": len(run.captions), "prompts_sha256": digest("\n".join(run.captions))}
+    elif conditions.kind_of(run.pool) == "text":  # those that it has kept, or another set's
+        told = {"texts_sha256": hashlib.sha256(save(conditions.save(run.pool))).hexdigest()}
     return {
         "n": len(settings.all_seeds), "seeds": str(settings.seeds),
         "labels": settings.labels,
@@ -159,7 +163,7 @@ def describe_run(run: Run, settings: Scoring, clip: Clip | None = None) -> dict:
         "checkpoint_sha256": run.sha256 if run.checkpoint else None,
         "weak_sha256": weak.sha256 if weak is not run else None,
         "codec": run.settings.data.codec, "rounding": "nearest",
-        **({"prompts": len(run.captions), "prompts_sha256": digest("\n".join(run.captions))} if run.captions else {}),
+        **told,
         **({"clip": clip.name, "clip_sha256": clip.sha256} if clip is not None else {}),
     }  # fmt: skip
 

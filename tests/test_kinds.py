@@ -19,6 +19,7 @@ from checkpoints.load import load_run
 from checkpoints.run_folder import latest_checkpoint
 from data.encoding import LatentEncoding
 from data.shards import finalize, shard_name, write_shard
+from evaluation.evaluate import describe_run
 from evaluation.features import Classifier
 from system import UserError
 from tests.conftest import numbers
@@ -188,6 +189,11 @@ def test_other_texts_come_from_data_path(trained, sets, tmp_path):
     assert len(set(others)) == 4 and not set(others) & set(plain)
     about = json.loads((tmp_path / "others" / "samples.json").read_text())
     assert about["settings"]["data"] == str(other)
+    told = []
+    for path in (None, sets["text"], other):  # by which fid.py knows what has been scored before
+        settings = fid.Calc(ckpt=str(folder), data=sample.Source(path and str(path)))
+        told.append(describe_run(fid.load_scored(settings), settings))
+    assert told[0] == told[1] and told[0]["texts_sha256"] != told[2]["texts_sha256"]
 
 
 @pytest.mark.parametrize("name", ["tread", "sprint", "maskdit"])
