@@ -78,8 +78,7 @@ class Calc(Scoring):
             raise UserError(f"crop={self.crop} is for images=; a run's have one size")
         if self.clip is not None and self.prompts is None:
             raise UserError(f"clip={self.clip} compares images with what was asked for; needed: prompts=FILE, too")
-        if self.prompts is not None and self.data.path is not None:
-            raise UserError("prompts= and data.path= both say what to draw; needed: one of them")
+        self.data.check(self.prompts)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,14 @@ class Source:
     path: str | None = None
     text_encoder: str | None = None
 
+    def check(self, asked: str | None) -> None:
+        """Raises UserError where there is nothing that this is the source of. asked: the prompt or the file of prompts,
+        if any."""
+        if asked is not None and self.path is not None:
+            raise UserError(f"prompts and data.path={self.path} both say what to draw; needed: one of them")
+        if asked is None and self.text_encoder is not None:
+            raise UserError(f"data.text_encoder={self.text_encoder} is for prompts, and there are none; needed: both")
+
 
 @dataclass(frozen=True)
 class Sampling(Generation):
@@ -66,6 +74,7 @@ class Sampling(Generation):
         told |= {"prompt": self.prompt, "prompts": self.prompts}
         if len(given := [f"{key}={value}" for key, value in told.items() if value is not None]) > 1:
             raise UserError(f"{' and '.join(given)} both say what to draw; needed: one of them")
+        self.data.check(self.prompt or self.prompts)
 
     @property
     def rule(self) -> str | int:
@@ -96,6 +105,9 @@ def adjust(run: Run, settings: Any) -> None:
     sampler = settings.sampler or run.settings.sampler
     run.settings = replace(run.settings, sampler=sampler, data=replace(run.settings.data, codec=codec))
     if settings.data.path is not None:
+        if (kind := conditions.kind_of(run.model.null_condition)) != "text":
+            found = f"data.path={settings.data.path} is for its texts, and the network takes {conditions.KINDS[kind]}"
+            raise UserError(f"{found}; needed: without data.path")
         split = "val" if data.has_split(settings.data.path, "val") else "train"
         kept = open_conditions(run, settings.data.path, split).conditions(KEPT)
         conditions.check(kept, run.model.null_condition)

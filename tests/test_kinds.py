@@ -220,7 +220,8 @@ def test_it_is_scored(name, trained, tmp_path, monkeypatch):
         ("alone", ["guidance=cfg"], "takes no condition; needed: weak_label=same"),
         ("alone", ["guidance=icg"], "takes no condition; needed: weak_label=same"),
         ("tread", ["data.path={class}"], "holds class labels beside its latents, not texts"),
-        ("classes", ["data.path={text}"], "holds texts beside its latents, not class labels"),
+        ("classes", ["data.path={class}"], "is for its texts, and the network takes class labels; needed: without"),
+        ("alone", ["data.path={none}"], "is for its texts, and the network takes no condition; needed: without"),
     ],
 )  # fmt: skip
 def test_what_a_network_is_not_told_is_refused(name, overrides, message, trained, sets, tmp_path):

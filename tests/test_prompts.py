@@ -198,6 +198,8 @@ BAD = [
     (["prompt=a", "prompts={empty}"], "both say what to draw"),
     (["prompt=a", "labels=random"], "labels=random and prompt=a both say what to draw"),
     (["class_idx=1"], "class_idx=1, and the network takes texts; needed: .* or prompt="),
+    (["prompt=a", "data.path=somewhere"], "prompts and data.path=somewhere both say what to draw"),
+    (["labels=1", "data.text_encoder=made"], "data.text_encoder=made is for prompts, and there are none"),
     (["prompt=a", "data.text_encoder=other"], "text encoder other cannot be loaded"),
 ]
 
@@ -261,7 +263,7 @@ def test_prompts_are_scored(folder, tmp_path, monkeypatch):
     assert len(metrics["prompts_sha256"]) == 64
     for wrong, message in (
         (["prompts=null"], "clip=made compares images with what was asked for; needed: prompts=FILE"),
-        (["data.path=somewhere"], "prompts= and data.path= both say what to draw"),
+        (["data.path=somewhere"], "prompts and data.path=somewhere both say what to draw"),
     ):
         with pytest.raises(UserError, match=message):
             fid.main([*call, *wrong])
