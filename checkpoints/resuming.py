@@ -116,7 +116,7 @@ def resume(
     for name, module in modules.items():
         file = path / f"{name}.safetensors"
         if not file.is_file():
-            raise UserError(f"{path} has no {file.name}; needed: a run with this average from its first step on")
+            raise UserError(f"{path} has no {file.name}; needed: a run that has had it from its first step on")
         folders.load_strictly(module, folders.read_tensors(file), source=str(file))
     folders.load_optimizer(path, modules["model"], optimizer, modules.get("projector"))
     return step_of(path)

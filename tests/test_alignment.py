@@ -385,6 +385,12 @@ def test_alignment_of_weight_zero_trains_todays_numbers(run, repa):
     assert_same_run(*folders)
 
 
+def test_a_run_without_a_projector_is_not_resumed_with_one(run, repa):
+    run("late", *repa[:1], stop_after=1)
+    with pytest.raises(UserError, match="has no projector.safetensors; needed: a run that has had it from its first"):
+        run("late", *repa, "resume_allow=[alignment,data,validation]")
+
+
 def test_two_processes_align_as_one(tiny_overrides, repa, tmp_path):
     keys = [*tiny_overrides, *repa, "model.middle_head=2", f"results_dir={tmp_path}", "train.check_replicas_every=1"]
     for processes in (1, 2):
