@@ -12,6 +12,9 @@ from system import UserError
 from system.launchers import launcher_arguments
 from system.processes import from_first, is_main
 
+# Words of ONEDNN_MAX_CPU_ISA; by any other than these, oneDNN uses all that the CPU has
+NO_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+NO_AMX = (*NO_BF16, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2_512")
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}  # bf16, dense, from the data sheets
 
 
@@ -67,9 +70,9 @@ def cpu_precision(flags: Collection[str], max_isa: str = "") -> tuple[str, str]:
     half as fast as float32.
     """
     isa = max_isa.upper()
-    if "amx_bf16" in flags and ("AMX" in isa or isa in ("", "ALL", "DEFAULT")):
+    if "amx_bf16" in flags and isa not in NO_AMX:
         return "bf16", "this CPU has bf16 matrix units (AMX)"
-    if "avx512_bf16" in flags and (isa in ("", "ALL", "DEFAULT") or "BF16" in isa or "AMX" in isa or "FP16" in isa):
+    if "avx512_bf16" in flags and isa not in NO_BF16:
         if "AuthenticAMD" in flags:
             return "bf16", "this CPU multiplies bf16 numbers twice as fast (AVX-512)"
         return "fp32", "without AMX, bf16 is slower on this CPU"

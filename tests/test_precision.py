@@ -46,6 +46,8 @@ def test_a_cpu_is_known_by_its_flags(cpu, expected, why):
     [
         ("AVX512_CORE_AMX", ("bf16", "bf16", "fp32")), ("AVX512_CORE_AMX_FP16", ("bf16", "bf16", "fp32")),
         ("AVX512_CORE_BF16", ("fp32", "bf16", "fp32")), ("AVX512_CORE_FP16", ("fp32", "bf16", "fp32")),
+        ("AVX10_1_512", ("fp32", "bf16", "fp32")), ("AVX10_1_512_AMX", ("bf16", "bf16", "fp32")),
+        ("AVX512", ("bf16", "bf16", "fp32")), (" AVX2", ("bf16", "bf16", "fp32")),  # no words of oneDNN's
         ("AVX512_CORE_VNNI", ("fp32", "fp32", "fp32")), ("avx512_core", ("fp32", "fp32", "fp32")),
         ("AVX2", ("fp32", "fp32", "fp32")), ("SSE41", ("fp32", "fp32", "fp32")),
     ],
