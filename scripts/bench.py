@@ -530,13 +530,15 @@ def keep(figure, panels, out: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     verb, *rest = arguments if arguments and arguments[0] in ("guidance", "growth", "times") else ("step", *arguments)
+    if verb != "step" and "--compare" in rest:
+        raise UserError(f"--compare is for a training step; needed: bench.py {verb} without it")
     if verb == "guidance":
         bench_guidance(rest)
     elif verb in ("growth", "times"):
         named = bool(rest) and "=" not in rest[0]
         out, keys = Path(rest[0] if named else f"runs/{verb}.png"), rest[named:]
-        if verb == "growth" and keys:
-            raise UserError(f"growth is counted around one network, and takes no {keys[0]}; needed: [OUT.png]")
+        if own := [key for key in keys if verb == "growth" or key.startswith("optimizer=")]:
+            raise UserError(f"{verb} chooses that itself, and takes no {own[0]}; needed: bench.py {verb} without it")
         growth(out) if verb == "growth" else times(out, keys)
     else:
         report = bench(load(*(key for key in rest if key != "--compare")), "--compare" in rest)

@@ -69,5 +69,7 @@ def compile_blocks(blocks: Iterable[nn.Module], decided: str, *, dynamic: bool =
     token counts: evaluation and sampling.
     """
     if decided == "blocks":
+        # Torch gives up after 8 graphs of one function: a sweep's networks share it, as do RWKV's selections.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
         for block in blocks:
             block.compile(fullgraph=True, dynamic=dynamic)

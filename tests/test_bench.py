@@ -123,6 +123,9 @@ def test_times_are_of_both_optimizers_and_say_their_share(tmp_path, capsys, monk
     assert (tmp_path / "times.png").is_file()
 
 
-def test_growth_takes_no_keys():
-    with pytest.raises(UserError, match="takes no depth=3"):
-        bench.main(["growth", "depth=3"])
+@pytest.mark.parametrize(
+    "words", [["growth", "depth=3"], ["growth", "--compare"], ["times", "optimizer=adamw"], ["guidance", "--compare"]]
+)
+def test_what_a_verb_sets_itself_is_refused(words):
+    with pytest.raises(UserError, match=rf"{words[1]}.*; needed: bench.py {words[0]} without it"):
+        bench.main(words)

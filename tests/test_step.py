@@ -248,6 +248,17 @@ def test_training_evaluation_and_guidance_share_at_most_four_graphs(network, of_
     torch.compiler.reset()
 
 
+def test_the_networks_of_a_sweep_are_compiled_in_one_process(monkeypatch):
+    """Torch alone gives up at the ninth graph of one function."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    for width in range(8, 88, 8):
+        block = Block(width, 2, 4.0)
+        compile_blocks([block], "blocks")
+        assert block(torch.ones(2, 3, width), torch.ones(2, width)).isfinite().all()
+    torch.compiler.reset()
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize(
     "precision, backend, K",
