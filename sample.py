@@ -127,7 +127,7 @@ def open_conditions(run: Run, path: str, split: str) -> data.Latents:
 def read_prompts(path: str) -> list[str]:
     """The lines of a file, without empty ones. Raises UserError where there are none, and where they are no text."""
     try:
-        lines = [" ".join(line.split()) for line in read_small(Path(path)).decode("utf-8-sig").splitlines()]
+        lines = [" ".join(line.split()) for line in read_small(Path(path)).decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError:
         raise UserError(f"prompts={path} is no UTF-8 text; needed: a file with a prompt in each line") from None
     if not any(lines):
@@ -157,8 +157,8 @@ def class_number(run: Run, class_idx: int | str) -> int:
     """The number of a class, which the run's settings may name. Raises UserError for other names, and for networks that
     take no class."""
     if (kind := conditions.kind_of(run.model.null_condition)) != "class":
-        found = f"class_idx={class_idx}, and the network takes {conditions.KINDS[kind]}"
-        raise UserError(f"{found}; needed: labels=balanced, random or, of a text, its number, or prompt=")
+        texts = "labels=balanced, random or the number of a text, or prompt=" if kind == "text" else "seeds= alone"
+        raise UserError(f"class_idx={class_idx}, and the network takes {conditions.KINDS[kind]}; needed: {texts}")
     if isinstance(class_idx, int):
         return class_idx
     names = run.settings.data.classes or ()

@@ -97,6 +97,8 @@ def test_what_cannot_be_is_refused(run):
             made_settings([f"train.dense_last={share}"])
     with pytest.raises(UserError, match="train.dense_last=0.5: no step of this network has routes; needed: 0"):
         run("dense", "model=dit", "train.dense_last=0.5")
+    with pytest.raises(UserError, match="train.dense_last=0.04 of 6 steps is less than half of one; needed: 0.167"):
+        run("none", "train.max_steps=6", "train.dense_last=0.04")
 
 
 def test_a_run_with_an_end_is_not_made_longer(run):

@@ -214,7 +214,7 @@ def test_it_is_scored(name, trained, tmp_path, monkeypatch):
     "name, overrides, message",
     [
         ("tread", ["class_idx=0"], "class_idx=0, and the network takes texts; needed: labels="),
-        ("alone", ["class_idx=0"], "class_idx=0, and the network takes no condition; needed: labels="),
+        ("alone", ["class_idx=0"], "class_idx=0, and the network takes no condition; needed: seeds= alone"),
         ("tread", ["labels=64"], "label 64; needed: balanced, random or a text 0..63"),
         ("alone", ["labels=0"], "label 0; needed: balanced, random; the network takes no condition"),
         ("alone", ["guidance=cfg"], "takes no condition; needed: weak_label=same"),

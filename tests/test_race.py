@@ -223,7 +223,7 @@ def quoted_p_values(text: str) -> list[str]:
 def test_the_pages_quote_the_tests_of_the_records():
     """Every p in the prose is, rounded, one of the records of its section, or of any record in the README."""
     sections = re.split(r"^##+ ", (ROOT / "docs" / "results.md").read_text(), flags=re.MULTILINE)
-    pieces = [(text, set(re.findall(r"<!-- (records/[^/]+)/", text))) for text in sections]
+    pieces = [(text, set(re.findall(r"records/[^/`]+(?=/)", text))) for text in sections]
     pieces.append(((ROOT / "README.md").read_text(), {f"records/{record.name}" for record in RECORDS}))
     found = 0
     for text, names in pieces:
@@ -232,6 +232,29 @@ def test_the_pages_quote_the_tests_of_the_records():
             assert any(f"{value:.{len(p) - 2}f}" == p for value in known), f"p = {p}: not in {sorted(names)}"
             found += 1
     assert found >= 10
+
+
+def mixer_rows(record: Path) -> list[str]:
+    """A row of the page's table for each contestant but the dense one."""
+    table, statistics = ((record / name).read_text() for name in ("table.md", "statistics.md"))
+    tokens, mixer = re.search(r"mixers(\d+)_(\w+)", record.name).groups()
+    seconds, steps = re.search(r"steps in ([\d,]+) s .* after ([\d,]+) steps", table).groups()
+    rows = [re.split(r" \| ", line.strip("| ")) for line in table.splitlines()[2:]]
+    (_, pace, _, by_time, _, _, by_steps, *_), *others = rows
+    made = []
+    for name, cost, _, time_, _, _, steps_, *_ in others:
+        p_steps, p_time, *_ = re.findall(rf"^\| {name} .* ([\d.e-]+) \|$", statistics, re.MULTILINE)
+        told = f"[{mixer}](../records/{record.name}/statistics.md), {tokens}" + ", whole rows" * (name == "rows")
+        cells = told, f"{float(cost) / float(pace):.2f}", f"{seconds} s", by_time, time_, p_time
+        made.append(f"| {' | '.join(cells)} | {steps} | {by_steps} | {steps_} | {p_steps} |")
+    return made
+
+
+def test_the_table_of_mixers_is_of_their_records():
+    finished = [record for record in RECORDS if "_mixers" in record.name and (record / MADE[1]).exists()]
+    expected = {row for record in finished for row in mixer_rows(record)}
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert {line for line in page.splitlines() if re.match(r"\| \[\w+\]\(.*_mixers", line)} == expected
 
 
 def test_multiply_adds_are_those_of_the_network_forwards_and_backwards():

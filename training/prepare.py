@@ -254,8 +254,10 @@ def build_state(settings: Settings, dist: PartialState, new: bool) -> TrainState
     model = build_network(settings)
     aligned = align(model, settings)
     net = (aligned or model).to(dist.device)
-    if settings.train.dense_last and not model.routes:
-        raise UserError(f"train.dense_last={settings.train.dense_last}: no step of this network has routes; needed: 0")
+    if (share := settings.train.dense_last) and not model.routes:
+        raise UserError(f"train.dense_last={share}: no step of this network has routes; needed: 0")
+    if share and settings.train.routed_steps == (steps := settings.train.max_steps):
+        raise UserError(f"train.dense_last={share} of {steps} steps is less than half of one; needed: {1 / steps:.3g}")
     if init_from is not None:
         told = start_from(init_from, model, objective, settings.data)
         if told and dist.is_main_process:
