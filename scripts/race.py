@@ -93,6 +93,7 @@ class Command:
     runs: str = "runs/race"
     at_once: Positive = 2
     only: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
 
 
 def as_yaml(race: Race) -> str:
@@ -111,8 +112,14 @@ def main(argv: list[str]) -> None:
     command = parse(Command, cli.load_config("race", overrides))
     race = load_race(command.name)
     folder = record_folder(Path(command.records), command.name, race)
+    if unknown := set(command.seeds or ()) - set(race.seeds):
+        raise UserError(f"seeds={sorted(unknown)}; needed: of {', '.join(map(str, race.seeds))}")
+    rule, wanted = as_yaml(race), command.seeds or race.seeds
+    race = dataclasses.replace(race, seeds=[seed for seed in race.seeds if seed in wanted])
     if verb == "run":
         check(command, race)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(folder / "race.yaml", rule)
         run(command, race, folder)
     elif not folder.is_dir():
         raise UserError(f"{command.records} has no record of {command.name}; needed: python scripts/race.py run")
@@ -172,8 +179,6 @@ def check(command: Command, race: Race) -> None:
 
 def run(command: Command, race: Race, folder: Path) -> None:
     """Trains and scores all runs that the record lacks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(folder / "race.yaml", as_yaml(race))
     cores = sorted(os.sched_getaffinity(0))
     places = [cores[i * race.cores : (i + 1) * race.cores] for i in range(command.at_once)]
     training, failed = {name: threading.Lock() for name in run_names(race)}, threading.Event()
@@ -462,8 +467,11 @@ def statistics(race: Race, runs: Runs, read: Runs) -> str:
         rows.append([f"{step:,}", *("{:.4g}, {:.3f}".format(*pair(those)) for those in runs.values())])
     text += f"## {race.metric}, {accuracy} by steps\n\n{markdown(['steps', *runs], rows)}\n"
     text += "Standard deviations are those of the sample; p is Welch's, one-sided. A value between two scores lies on "
-    text += f"the straight line through them.\n\nNone of the {number} p-values is corrected for their number: without "
-    return f"{text}any difference, about one in twenty would lie below 0.05. The intervals are Welch's, two-sided.\n"
+    text += "the straight line through them.\n\n"
+    if len(race.seeds) == 1:
+        return f"{text}There is no test of single runs.\n"
+    text += f"None of the {number} p-values is corrected for their number: without any difference, about one in twenty "
+    return f"{text}would lie below 0.05. The intervals are Welch's, two-sided.\n"
 
 
 def shared(runs: Runs, keys: Sequence[str]) -> list[str]:

@@ -97,6 +97,16 @@ def test_a_killed_race_goes_on_to_the_same_scores(tmp_path):
         assert scores(first / run) == scores(second / run)
 
 
+def test_one_seed_is_shown_alone(smoke, tmp_path):
+    shutil.copytree(smoke, tmp_path / smoke.name)
+    shutil.rmtree(tmp_path / smoke.name / "dit-1")
+    main(["show", "name=smoke", f"records={tmp_path}", "seeds=[0]"])
+    text, whole = ((folder / smoke.name / "statistics.md").read_text() for folder in (tmp_path, smoke.parent))
+    assert "| 1 |" in text and "no test of single runs" in text and "p-values" not in text
+    assert "| 2 |" in whole and "p-values" in whole
+    assert (tmp_path / smoke.name / "race.yaml").read_text() == (smoke / "race.yaml").read_text()
+
+
 def test_the_scores_are_of_their_seeds_and_the_record_of_no_machine(smoke):
     assert scores(smoke / "tread-0") != scores(smoke / "tread-1")
     assert str(smoke.parent.parent) not in "".join(path.read_text() for path in smoke.glob("*/*"))
@@ -132,6 +142,8 @@ def test_bad_input_is_one_line(smoke, tmp_path):
     assert "digits196" in refused("run", "none", tmp_path)
     assert "of dit, tread" in refused("run", "smoke", tmp_path, "only=[dit,best]")
     assert "cores" in refused("run", "smoke", tmp_path, "at_once=1000")
+    for verb in ("run", "show"):
+        assert "seeds=[7]; needed: of 0, 1" in refused(verb, "smoke", tmp_path, "seeds=[1,7]")
     assert "no record" in refused("show", "smoke", tmp_path)
     assert not list(tmp_path.iterdir())
     other = tmp_path / smoke.name
@@ -182,13 +194,15 @@ def test_a_race_that_cannot_be_is_refused(wrong, said, tmp_path, monkeypatch):
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
 def test_a_committed_record_is_what_its_logs_say(record, tmp_path):
     again, race = tmp_path / record.name, load_race(record.name[11:])
+    seeds = race.seeds
     if left := scripts.race.missing_runs(race, record):  # a race of several sittings
         assert (record / "race.yaml").read_text() == scripts.race.as_yaml(race)
-        assert not any((record / name).exists() for name in MADE)
         assert [read_run(race, record / name) for name in scripts.race.run_names(race) if name not in left]
-        return
+        seeds = [seed for seed in seeds if not any(name.endswith(f"-{seed}") for name in left)]
+        if not any((record / name).exists() for name in MADE):
+            return
     shutil.copytree(record, again, ignore=shutil.ignore_patterns(*MADE))
-    main(["show", f"name={record.name[11:]}", f"records={tmp_path}"])
+    main(["show", f"name={record.name[11:]}", f"records={tmp_path}", f"seeds={seeds}"])
     for name in MADE[:2]:
         assert (record / name).read_text() == (again / name).read_text()
     with Image.open(record / MADE[2]) as a, Image.open(again / MADE[2]) as b:
