@@ -8,6 +8,7 @@
 An image depends on its seed and its label or prompt alone, whatever the batch size and the number of processes.
 """
 
+import io
 import itertools
 import shlex
 import time
@@ -127,7 +128,8 @@ def open_conditions(run: Run, path: str, split: str) -> data.Latents:
 def read_prompts(path: str) -> list[str]:
     """The lines of a file, without empty ones. Raises UserError where there are none, and where they are no text."""
     try:
-        lines = [" ".join(line.split()) for line in read_small(Path(path)).decode("utf-8-sig").split("\n")]
+        text = io.StringIO(read_small(Path(path)).decode("utf-8-sig"), newline=None)  # ends of lines of any system
+        lines = [" ".join(line.split()) for line in text]
     except UnicodeDecodeError:
         raise UserError(f"prompts={path} is no UTF-8 text; needed: a file with a prompt in each line") from None
     if not any(lines):

@@ -87,7 +87,8 @@ PROMPTS = ["a red disc", "a big blue square, in a frame of gold", "nothing"]
 
 
 def test_a_file_of_prompts_is_its_prompts_one_by_one(folder, tmp_path):
-    lines = "\r\n\n".join(f"  {prompt} " for prompt in PROMPTS).replace("big blue", "big\u2028blue")  # within its line
+    first, *others = (f"  {prompt} ".replace("big blue", "big\u2028blue") for prompt in PROMPTS)  # no end of a line
+    lines = "\r".join([first, "\r\n\n".join(others)])
     (tmp_path / "prompts.txt").write_bytes(f"\ufeff{lines}".encode())
     whole = draw(folder, tmp_path / "whole", f"prompts={tmp_path / 'prompts.txt'}", "seeds=3-5", "batch_size=4")
     assert list(whole) == [f"{i:06d}/{seed:06d}.png" for i in range(3) for seed in (3, 4, 5)]
